@@ -1,0 +1,141 @@
+"""Van Loan's decomposition: every MLP matrix of a GPT-2 as its best sum of Kronecker products.
+
+    python kron_decompose.py                            # the shapes that make an 82M model of GPT-2
+    python kron_decompose.py --budget=96M               # ... of another size
+    python kron_decompose.py dim_1 dim_2 n_factors      # → checkpoints/VL_{dim_1}_{dim_2}_{n_factors}.pt
+    python kron_decompose.py 768 768 1
+    python kron_decompose.py 256 64 16,16,10,10,10,10,10,10,10,10,10,10     # a number of factors for each layer
+
+dim_1 divides n_embd, dim_2 divides 4 n_embd: they are the sides of A in c_fc, and the mirror image serves c_proj.
+"""
+from configurator import UsageError, run
+
+init_from = "gpt2"  # what is decomposed: a hub name, a Hugging Face directory or a checkpoint
+out: str | None = None  # the file to write, in the place of checkpoints/VL_....pt
+budget = "82M"  # parameters in all, for the table of shapes
+
+GPT2_SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
+BUDGET_SLACK = 0.99  # the table leaves out what uses less than this share of the budget
+
+
+def rearrange(W, dim_1, dim_2):
+    """Van Loan's rearrangement of W [m, n]: [dim_1*dim_2, (m/dim_1)*(n/dim_2)], with a block of W in each row, so
+    that A ⊗ B becomes the outer product vec(A) vec(B)ᵀ."""
+    m, n = W.shape
+    blocks = W.reshape(dim_1, m // dim_1, dim_2, n // dim_2).transpose(1, 2)  # (dim_1, dim_2, m/dim_1, n/dim_2)
+    return blocks.reshape(dim_1 * dim_2, -1)
+
+
+def van_loan(W, dim_1, dim_2, n_factors):
+    """The sum of n_factors Kronecker products that is nearest to W in the Frobenius norm.
+
+    The truncated SVD of the rearranged matrix, from the eigenvectors of the smaller of its two Gram matrices, in
+    float64. Each singular value is shared evenly: ‖A_f‖ = ‖B_f‖; but a side of one element is 1.
+
+    Source: C. F. Van Loan and N. Pitsianis, Approximation with Kronecker products, 1993.
+
+    Args:
+        W: [m, n].
+        dim_1: rows of A, a divisor of m.
+        dim_2: columns of A, a divisor of n.
+        n_factors: at most the smaller side of the rearranged matrix.
+
+    Returns:
+        A [n_factors, dim_1, dim_2] and B [n_factors, m/dim_1, n/dim_2], so that W ≈ sum_f A_f ⊗ B_f, in the type of W.
+    """
+    import torch
+
+    m, n = W.shape
+    R = rearrange(W, dim_1, dim_2).double()
+    is_long = R.shape[0] >= R.shape[1]
+    gram = R.T @ R if is_long else R @ R.T
+    if len(gram) == 1:
+        small, large = gram.new_ones(1, 1), R.reshape(-1, 1)
+    else:
+        _, vectors = torch.linalg.eigh(gram)  # in ascending order
+        small = vectors[:, -n_factors:].flip(1)  # right (or left) singular vectors of R, the first ones
+        small *= small.gather(0, small.abs().argmax(0, keepdim=True)).sign()  # eigenvectors come with either sign
+        large = R @ small if is_long else R.T @ small  # the others, times their singular values
+        share = large.norm(dim=0).clamp(min=torch.finfo(W.dtype).tiny).sqrt()
+        small, large = small * share, large / share
+    A, B = (large, small) if is_long else (small, large)
+    return (A.T.reshape(-1, dim_1, dim_2).to(W.dtype).contiguous(),
+            B.T.reshape(-1, m // dim_1, n // dim_2).to(W.dtype).contiguous())
+
+
+def parse_number(text):
+    """A number of parameters such as 82M, 1.5B, 900K or 82000000."""
+    units = {"K": 10**3, "M": 10**6, "B": 10**9}
+    try:
+        unit = units.get(text[-1:].upper(), 1)
+        return int(float(text[:-1] if unit > 1 else text) * unit)
+    except (ValueError, OverflowError):
+        raise UsageError(f"--budget takes a number of parameters such as 82M, not {text}") from None
+
+
+def print_table(config, limit):
+    """Print the shapes with which a model of this config stays within a number of parameters."""
+    import torch
+
+    from model import KronyGPT, multiply_adds
+
+    C, hidden = config.n_embd, config.n_hidden
+    with torch.device("meta"):
+        counts = KronyGPT(config).count_parameters()
+    rest = counts["total"] - counts["factors"]
+    rows = []
+    for dim_1 in (d for d in range(1, C + 1) if C % d == 0):
+        for dim_2 in (d for d in range(1, hidden + 1) if hidden % d == 0):
+            sides = dim_1, dim_2, C // dim_1, hidden // dim_2
+            m1, n1, m2, n2 = sides
+            per_factor = 2 * config.n_layer * (m1 * n1 + m2 * n2)
+            r = min((limit - rest) // per_factor, m1 * n1, m2 * n2)
+            total = rest + r * per_factor
+            if r < 1 or total < BUDGET_SLACK * limit:
+                continue
+            macs = sum(min(multiply_adds(s, r).values()) for s in (sides, (n1, m1, n2, m2)))
+            rank = min(C, r * min(m1, n1) * min(m2, n2))
+            rows.append((total, dim_1, dim_2, r, macs / (2 * C * hidden), rank))
+    if not rows:
+        raise UsageError(f"no shapes come to {limit:,} parameters: without its MLP matrices the model has {rest:,}, "
+                         f"with them {counts['total']:,}")
+    print(f"{'parameters':>12}  {'dim_1':>5}  {'dim_2':>5}  {'factors':>7}  {'multiply-adds of an MLP':>23}  {'rank, at most':>13}")
+    for total, dim_1, dim_2, r, macs, rank in sorted(rows):
+        print(f"{total:>12,}  {dim_1:>5}  {dim_2:>5}  {r:>7}  {macs:>16.2f} × dense  {rank:>13}")
+
+
+def parse_shape(dim_1, dim_2, n_factors, n_layer):
+    """The positional arguments as numbers: dim_1, dim_2 and the factors of each layer."""
+    try:
+        factors = [int(n) for n in n_factors.split(",")]
+        return int(dim_1), int(dim_2), factors * n_layer if len(factors) == 1 else factors
+    except ValueError:
+        raise UsageError("dim_1, dim_2 and n_factors are whole numbers (n_factors may be a comma list), not "
+                         f"{dim_1} {dim_2} {n_factors}") from None
+
+
+def main(dim_1=None, dim_2=None, n_factors=None):
+    limit = parse_number(budget)
+    if dim_1 and not n_factors:
+        raise UsageError("give all three of dim_1 dim_2 n_factors, or none of them for the table of shapes")
+    if not dim_1 and init_from in GPT2_SIZES:
+        from model import KronyGPTConfig
+
+        n_layer, n_embd = GPT2_SIZES[init_from]
+        return print_table(KronyGPTConfig(n_layer=n_layer, n_embd=n_embd), limit)
+
+    import checkpoint
+    from model import KronyGPTConfig
+
+    model, _ = checkpoint.load(init_from)
+    if not dim_1:
+        dense = dict(model.model_args(), dim_1=None, dim_2=None, factors=1)
+        return print_table(KronyGPTConfig(**dense), limit)
+    dim_1, dim_2, factors = parse_shape(dim_1, dim_2, n_factors, model.config.n_layer)
+    path = out or f"checkpoints/VL_{dim_1}_{dim_2}_{n_factors.replace(',', '-')}.pt"
+    checkpoint.save_refactored(model, dim_1, dim_2, factors, van_loan, path, config=dict(init_from=init_from))
+    print(f"next: python train.py config/train_gpt2.py --init_from={path}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,498 @@
+"""KronyGPT: GPT-2 whose MLP weights are sums of Kronecker products.
+
+Each MLP matrix W of GPT-2 is replaced by sum_f A_f ⊗ B_f over r factors; everything else is GPT-2: learned positions,
+pre-norm blocks, gelu_new, and one matrix for the embedding and the output. With C = n_embd,
+
+    c_fc    W [C, 4C]:   c_fc_0   [r, dim_1, dim_2]     c_fc_1   [r, C/dim_1, 4C/dim_2]
+    c_proj  W [4C, C]:   c_proj_0 [r, dim_2, dim_1]     c_proj_1 [r, 4C/dim_2, C/dim_1]
+
+Dense GPT-2 is the member of this family with dim_1 = C, dim_2 = 4C, r = 1 and B = [[1.]].
+"""
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100  # a target with this value is not scored (the default of F.cross_entropy)
+GPT2_HEAD_DIM = 64  # n_embd / n_head in GPT-2 small, medium, large and xl
+
+
+class ModelError(ValueError):
+    """A model that cannot be built or used as asked; the message is one line for the user."""
+
+    exit_status = 2
+
+
+def pick_device(name=""):
+    """The torch.device of a name, or without one, CUDA where there is it and else the CPU.
+
+    Raises:
+        ModelError: no such device here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ModelError(f"there is no device {name!r} here") from None
+    return device
+
+
+def autocast_to(device, dtype):
+    """The autocast context of a device name for "float32" (none) or "bfloat16".
+
+    Raises:
+        ModelError: another dtype.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ModelError(f"dtype is float32 or bfloat16, not {dtype}")
+    return torch.autocast(pick_device(device).type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def matmul_flops(device, dtype):
+    """Floating point operations per second of a large matrix product on this device: what "mfu" is a share of."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+@dataclass
+class KronyGPTConfig:
+    """Shapes of a KronyGPT.
+
+    dim_1 and dim_2 are the sides of A in c_fc: dim_1 divides n_embd and dim_2 divides 4 * n_embd. Left out, they make
+    the dense GPT-2. `factors` is r, one int for all layers or one per layer; it is kept as one per layer.
+
+    Raises:
+        ModelError: sizes that do not fit each other.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    dim_1: int | None = None
+    dim_2: int | None = None
+    factors: int | tuple[int, ...] = 1
+
+    def __post_init__(self):
+        self.dim_1 = self.dim_1 or self.n_embd
+        self.dim_2 = self.dim_2 or self.n_hidden
+        if isinstance(self.factors, int):
+            self.factors = (self.factors,) * self.n_layer
+        self.factors = tuple(self.factors)
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dim_1", "dim_2"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ModelError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
+        if self.n_embd % self.dim_1:
+            raise ModelError(f"dim_1={self.dim_1} does not divide n_embd={self.n_embd}")
+        if self.n_hidden % self.dim_2:
+            raise ModelError(f"dim_2={self.dim_2} does not divide 4 * n_embd={self.n_hidden}")
+        if len(self.factors) != self.n_layer:
+            raise ModelError(f"{len(self.factors)} numbers of factors for {self.n_layer} layers: give one, or one each")
+        if min(self.factors) < 1:
+            raise ModelError(f"the number of factors must be at least 1, not {min(self.factors)}")
+        if not 0 <= self.dropout < 1:
+            raise ModelError(f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def n_hidden(self):
+        """Width of the MLP's hidden layer."""
+        return 4 * self.n_embd
+
+    @property
+    def sides(self):
+        """Sides (m1, n1, m2, n2) of A [m1, n1] and B [m2, n2] in c_fc; c_proj has them as (n1, m1, n2, m2)."""
+        return self.dim_1, self.dim_2, self.n_embd // self.dim_1, self.n_hidden // self.dim_2
+
+
+def kron_weight(A, B):
+    """The dense matrix sum_f A_f ⊗ B_f [m1*m2, n1*n2] of A [r, m1, n1] and B [r, m2, n2]."""
+    (_, m1, n1), (_, m2, n2) = A.shape, B.shape
+    return torch.einsum("rij,rkl->ikjl", A, B).reshape(m1 * m2, n1 * n2)
+
+
+def multiply_adds(sides, r, tokens=math.inf):
+    """Multiply-adds per token of x (sum of r A ⊗ B) in each order of contraction.
+
+    Args:
+        sides: (m1, n1, m2, n2) of A [r, m1, n1] and B [r, m2, n2].
+        tokens: how many share the cost of building W.
+
+    Returns:
+        {"A": A first, "B": B first, "W": W built once and multiplied}
+    """
+    m1, n1, m2, n2 = sides
+    return {"A": r * m2 * n1 * (m1 + n2), "B": r * m1 * n2 * (m2 + n1), "W": m1 * m2 * n1 * n2 * (1 + r / tokens)}
+
+
+def kron_linear(x, A, B, bias):
+    """x (sum_f A_f ⊗ B_f) + bias, without the Kronecker products where that is cheaper.
+
+    Args:
+        x: (..., m1*m2).
+        A: [r, m1, n1].
+        B: [r, m2, n2].
+        bias: [n1*n2].
+
+    Returns:
+        (..., n1*n2)
+    """
+    (r, m1, n1), (_, m2, n2) = A.shape, B.shape
+    tokens = x.numel() // (m1 * m2)
+    costs = multiply_adds((m1, n1, m2, n2), r, tokens)
+    order = min(costs, key=costs.get)
+    if order == "W":
+        return x @ kron_weight(A, B) + bias
+    x = x.unflatten(-1, (m1, m2))  # (..., m1, m2)
+    if order == "A":
+        y = torch.einsum("...ik,rij->...jrk", x, A)  # (..., n1, r, m2)
+        y = y.flatten(-2) @ B.flatten(0, 1)  # (..., n1, n2)
+    else:
+        y = torch.einsum("...ik,rkl->...lri", x, B)  # (..., n2, r, m1)
+        y = (y.flatten(-2) @ A.flatten(0, 1)).mT  # (..., n1, n2)
+    return y.flatten(-2) + bias
+
+
+class KronyMLP(nn.Module):
+    """GPT-2's MLP, with c_fc and c_proj as sums of r Kronecker products."""
+
+    def __init__(self, config, r):
+        super().__init__()
+        m1, n1, m2, n2 = config.sides
+        self.c_fc_0 = nn.Parameter(torch.empty(r, m1, n1))
+        self.c_fc_1 = nn.Parameter(torch.empty(r, m2, n2))
+        self.c_proj_0 = nn.Parameter(torch.empty(r, n1, m1))
+        self.c_proj_1 = nn.Parameter(torch.empty(r, n2, m2))
+        self.c_fc_bias = nn.Parameter(torch.zeros(config.n_hidden))
+        self.c_proj_bias = nn.Parameter(torch.zeros(config.n_embd))
+        self.dropout = nn.Dropout(config.dropout)
+        for A, B in self.factor_pairs():
+            # A ⊗ [[b]] is A times b: a second name for A's scale. It stays as it is, so that the dense member of
+            # the family trains as GPT-2 does.
+            B.requires_grad = r > 1 or B.numel() > 1
+            A.requires_grad = r > 1 or A.numel() > 1 or B.numel() == 1
+
+    def factor_pairs(self):
+        return (self.c_fc_0, self.c_fc_1), (self.c_proj_0, self.c_proj_1)
+
+    def forward(self, x):
+        x = kron_linear(x, self.c_fc_0, self.c_fc_1, self.c_fc_bias)  # (B, T, 4C)
+        x = F.gelu(x, approximate="tanh")
+        x = kron_linear(x, self.c_proj_0, self.c_proj_1, self.c_proj_bias)  # (B, T, C)
+        return self.dropout(x)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, C/n_head)
+                   for part in self.c_attn(x).chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).flatten(-2)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class Block(nn.Module):
+    def __init__(self, config, r):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = KronyMLP(config, r)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class KronyGPT(nn.Module):
+    """GPT-2 with Kronecker-factored MLPs.
+
+    model(idx) gives logits (B, T, vocab_size); model(idx, targets) gives the mean cross entropy in nats, a scalar.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config, r) for r in config.factors),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        if self.lm_head.weight.device.type != "meta":  # a meta model waits for the weights of a checkpoint
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's initialisation, with Kronecker sums of the same size as the matrices that they stand for.
+
+        GPT-2 draws weights with a standard deviation of 0.02, and 0.02 / sqrt(2 n_layer) where a block writes to the
+        residual stream. An element of the sum is sum_f a_f b_f, of variance r var(a) var(b): both sides get the scale
+        sqrt(std / sqrt(r)), so that their steps under Adam are alike. The smaller side is brought to that scale
+        exactly, since the mean square of a few normal numbers is far from its expectation. A side of one element is
+        1, which leaves A to be drawn as GPT-2 draws W where the model is dense.
+        """
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=residual_std if name.endswith("attn.c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        for block in self.transformer.h:
+            for (A, B), std in zip(block.mlp.factor_pairs(), (0.02, residual_std)):
+                small, large = sorted((A, B), key=lambda side: side[0].numel())
+                std /= math.sqrt(len(A))
+                scale = math.sqrt(std) if small[0].numel() > 1 else 1.0
+                nn.init.normal_(large, std=std / scale)
+                nn.init.normal_(small)
+                small.mul_(scale / small.square().mean(dim=(1, 2), keepdim=True).sqrt())
+                if small[0].numel() == 1:
+                    small.fill_(1.0)
+
+    def hidden(self, idx):
+        """The final hidden state (B, T, C), after the last layer norm, of tokens idx (B, T).
+
+        Raises:
+            ModelError: more than block_size tokens.
+        """
+        T = idx.shape[1]
+        if T > self.config.block_size:
+            raise ModelError(f"{T} tokens do not fit into the context of {self.config.block_size}")
+        position = torch.arange(T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """Logits (B, T, vocab_size) of idx (B, T), or with targets (B, T) the mean cross entropy over those that are
+        not IGNORE_INDEX."""
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
+        """Continue token sequences.
+
+        Args:
+            idx: (B, T) tokens to continue; the model sees the last block_size of them.
+            max_new_tokens: how many to add.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: sample among this many most likely tokens only.
+            seed: of the sampling; without it, torch's global generator is used.
+
+        Returns:
+            (B, T + max_new_tokens)
+        """
+        generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
+        was_training = self.training
+        self.eval()
+        for _ in range(max_new_tokens):
+            x = self.hidden(idx[:, -self.config.block_size:])
+            logits = self.lm_head(x[:, -1]).float()  # (B, vocab_size)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            if temperature == 0:
+                token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, token), dim=1)
+        self.train(was_training)
+        return idx
+
+    def parameters_by_kind(self):
+        """{kind: [parameters]}: "factors" of the MLPs, other "matrices", and "vectors" (biases and layer norms)."""
+        kinds = {"factors": [], "matrices": [], "vectors": []}
+        for p in self.parameters():  # tied parameters come once
+            kinds["vectors" if p.dim() == 1 else "matrices" if p.dim() == 2 else "factors"].append(p)
+        return kinds
+
+    def count_parameters(self):
+        """{"total", "mlp" (factors and biases), "factors", "matrices", "vectors"}: numbers of parameters."""
+        counts = {kind: sum(p.numel() for p in group) for kind, group in self.parameters_by_kind().items()}
+        mlp = sum(p.numel() for block in self.transformer.h for p in block.mlp.parameters())
+        return {"total": sum(counts.values()), "mlp": mlp, **counts}
+
+    def flops_per_token(self):
+        """Floating point operations per token of a training step on full blocks, forward and backward.
+
+        Two per multiply-add, and backward costs twice forward; attention is counted as in PaLM (arXiv 2204.02311,
+        appendix B). The MLPs count what their cheapest contraction does, not what a dense matrix would.
+        """
+        config = self.config
+        m1, n1, m2, n2 = config.sides
+        mlps = sum(min(multiply_adds(sides, r).values()) for r in config.factors
+                   for sides in ((m1, n1, m2, n2), (n1, m1, n2, m2)))
+        linear = sum(p.numel() for p in self.parameters_by_kind()["matrices"]) - self.transformer.wpe.weight.numel()
+        attention = 2 * config.n_layer * config.n_embd * config.block_size
+        return 6 * (mlps + linear + attention)
+
+    def freeze_all_but_factors(self):
+        """Leave the Kronecker factors alone trainable."""
+        for kind, group in self.parameters_by_kind().items():
+            for p in group:
+                p.requires_grad &= kind == "factors"
+
+    def configure_optimizers(self, learning_rate, weight_decay, betas, factor_lr_scale=1.0):
+        """AdamW over three groups: Kronecker factors and other matrices (with weight decay), vectors (without).
+
+        Each group carries `lr_scale`, by which a schedule multiplies its learning rate: factor_lr_scale for the
+        factors, 1 for the others.
+        """
+        groups = []
+        for kind, group in self.parameters_by_kind().items():
+            scale = factor_lr_scale if kind == "factors" else 1.0
+            groups.append(dict(params=[p for p in group if p.requires_grad], name=kind, lr=learning_rate * scale,
+                               lr_scale=scale, weight_decay=0.0 if kind == "vectors" else weight_decay))
+        fused = self.lm_head.weight.device.type == "cuda"
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
+
+    @torch.no_grad()
+    def refactored(self, dim_1, dim_2, factors, approximate):
+        """A KronyGPT with other factors in its MLPs, and the same tensors elsewhere.
+
+        Args:
+            dim_1, dim_2, factors: the new shape, as in KronyGPTConfig.
+            approximate: function (W [m, n], dim_1, dim_2, n_factors) -> A [n_factors, dim_1, dim_2], B; it is called
+                with each c_fc, and with each c_proj and its dims exchanged.
+
+        Raises:
+            ModelError: dims that do not divide, or more factors than the matrices can use.
+        """
+        config = KronyGPTConfig(**dict(self.model_args(), dim_1=dim_1, dim_2=dim_2, factors=factors))
+        m1, n1, m2, n2 = config.sides
+        most = min(m1 * n1, m2 * n2)
+        if max(config.factors) > most:
+            raise ModelError(f"{max(config.factors)} factors of ({dim_1}, {dim_2}): a sum of {most} reaches every matrix")
+        state_dict = self.state_dict()
+        for layer, (block, r) in enumerate(zip(self.transformer.h, config.factors)):
+            for name, pair, dims in zip(("c_fc", "c_proj"), block.mlp.factor_pairs(), ((m1, n1), (n1, m1))):
+                A, B = approximate(kron_weight(*pair), *dims, r)
+                state_dict[f"transformer.h.{layer}.mlp.{name}_0"] = A
+                state_dict[f"transformer.h.{layer}.mlp.{name}_1"] = B
+        return self.from_state_dict(asdict(config), state_dict)
+
+    @classmethod
+    def from_state_dict(cls, model_args, state_dict):
+        """A model of the shapes in model_args (the fields of KronyGPTConfig) that takes over the tensors of
+        state_dict without a copy.
+
+        Raises:
+            ModelError: names or shapes that do not fit model_args.
+        """
+        with torch.device("meta"):
+            model = cls(KronyGPTConfig(**model_args))
+        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+        found = {name: tuple(p.shape) for name, p in state_dict.items()}
+        for name in expected.keys() | found.keys():
+            if expected.get(name) != found.get(name):
+                raise ModelError(f"weight {name} is {found.get(name, 'missing')}, where the model has "
+                                 f"{expected.get(name, 'none')}")
+        model.load_state_dict(state_dict, assign=True)
+        model.lm_head.weight = model.transformer.wte.weight
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """The dense KronyGPT of a Hugging Face GPT-2: a hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, or any
+        other of this architecture) or a local directory.
+
+        Raises:
+            ModelError: the model is not a GPT-2 that this class can be equal to.
+            OSError: it could not be read or downloaded.
+        """
+        from transformers import AutoConfig, GPT2LMHeadModel
+
+        hf_config = AutoConfig.from_pretrained(source)
+        check_is_gpt2(hf_config, source)
+        hf_model, report = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ModelError(f"{source} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}, ...")
+        args = dict(block_size=hf_config.n_positions, vocab_size=hf_config.vocab_size, n_layer=hf_config.n_layer,
+                    n_head=hf_config.n_head, n_embd=hf_config.n_embd)
+        return cls.from_state_dict(args, dict(gpt2_to_krony(hf_model.state_dict())))
+
+    def to_transformers(self):
+        """The transformers GPT2LMHeadModel that computes the same function, with each Kronecker sum written out."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = self.config
+        hf_config = GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+                               n_layer=config.n_layer, n_head=config.n_head, resid_pdrop=config.dropout,
+                               embd_pdrop=config.dropout, attn_pdrop=config.dropout)
+        hf_model = GPT2LMHeadModel(hf_config)
+        hf_model.load_state_dict(dict(krony_to_gpt2(self.state_dict())))
+        return hf_model.eval()
+
+    def model_args(self):
+        """The fields of the config as plain types, as a checkpoint keeps them."""
+        return asdict(self.config)
+
+
+def check_is_gpt2(hf_config, source):
+    """Raise ModelError unless a transformers config describes the function that KronyGPT computes."""
+    if hf_config.model_type != "gpt2":
+        raise ModelError(f"{source} is a {hf_config.model_type} model, not a GPT-2")
+    wanted = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+                  scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)
+    for name, value in wanted.items():
+        if getattr(hf_config, name) != value:
+            raise ModelError(f"{source} is a GPT-2 with {name}={getattr(hf_config, name)}, where {value} is needed")
+    if hf_config.n_inner not in (None, 4 * hf_config.n_embd):
+        raise ModelError(f"{source} is a GPT-2 with n_inner={hf_config.n_inner}, where 4 * n_embd is needed")
+
+
+def gpt2_to_krony(state_dict):
+    """(name, tensor) of a dense KronyGPT from those of transformers' GPT-2, whose Conv1D weights are [in, out]."""
+    for name, p in state_dict.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # the causal mask, which older files hold
+        if name.endswith((".attn.c_attn.weight", ".attn.c_proj.weight")):
+            yield name, p.t().contiguous()
+        elif ".mlp." in name and name.endswith(".weight"):
+            stem = name.removesuffix(".weight")
+            yield stem.replace("c_fc", "c_fc_0").replace("c_proj", "c_proj_0"), p[None]
+            yield stem.replace("c_fc", "c_fc_1").replace("c_proj", "c_proj_1"), p.new_ones(1, 1, 1)
+        elif ".mlp." in name:
+            yield name.replace(".bias", "_bias"), p
+        else:
+            yield name, p
+
+
+def krony_to_gpt2(state_dict):
+    """(name, tensor) of transformers' GPT-2 from those of a KronyGPT, whose Kronecker sums are written out."""
+    for name, p in state_dict.items():
+        if name.endswith((".attn.c_attn.weight", ".attn.c_proj.weight")):
+            yield name, p.t().contiguous()
+        elif ".mlp." in name and name.endswith("_0"):
+            yield name.removesuffix("_0") + ".weight", kron_weight(p, state_dict[name.removesuffix("_0") + "_1"])
+        elif ".mlp." in name and name.endswith("_bias"):
+            yield name.replace("_bias", ".bias"), p
+        elif not (".mlp." in name and name.endswith("_1")):
+            yield name, p

@@ -1,0 +1,161 @@
+"""Perplexity of a model on a data set.
+
+    python perplexity.py ckpt wiki103           # wiki103, wiki2 or lambada; all three without a name
+    python perplexity.py ckpt owt 200           # 200 batches of data/openwebtext/val.bin
+    python perplexity.py ckpt pydocs            # the validation split of a data set under data/
+    python perplexity.py ckpt book.txt          # a text, or a .jsonl with a `text` in each line
+
+ckpt is a .pt file, a Hugging Face directory, a name under models/ or a hub name; a .pt is scored as it is. Rows of a
+data set are joined by blank lines. The text is cut into windows of the model's context, one every --stride tokens
+(default: one after the other), and each window scores those of its tokens that no earlier one has scored. The first
+token of a window has nothing before it and is not scored in that window. Perplexity is exp of the mean loss over the
+tokens scored; bits per byte spreads that mean over the text's bytes.
+"""
+import math
+import sys
+import time
+from pathlib import Path
+
+from configurator import UsageError, run
+
+stride: int | None = None  # tokens from a window to the next; the model's context if left out, less gives more context
+wikitext = "Salesforce/wikitext"  # hub name, or a local directory of the same layout
+lambada = "cimec/lambada"  # hub name, or a local .jsonl
+batch_size = 4  # windows scored together
+device = ""  # cuda, cpu, ...: what there is if left out
+dtype = "float32"  # or bfloat16, by autocast
+json_out: str | None = None  # a file for the results as JSON
+
+PUBLISHED = ("wiki103", "wiki2", "lambada")
+OWT_BATCHES = 200
+
+
+def load_rows(name):
+    """The texts of a data set: wiki103, wiki2, lambada, or a path to a .txt or .jsonl."""
+    from datasets import load_dataset
+
+    path, options = {"wiki103": (wikitext, dict(name="wikitext-103-v1")), "wiki2": (wikitext, dict(name="wikitext-2-v1")),
+                     "lambada": (lambada, {})}.get(name, (name, {}))
+    if path.endswith((".txt", ".jsonl")) and not Path(path).is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if path.endswith(".txt"):
+        try:
+            return [Path(path).read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is not UTF-8 text: {error}") from None
+    if path.endswith(".jsonl"):
+        return load_dataset("json", data_files=path, split="train")["text"]
+    try:
+        return load_dataset(path, split="test", **options)["text"]
+    except (OSError, ValueError) as error:
+        local = "--wikitext=DIRECTORY" if name != "lambada" else "--lambada=FILE.jsonl"
+        raise OSError(f"cannot load {name} from {path} ({type(error).__name__}); "
+                      f"with no network, {local} reads a local copy") from None
+
+
+def load_text_tokens(name, vocab_size):
+    """The tokens of a text data set, and its length in bytes."""
+    from data import tokenizer_for
+
+    text = "\n\n".join(load_rows(name))
+    return tokenizer_for(vocab_size).encode(text), len(text.encode())
+
+
+def load_bin_tokens(name, n_windows, config):
+    """The tokens of data/<name>/val.bin, or the first n_windows contexts of them, and their length in bytes."""
+    from data import get_tokenizer, load_meta, load_tokens
+
+    tokens = load_tokens(name, "val", config.vocab_size)
+    if n_windows:
+        tokens = tokens[:n_windows * config.block_size]
+    text = get_tokenizer(load_meta(name)["tokenizer"]).decode(tokens.tolist())
+    return tokens, len(text.encode())
+
+
+def make_windows(n_tokens, context, stride):
+    """Where windows begin and end, and the first token that each of them scores: [(begin, first, end)]."""
+    windows, scored = [], 0
+    for begin in range(0, n_tokens, stride):
+        end = min(begin + context, n_tokens)
+        windows.append((begin, max(scored, begin + 1), end))
+        scored = end
+        if end == n_tokens:
+            break
+    return [(begin, first, end) for begin, first, end in windows if first < end]
+
+
+def score(model, tokens, stride, batch_size, autocast):
+    """Sum of the losses in nats, and how many tokens were scored.
+
+    Args:
+        model: a KronyGPT in eval mode, on its device.
+        tokens: array of the whole text.
+        stride: tokens from the beginning of a window to the next.
+        batch_size: windows scored together.
+        autocast: context manager for the forward.
+    """
+    import torch
+    from torch.nn import functional as F
+    from tqdm import tqdm
+
+    config = model.config
+    windows = make_windows(len(tokens), config.block_size, stride)
+    where = model.lm_head.weight.device
+    total, n_scored = 0.0, 0
+    progress = tqdm(total=len(tokens), unit="tok", unit_scale=True, leave=False, disable=not sys.stderr.isatty())
+    for begin in range(0, len(windows), batch_size):
+        batch = windows[begin:begin + batch_size]
+        length = max(end - begin for begin, _, end in batch)
+        idx = torch.zeros(len(batch), length, dtype=torch.long)
+        counts = torch.zeros(len(batch), length, dtype=torch.bool)  # what this window scores; the padding is behind it
+        for row, (start, first, end) in enumerate(batch):
+            idx[row, :end - start] = torch.from_numpy(tokens[start:end].astype("int64"))
+            counts[row, first - start:end - start] = True
+        idx, counts = idx.to(where), counts[:, 1:].to(where)
+        with torch.no_grad(), autocast:
+            x = model.hidden(idx)[:, :-1][counts]  # (tokens scored, C)
+            losses = F.cross_entropy(model.lm_head(x).float(), idx[:, 1:][counts], reduction="sum")
+        total += losses.item()
+        n_scored += len(x)
+        progress.update(batch[-1][2] - progress.n)
+    progress.close()
+    return total, n_scored
+
+
+def main(ckpt, dataset=None, n_batches=None):
+    import checkpoint
+    from model import autocast_to, pick_device
+
+    if n_batches is not None and not n_batches.isdecimal():
+        raise UsageError(f"n_batches is a whole number, not {n_batches}")
+    model, _ = checkpoint.load(ckpt)
+    model.to(pick_device(device)).eval()
+    step = stride or model.config.block_size
+    if not 1 <= step <= model.config.block_size:
+        raise UsageError(f"--stride is from 1 to the model's context of {model.config.block_size}, not {step}")
+    results = {}
+    print(f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13} {'tokens/s':>9}")
+    for name in [dataset] if dataset else PUBLISHED:
+        if name in PUBLISHED or name.endswith((".txt", ".jsonl")):
+            tokens, n_bytes = load_text_tokens(name, model.config.vocab_size)
+        else:
+            n_windows = int(n_batches or OWT_BATCHES if name == "owt" else n_batches or 0) * batch_size
+            tokens, n_bytes = load_bin_tokens("openwebtext" if name == "owt" else name, n_windows, model.config)
+        if len(tokens) < 2:
+            raise UsageError(f"{name} has {len(tokens)} tokens, and one is scored by those before it: give more text")
+        start = time.perf_counter()
+        total, n_scored = score(model, tokens, step, batch_size, autocast_to(device, dtype))
+        seconds = time.perf_counter() - start
+        loss = total / n_scored
+        results[name] = dict(perplexity=math.exp(loss), loss=loss, tokens_scored=n_scored,
+                             bits_per_byte=loss / math.log(2) * len(tokens) / n_bytes, tokens_per_second=n_scored / seconds)
+        print(f"{name:<12} {math.exp(loss):>10.3f} {loss:>8.4f} {n_scored:>13,} "
+              f"{results[name]['bits_per_byte']:>13.4f} {n_scored / seconds:>9,.0f}")
+    if json_out:
+        import json
+
+        Path(json_out).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,77 @@
+"""Tokenize OpenWebText, or your own text, with GPT-2's BPE into data/<out>/{train,val}.bin.
+
+    python prepare_owt.py                                           # OpenWebText: 54 GB to download, 17 GB of tokens
+    python prepare_owt.py --data_files='books/*.txt' --out=books    # local .txt, .jsonl or .parquet, with a `text` column
+
+The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, seed
+2357, an end-of-text token after each document. Any data set name stands for `--dataset=` in the other scripts.
+"""
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from configurator import UsageError, run
+
+out = "openwebtext"  # the name of the data set, a directory under data/
+data_files: str | None = None  # a glob of local .txt, .jsonl or .parquet files, in the place of OpenWebText
+sample_by = "paragraph"  # what a document is in a .txt file: line, paragraph (between blank lines) or document
+val_fraction = 0.0005  # the share of the documents that is held out
+seed = 2357  # of the split
+threads = os.cpu_count() or 1  # that tokenize
+
+HUB_NAME = "Skylion007/openwebtext"
+BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+DOCUMENTS_AT_ONCE = 1000  # read and tokenized together: bounds the memory
+
+
+def load_documents():
+    """The documents as one datasets.Dataset with a column `text`.
+
+    Raises:
+        UsageError: the local files are missing or of an unknown kind.
+        OSError: OpenWebText could not be downloaded.
+    """
+    from datasets import load_dataset
+
+    if data_files is None:
+        try:
+            return load_dataset(HUB_NAME, split="train")
+        except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
+            return load_dataset(HUB_NAME, split="train", revision="refs/convert/parquet")
+    import glob
+
+    files = sorted(glob.glob(data_files, recursive=True))
+    if not files:
+        raise UsageError(f"no files match --data_files={data_files}")
+    kinds = {Path(file).suffix for file in files}
+    if len(kinds) > 1 or not kinds <= BUILDERS.keys():
+        raise UsageError(f"--data_files={data_files} matches {', '.join(sorted(kinds))}; give one kind of {', '.join(BUILDERS)}")
+    builder = BUILDERS[kinds.pop()]
+    options = dict(sample_by=sample_by) if builder == "text" else {}
+    documents = load_dataset(builder, data_files=files, split="train", **options)
+    if "text" not in documents.column_names:
+        raise UsageError(f"--data_files={data_files} has the columns {', '.join(documents.column_names)}, and no `text`")
+    return documents
+
+
+def main():
+    from tqdm import tqdm
+
+    from data import DatasetWriter, GPT2Tokenizer
+
+    tokenizer = GPT2Tokenizer()
+    documents = load_documents()
+    if len(documents) < 2:
+        raise UsageError(f"{len(documents)} documents cannot be split; see --sample_by")
+    parts = documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
+    with DatasetWriter(out, tokenizer, source=data_files or HUB_NAME) as writer, ThreadPoolExecutor(threads) as pool:
+        for split, part in (("val", parts["test"]), ("train", parts["train"])):
+            with tqdm(total=len(part), desc=f"tokenizing {split}", unit="doc", unit_scale=True) as progress:
+                for batch in part.select_columns("text").iter(DOCUMENTS_AT_ONCE):
+                    for tokens in pool.map(tokenizer.encode, batch["text"]):
+                        writer.add(split, tokens)
+                    progress.update(len(batch["text"]))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,67 @@
+"""The pruning initialisation: keep one in N rows of the MLP matrices, as a Kronecker product with zeros and a one.
+
+    python prune.py                     # Krony-PT's: half of c_fc's rows and c_proj's columns → checkpoints/prune_384_3072.pt
+    python prune.py --offset=1          # the odd ones
+    python prune.py --keep=4            # one in four
+    python prune.py --dim=hidden        # hidden units: c_fc's columns and c_proj's rows
+    python prune.py --epsilon=0.01      # let the others learn
+
+What is kept is A; B = [1, 0]ᵀ puts it into the even rows, so that the model starts as the pruned one and is trained on
+from there as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 4 n_embd / N) along the hidden side.
+"""
+from configurator import UsageError, run
+
+init_from = "gpt2"  # what is pruned: a hub name, a Hugging Face directory or a checkpoint
+out: str | None = None  # the file to write, in the place of checkpoints/prune_....pt
+dim = "embd"  # the side along which units are dropped: embd or hidden
+keep = 2  # one in so many is kept
+offset = 0  # which one of them: 0 for even, 1 for odd
+epsilon = 0.0  # what stands in B in the place of the zeros; the gradient of a zero is not zero, but its effect is
+
+
+def prune_matrix(W, dim_1, dim_2, n_factors, offset=0, epsilon=0.0):
+    """W with all but one in N rows (or columns) dropped, as one Kronecker product.
+
+    Args:
+        W: [m, n].
+        dim_1: rows of A: m, or m / N to drop rows.
+        dim_2: columns of A: n, or n / N to drop columns.
+        n_factors: 1.
+        offset: of the one that is kept, among N.
+        epsilon: what B holds for the others.
+
+    Returns:
+        A [1, dim_1, dim_2], the kept rows (columns), and B [1, m/dim_1, n/dim_2], 1 at offset and epsilon elsewhere.
+    """
+    if n_factors != 1:
+        raise ValueError("pruning makes one Kronecker product")
+    m2, n2 = W.shape[0] // dim_1, W.shape[1] // dim_2
+    B = W.new_full((1, m2, n2), epsilon)
+    B.view(-1)[offset] = 1.0
+    row, column = divmod(offset, n2)
+    return W[row::m2, column::n2].contiguous()[None], B
+
+
+def main():
+    from functools import partial
+
+    import checkpoint
+
+    if dim not in ("embd", "hidden"):
+        raise UsageError(f"--dim is embd or hidden, not {dim}")
+    if keep < 2 or not 0 <= offset < keep:
+        raise UsageError(f"--keep is at least 2 and --offset from 0 to keep - 1, not {keep} and {offset}")
+    model, _ = checkpoint.load(init_from)
+    dim_1, dim_2 = model.config.n_embd, model.config.n_hidden
+    if (dim_1 if dim == "embd" else dim_2) % keep:
+        raise UsageError(f"--keep={keep} does not divide the {dim_1 if dim == 'embd' else dim_2} units of --dim={dim}")
+    dim_1, dim_2 = (dim_1 // keep, dim_2) if dim == "embd" else (dim_1, dim_2 // keep)
+    path = out or f"checkpoints/prune_{dim_1}_{dim_2}{f'_offset{offset}' if offset else ''}.pt"
+    approximate = partial(prune_matrix, offset=offset, epsilon=epsilon)
+    checkpoint.save_refactored(model, dim_1, dim_2, [1] * model.config.n_layer, approximate, path,
+                               config=dict(init_from=init_from, dim=dim, keep=keep, offset=offset, epsilon=epsilon))
+    print(f"next: python train.py config/train_gpt2_96m.py --init_from={path}")
+
+
+if __name__ == "__main__":
+    run(main)
