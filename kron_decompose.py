@@ -99,7 +99,7 @@ def print_table(config, limit):
     if not rows:
         raise UsageError(f"no shapes come to {limit:,} parameters: without its MLP matrices the model has {rest:,}, "
                          f"with them {counts['total']:,}")
-    print(f"{'parameters':>12}  {'dim_1':>5}  {'dim_2':>5}  {'factors':>7}  {'multiply-adds of an MLP':>23}  {'rank, at most':>13}")
+    print("  parameters  dim_1  dim_2  factors  multiply-adds of an MLP  rank, at most")
     for total, dim_1, dim_2, r, macs, rank in sorted(rows):
         print(f"{total:>12,}  {dim_1:>5}  {dim_2:>5}  {r:>7}  {macs:>16.2f} × dense  {rank:>13}")
 

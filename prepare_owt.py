@@ -45,7 +45,8 @@ def load_documents():
         raise UsageError(f"no files match --data_files={data_files}")
     kinds = {Path(file).suffix for file in files}
     if len(kinds) > 1 or not kinds <= BUILDERS.keys():
-        raise UsageError(f"--data_files={data_files} matches {', '.join(sorted(kinds))}; give one kind of {', '.join(BUILDERS)}")
+        raise UsageError(f"--data_files={data_files} matches {', '.join(sorted(kinds))}: "
+                         f"give files of one kind, of {', '.join(BUILDERS)}")
     builder = BUILDERS[kinds.pop()]
     options = dict(sample_by=sample_by) if builder == "text" else {}
     documents = load_dataset(builder, data_files=files, split="train", **options)

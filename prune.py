@@ -1,6 +1,6 @@
 """The pruning initialisation: keep one in N rows of the MLP matrices, as a Kronecker product with zeros and a one.
 
-    python prune.py                     # Krony-PT's: half of c_fc's rows and c_proj's columns → checkpoints/prune_384_3072.pt
+    python prune.py                     # Krony-PT's: c_fc's even rows, c_proj's even columns → checkpoints/prune_384_3072.pt
     python prune.py --offset=1          # the odd ones
     python prune.py --keep=4            # one in four
     python prune.py --dim=hidden        # hidden units: c_fc's columns and c_proj's rows

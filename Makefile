@@ -1,0 +1,33 @@
+# make demo: compress, train, export and score a small GPT-2 on Python's documentation, and show the result
+# make test: the tests      make lint: the linter      make clean: remove what these made, but for .venv
+
+PYTHON ?= python3
+VENV := .venv
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/runtime
+	$(VENV)/bin/python prepare_pydocs.py
+	$(VENV)/bin/python train.py config/demo_base.py
+	$(VENV)/bin/python compare.py config/compare_demo.py
+
+test: $(VENV)/dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+
+# torch first: what follows then finds the version that is pinned here
+$(VENV)/runtime: requirements.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/runtime
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf out/demo data/pydocs

@@ -1,0 +1,11 @@
+# `make demo`: Van Loan at two sizes and Krony-PT's pruning, beside the dense base of config/demo_base.py.
+base = "out/demo/base/best.pt"
+train_config = "config/demo_train.py"
+dataset = "pydocs"
+out_dir = "out/demo"
+
+starts = """
+Van Loan (128, 128, 1): kron_decompose.py 128 128 1
+Van Loan (128, 256, 1): kron_decompose.py 128 256 1
+even rows kept (64, 512, 1): prune.py
+"""

@@ -1,0 +1,12 @@
+# What each compressed model of `make demo` gets: a short training on the data of its base.
+dataset = "pydocs"
+
+batch_size = 16
+gradient_accumulation_steps = 1
+max_iters = 400
+learning_rate = 2e-3
+warmup_iters = 20
+beta2 = 0.99
+eval_interval = 50
+eval_iters = 10
+log_interval = 50

@@ -1,0 +1,25 @@
+# The 82M recipe of Krony-PT: GPT-2, Van Loan (768, 768, 1), trained on OpenWebText.
+#   python kron_decompose.py 768 768 1
+#   torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py
+init_from = "checkpoints/VL_768_768_1.pt"
+out_dir = "out/VL_768_768_1"
+dataset = "openwebtext"
+
+# 32 sequences × 1024 tokens × 12 micro-steps over all GPUs = 393,216 tokens a step
+batch_size = 32
+block_size = 1024
+gradient_accumulation_steps = 12
+max_iters = 30000
+
+learning_rate = 6e-5
+min_lr = 6e-6
+warmup_iters = 500
+weight_decay = 0.1
+
+eval_interval = 500
+eval_iters = 50
+log_interval = 10
+
+wandb_mode = "online"
+wandb_project = "kronygpt"
+wandb_run_name = "VL_768_768_1"

@@ -1,0 +1,25 @@
+# 96M: GPT-2 with every second row of c_fc and column of c_proj kept, (384, 3072, 1).
+#   python prune.py
+#   torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_96m.py
+init_from = "checkpoints/prune_384_3072.pt"
+out_dir = "out/prune_384_3072"
+dataset = "openwebtext"
+
+# 32 sequences × 1024 tokens × 12 micro-steps over all GPUs = 393,216 tokens a step
+batch_size = 32
+block_size = 1024
+gradient_accumulation_steps = 12
+max_iters = 30000
+
+learning_rate = 6e-5
+min_lr = 6e-6
+warmup_iters = 500
+weight_decay = 0.1
+
+eval_interval = 500
+eval_iters = 50
+log_interval = 10
+
+wandb_mode = "online"
+wandb_project = "kronygpt"
+wandb_run_name = "prune_384_3072"

@@ -1,0 +1,24 @@
+# Ten steps with a very large batch, 32 × 1024 × 480 = 15.7M tokens each: a long run ends more quietly with it.
+#   torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.py config/train_gpt2_bigbatch.py
+# or from any checkpoint, with --init_from=...
+init_from = "out/VL_768_768_1/best.pt"
+out_dir = "out/VL_768_768_1_bigbatch"
+dataset = "openwebtext"
+
+batch_size = 32
+block_size = 1024
+gradient_accumulation_steps = 480
+max_iters = 10
+
+learning_rate = 6e-5
+decay_lr = False
+warmup_iters = 0
+weight_decay = 0.1
+
+eval_interval = 5
+eval_iters = 50
+log_interval = 1
+
+wandb_mode = "online"
+wandb_project = "kronygpt"
+wandb_run_name = "VL_768_768_1_bigbatch"
