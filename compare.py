@@ -101,6 +101,7 @@ def draw(rows):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import StrMethodFormatter
 
     dense, compressed = rows[0], rows[1:]
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -114,6 +115,8 @@ def draw(rows):
                       arrowprops=dict(arrowstyle="->", color=line.get_color(), shrinkA=6, shrinkB=6))
     axes.set(yscale="log", xlabel="parameters (millions)", ylabel=f"perplexity on held-out {dataset}",
              title="Parameters against perplexity: before (open) and after training")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter(StrMethodFormatter("{x:g}"))
     axes.margins(x=0.15)
     axes.grid(alpha=0.3, which="both")
     axes.legend()

@@ -195,8 +195,10 @@ def load_tokens(name, split, vocab_size, block_size=1):
     return np.memmap(path, dtype=TOKEN_TYPE, mode="r")
 
 
-def windows(tokens, starts, block_size, vocab_size):
+def windows(tokens, starts, block_size, vocab_size, device="cpu"):
     """Inputs and targets (len(starts), block_size), int64 tensors, of the windows that begin at starts.
+
+    A GPU is not waited for: it may still be at work on the last batch while this one is read and sent.
 
     Raises:
         DataError: a token that the vocabulary does not have.
@@ -209,7 +211,9 @@ def windows(tokens, starts, block_size, vocab_size):
         where = f"{getattr(tokens, 'filename', 'the data')}, position {starts[row] + column}"
         raise DataError(f"token {rows[row, column]} in {where}: the model's vocabulary ends at {vocab_size - 1}")
     rows = torch.from_numpy(rows.astype(np.int64))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    if torch.device(device).type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows[:, :-1].to(device), rows[:, 1:].to(device)
 
 
 def batch_starts(n_tokens, block_size, seed, step, global_batch_size):

@@ -17,6 +17,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100  # a target with this value is not scored (the default of F.cross_entropy)
+COPY = 64  # multiply-adds that take as long as writing one number to memory; 32 to 500 choose alike
+WIDE = 16  # columns from which a batch of small products beats one large product on a transposed copy
+LOGITS_AT_ONCE = 2**24  # numbers in the logits of one chunk of the loss (64 MiB in float32)
 GPT2_HEAD_DIM = 64  # n_embd / n_head in GPT-2 small, medium, large and xl
 
 
@@ -119,50 +122,169 @@ class KronyGPTConfig:
 
 def kron_weight(A, B):
     """The dense matrix sum_f A_f ⊗ B_f [m1*m2, n1*n2] of A [r, m1, n1] and B [r, m2, n2]."""
-    (_, m1, n1), (_, m2, n2) = A.shape, B.shape
-    return torch.einsum("rij,rkl->ikjl", A, B).reshape(m1 * m2, n1 * n2)
+    (r, m1, n1), (_, m2, n2) = A.shape, B.shape
+    if r == 1:
+        W = A[0, :, None, :, None] * B[0, None, :, None, :]  # (m1, m2, n1, n2)
+    else:
+        W = (A.flatten(1).T @ B.flatten(1)).view(m1, n1, m2, n2).transpose(1, 2)  # the sum over f is one product
+    return W.reshape(m1 * m2, n1 * n2)
 
 
-def multiply_adds(sides, r, tokens=math.inf):
-    """Multiply-adds per token of x (sum of r A ⊗ B) in each order of contraction.
+def multiply_adds(sides, r):
+    """Multiply-adds per token of x (sum of r A ⊗ B), in each order of contraction.
 
     Args:
         sides: (m1, n1, m2, n2) of A [r, m1, n1] and B [r, m2, n2].
-        tokens: how many share the cost of building W.
 
     Returns:
-        {"A": A first, "B": B first, "W": W built once and multiplied}
+        {"A": A first, "B": B first, "W": W built once and multiplied}; building W is not counted.
     """
     m1, n1, m2, n2 = sides
-    return {"A": r * m2 * n1 * (m1 + n2), "B": r * m1 * n2 * (m2 + n1), "W": m1 * m2 * n1 * n2 * (1 + r / tokens)}
+    return {"A": r * n1 * m2 * (m1 + n2), "B": r * m1 * n2 * (m2 + n1), "W": m1 * m2 * n1 * n2}
 
 
-def kron_linear(x, A, B, bias):
+def contraction_order(sides, r, tokens):
+    """The cheapest order in which to contract x with r A ⊗ B: "A" first, "B" first, or "W" built and multiplied.
+
+    The cost counts multiply-adds and, as COPY of them, each element of an intermediate that is written to memory:
+
+        A:  T r n1 m2 (m1 + n2)  +  COPY T (r n1 m2 + [1 < m2 < WIDE] (m1 m2 + r n1 m2))
+        B:  T r m1 n2 (m2 + n1)  +  COPY T (r m1 n2 + [1 < n2 < WIDE] (n1 n2 + r m1 n2))
+        W:  (T + r) m1 m2 n1 n2  +  COPY 2 m1 m2 n1 n2
+
+    with T tokens; the brackets are the transposed copies in `multiply_left`. Backward costs twice as much in every order.
+    """
+    m1, n1, m2, n2 = sides
+    macs = multiply_adds(sides, r)
+    after_a, after_b, dense = r * n1 * m2, r * m1 * n2, m1 * m2 * n1 * n2
+    costs = {
+        "A": tokens * (macs["A"] + COPY * (after_a + (1 < m2 < WIDE) * (m1 * m2 + after_a))),
+        "B": tokens * (macs["B"] + COPY * (after_b + (1 < n2 < WIDE) * (n1 * n2 + after_b))),
+        "W": tokens * macs["W"] + r * dense + COPY * 2 * dense,
+    }
+    return min(costs, key=costs.get)
+
+
+class SharedLeftProduct(torch.autograd.Function):
+    """L [p, q] @ X [T, q, s] -> [T, p, s] with one L for all T.
+
+    Autograd's own backward of the broadcast product would make a gradient of L for each of the T and add them up.
+    """
+
+    @staticmethod
+    def forward(L, X):
+        return torch.bmm(L.expand(len(X), -1, -1), X)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        L, X = ctx.saved_tensors
+        grad_L = grad_X = None
+        if ctx.needs_input_grad[0]:
+            grad_L = grad.transpose(0, 1).flatten(1) @ X.transpose(0, 1).flatten(1).T
+        if ctx.needs_input_grad[1]:
+            grad_X = torch.bmm(L.T.expand(len(X), -1, -1), grad)
+        return grad_L, grad_X
+
+
+def multiply_left(L, X):
+    """L [p, q] @ X [T, q, s] -> [T, p, s]: batched where the products are wide, else one large one on a transposed copy."""
+    T, q, s = X.shape
+    if s == 1:
+        return (X.reshape(T, q) @ L.T)[:, :, None]
+    if s < WIDE:
+        return (X.transpose(1, 2).reshape(T * s, q) @ L.T).view(T, s, -1).transpose(1, 2)
+    return SharedLeftProduct.apply(L, X)
+
+
+def kron_linear(x, A, B, bias, order=None):
     """x (sum_f A_f ⊗ B_f) + bias, without the Kronecker products where that is cheaper.
+
+        y[t, j1, j2] = sum over f, i1, i2 of x[t, i1, i2] A[f, i1, j1] B[f, i2, j2]
 
     Args:
         x: (..., m1*m2).
         A: [r, m1, n1].
         B: [r, m2, n2].
         bias: [n1*n2].
+        order: "A", "B" or "W", to force an order; contraction_order chooses if left out.
 
     Returns:
         (..., n1*n2)
     """
+    if torch.is_autocast_enabled(x.device.type):  # for what autocast does not know: broadcast and batched products
+        x, A, B = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, A, B))
     (r, m1, n1), (_, m2, n2) = A.shape, B.shape
-    tokens = x.numel() // (m1 * m2)
-    costs = multiply_adds((m1, n1, m2, n2), r, tokens)
-    order = min(costs, key=costs.get)
+    rows = x.reshape(-1, m1 * m2)
+    T = len(rows)
+    order = order or contraction_order((m1, n1, m2, n2), r, T)
     if order == "W":
-        return x @ kron_weight(A, B) + bias
-    x = x.unflatten(-1, (m1, m2))  # (..., m1, m2)
-    if order == "A":
-        y = torch.einsum("...ik,rij->...jrk", x, A)  # (..., n1, r, m2)
-        y = y.flatten(-2) @ B.flatten(0, 1)  # (..., n1, n2)
+        y = rows @ kron_weight(A, B)
+    elif order == "A":
+        z = multiply_left(A.permute(2, 0, 1).reshape(n1 * r, m1), rows.view(T, m1, m2))  # (T, n1*r, m2)
+        z = z.reshape(T * n1, r * m2)
+        y = z * B[0] if r * m2 == 1 else z @ B.reshape(r * m2, n2)  # (T*n1, n2)
     else:
-        y = torch.einsum("...ik,rkl->...lri", x, B)  # (..., n2, r, m1)
-        y = (y.flatten(-2) @ A.flatten(0, 1)).mT  # (..., n1, n2)
-    return y.flatten(-2) + bias
+        z = rows.view(T * m1, m2) @ B.transpose(0, 1).reshape(m2, r * n2)  # (T*m1, r*n2)
+        y = multiply_left(A.permute(2, 1, 0).reshape(n1, m1 * r), z.view(T, m1 * r, n2))  # (T, n1, n2)
+    return y.reshape(*x.shape[:-1], n1 * n2) + bias
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of x W^T against targets, a chunk of tokens at a time, so that memory does not grow with
+    tokens × vocabulary. Forward computes the gradients as well, while it has the logits of a chunk."""
+
+    @staticmethod
+    def forward(ctx, x, W, targets, dtype, with_grad):
+        n = (targets != IGNORE_INDEX).sum().clamp(min=1)
+        W_cast = W.to(dtype)
+        grad_x = torch.empty_like(x) if with_grad and ctx.needs_input_grad[0] else None
+        grad_W = torch.zeros_like(W) if with_grad and ctx.needs_input_grad[1] else None
+        total = x.new_zeros((), dtype=torch.float32)
+        chunk = max(1, LOGITS_AT_ONCE // len(W))
+        for rows, wanted, out in zip(x.to(dtype).split(chunk), targets.split(chunk),
+                                     (x if grad_x is None else grad_x).split(chunk)):
+            kept = (wanted != IGNORE_INDEX)[:, None]
+            wanted = wanted[:, None].clamp(min=0)
+            logits = (rows @ W_cast.T).float()  # (chunk, vocab_size)
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            total += ((normalizer - logits.gather(1, wanted)) * kept).sum()
+            if grad_x is None and grad_W is None:
+                continue
+            grad = logits.sub_(normalizer).exp_()  # softmax - onehot, over the number of tokens
+            grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0)).mul_(kept / n)
+            grad = grad.to(dtype)
+            if grad_x is not None:
+                out.copy_(grad @ W_cast)
+            if grad_W is not None:
+                grad_W.addmm_(grad.T, rows) if dtype == W.dtype else grad_W.add_(grad.T @ rows)
+        ctx.save_for_backward(grad_x, grad_W)
+        return total / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        scaled = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)  # in place: they are as large as W
+        return *scaled, None, None, None
+
+
+def linear_cross_entropy(x, W, targets):
+    """Mean cross entropy in nats, a float32 scalar, of logits x W^T that are never whole in memory.
+
+    Under autocast the products are in its type and everything else is in float32. It can be differentiated once.
+    (F.linear_cross_entropy of torch 2.13 ignores autocast, and gives nan gradients where all targets are ignored.)
+
+    Args:
+        x: (T, C).
+        W: (vocab_size, C).
+        targets: (T,), IGNORE_INDEX where not scored; if none is, the loss is 0.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        return ChunkedCrossEntropy.apply(x, W, targets, dtype, torch.is_grad_enabled())
 
 
 class KronyMLP(nn.Module):
@@ -194,33 +316,56 @@ class KronyMLP(nn.Module):
         return self.dropout(x)
 
 
+class KVCache:
+    """Keys and values of the tokens seen so far, in every layer."""
+
+    def __init__(self, n_layer, length):
+        self.layers = [None] * n_layer  # of (2, B, n_head, length, C/n_head)
+        self.length = length
+        self.seen = 0
+
+    def extend(self, layer, k, v):
+        """Append k and v (B, n_head, T, C/n_head) of the newest tokens; returns those of all tokens."""
+        if self.layers[layer] is None:
+            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.length, k.shape[3])
+        store = self.layers[layer]
+        end = self.seen + k.shape[2]
+        store[0, :, :, self.seen:end], store[1, :, :, self.seen:end] = k, v
+        return store[:, :, :, :end].unbind()
+
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
+        self.layer = layer
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x):
+    def forward(self, x, cache=None):
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, C/n_head)
                    for part in self.c_attn(x).chunk(3, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        is_causal = q.shape[2] > 1  # a single token sees all of the cache; several come only when it is empty
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout)
         y = y.transpose(1, 2).flatten(-2)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
 
 class Block(nn.Module):
-    def __init__(self, config, r):
+    def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = KronyMLP(config, r)
+        self.mlp = KronyMLP(config, config.factors[layer])
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -237,7 +382,7 @@ class KronyGPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config, r) for r in config.factors),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -272,28 +417,33 @@ class KronyGPT(nn.Module):
                 if small[0].numel() == 1:
                     small.fill_(1.0)
 
-    def hidden(self, idx):
+    def hidden(self, idx, cache=None):
         """The final hidden state (B, T, C), after the last layer norm, of tokens idx (B, T).
+
+        With a KVCache, idx continues the tokens that it has seen: any number of them at first, then one at a time.
 
         Raises:
             ModelError: more than block_size tokens.
         """
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise ModelError(f"{T} tokens do not fit into the context of {self.config.block_size}")
-        position = torch.arange(T, device=idx.device)
+        start = 0 if cache is None else cache.seen
+        end = start + idx.shape[1]
+        if end > self.config.block_size:
+            raise ModelError(f"{end} tokens do not fit into the context of {self.config.block_size}")
+        position = torch.arange(start, end, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))  # (B, T, C)
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, cache)
+        if cache is not None:
+            cache.seen = end
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
         """Logits (B, T, vocab_size) of idx (B, T), or with targets (B, T) the mean cross entropy over those that are
         not IGNORE_INDEX."""
-        logits = self.lm_head(self.hidden(idx))
+        x = self.hidden(idx)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
+            return self.lm_head(x)
+        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
@@ -309,11 +459,19 @@ class KronyGPT(nn.Module):
         Returns:
             (B, T + max_new_tokens)
         """
+        block_size = self.config.block_size
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
         was_training = self.training
         self.eval()
+        cache = None
         for _ in range(max_new_tokens):
-            x = self.hidden(idx[:, -self.config.block_size:])
+            if idx.shape[1] > block_size:  # the window slides, so every token has a new position: nothing can be kept
+                x = self.hidden(idx[:, -block_size:])
+            elif cache is None:
+                cache = KVCache(self.config.n_layer, min(idx.shape[1] + max_new_tokens, block_size))
+                x = self.hidden(idx, cache)
+            else:
+                x = self.hidden(idx[:, -1:], cache)
             logits = self.lm_head(x[:, -1]).float()  # (B, vocab_size)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]

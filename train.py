@@ -211,9 +211,9 @@ def main():
         total = torch.zeros((), device=where)
         for begin in range(0, len(starts), batch_size):
             chunk = starts[begin:begin + batch_size]
-            x, y = windows(tokens[split], chunk, context, model.config.vocab_size)
+            x, y = windows(tokens[split], chunk, context, model.config.vocab_size, where)
             with autocast:
-                total += model(x.to(where), y.to(where)) * len(chunk)
+                total += model(x, y) * len(chunk)
         model.train()
         return mean_over_processes(total, len(starts))
 
@@ -264,11 +264,12 @@ def main():
         total = torch.zeros((), device=where)
         for micro_step in range(micro_steps):
             begin = (micro_step * world_size + rank) * batch_size
-            x, y = windows(tokens["train"], starts[begin:begin + batch_size], context, model.config.vocab_size)
+            rows = starts[begin:begin + batch_size]
+            x, y = windows(tokens["train"], rows, context, model.config.vocab_size, where)
             is_last = micro_step == micro_steps - 1
             with runner.no_sync() if world_size > 1 and not is_last else nullcontext():  # gradients are reduced once
                 with autocast:
-                    loss = runner(x.to(where, non_blocking=True), y.to(where, non_blocking=True)) / micro_steps
+                    loss = runner(x, y) / micro_steps
                 loss.backward()
             total += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
