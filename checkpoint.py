@@ -163,7 +163,9 @@ def read_file(path):
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} is no checkpoint: it is not a file of torch.save, or it holds more than tensors "
                               "and plain types and is not loaded, because it could run code") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle can make the unpickler raise anything
         raise CheckpointError(f"{path} cannot be read: it is truncated or damaged ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__}")

@@ -211,5 +211,5 @@ def run(main):
         status = getattr(error, "exit_status", 2 if missing else 1)
         if not (missing or isinstance(error, OSError) or hasattr(error, "exit_status")):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(status)

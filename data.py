@@ -57,7 +57,7 @@ class BytesTokenizer:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(TOKEN_TYPE)
 
     def decode(self, tokens):
-        return bytes(tokens).decode(errors="replace")
+        return np.asarray(tokens, dtype=np.uint8).tobytes().decode(errors="replace")
 
 
 def get_tokenizer(name):

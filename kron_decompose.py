@@ -144,10 +144,10 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     if dim_1 and not n_factors:
         raise UsageError("give all three of dim_1 dim_2 n_factors, or none of them for the table of shapes")
     if not dim_1 and init_from in GPT2_SIZES:
-        from model import KronyGPTConfig
+        from model import GPT2_HEAD_DIM, KronyGPTConfig
 
         n_layer, n_embd = GPT2_SIZES[init_from]
-        return print_table(KronyGPTConfig(n_layer=n_layer, n_embd=n_embd), limit)
+        return print_table(KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // GPT2_HEAD_DIM), limit)
 
     import checkpoint
     from model import KronyGPTConfig

@@ -88,8 +88,8 @@ class KronyGPTConfig:
     factors: int | tuple[int, ...] = 1
 
     def __post_init__(self):
-        self.dim_1 = self.dim_1 or self.n_embd
-        self.dim_2 = self.dim_2 or self.n_hidden
+        self.dim_1 = self.n_embd if self.dim_1 is None else self.dim_1
+        self.dim_2 = self.n_hidden if self.dim_2 is None else self.dim_2
         if isinstance(self.factors, int):
             self.factors = (self.factors,) * self.n_layer
         self.factors = tuple(self.factors)
@@ -224,11 +224,11 @@ def kron_linear(x, A, B, bias, order=None):
     if order == "W":
         y = rows @ kron_weight(A, B)
     elif order == "A":
-        z = multiply_left(A.permute(2, 0, 1).reshape(n1 * r, m1), rows.view(T, m1, m2))  # (T, n1*r, m2)
+        z = multiply_left(A.permute(2, 0, 1).reshape(n1 * r, m1), rows.reshape(T, m1, m2))  # (T, n1*r, m2)
         z = z.reshape(T * n1, r * m2)
         y = z * B[0] if r * m2 == 1 else z @ B.reshape(r * m2, n2)  # (T*n1, n2)
     else:
-        z = rows.view(T * m1, m2) @ B.transpose(0, 1).reshape(m2, r * n2)  # (T*m1, r*n2)
+        z = rows.reshape(T * m1, m2) @ B.transpose(0, 1).reshape(m2, r * n2)  # (T*m1, r*n2)
         y = multiply_left(A.permute(2, 1, 0).reshape(n1, m1 * r), z.view(T, m1 * r, n2))  # (T, n1, n2)
     return y.reshape(*x.shape[:-1], n1 * n2) + bias
 
@@ -294,17 +294,18 @@ class KronyMLP(nn.Module):
         super().__init__()
         m1, n1, m2, n2 = config.sides
         self.c_fc_0 = nn.Parameter(torch.empty(r, m1, n1))
-        self.c_fc_1 = nn.Parameter(torch.empty(r, m2, n2))
         self.c_proj_0 = nn.Parameter(torch.empty(r, n1, m1))
+        self.c_fc_1 = nn.Parameter(torch.empty(r, m2, n2))
         self.c_proj_1 = nn.Parameter(torch.empty(r, n2, m2))
+        if r * m2 * n2 == 1:
+            # A ⊗ [[b]] is A times b: a second name for the scale of A. It is no parameter, so that the dense member of
+            # the family has GPT-2's parameters and trains as GPT-2 does.
+            for name in ("c_fc_1", "c_proj_1"):
+                delattr(self, name)
+                self.register_buffer(name, torch.ones(1, 1, 1))
         self.c_fc_bias = nn.Parameter(torch.zeros(config.n_hidden))
         self.c_proj_bias = nn.Parameter(torch.zeros(config.n_embd))
         self.dropout = nn.Dropout(config.dropout)
-        for A, B in self.factor_pairs():
-            # A ⊗ [[b]] is A times b: a second name for A's scale. It stays as it is, so that the dense member of
-            # the family trains as GPT-2 does.
-            B.requires_grad = r > 1 or B.numel() > 1
-            A.requires_grad = r > 1 or A.numel() > 1 or B.numel() == 1
 
     def factor_pairs(self):
         return (self.c_fc_0, self.c_fc_1), (self.c_proj_0, self.c_proj_1)

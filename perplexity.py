@@ -11,6 +11,7 @@ data set are joined by blank lines. The text is cut into windows of the model's 
 token of a window has nothing before it and is not scored in that window. Perplexity is exp of the mean loss over the
 tokens scored; bits per byte spreads that mean over the text's bytes.
 """
+import json
 import math
 import sys
 import time
@@ -32,10 +33,8 @@ OWT_BATCHES = 200
 
 def load_rows(name):
     """The texts of a data set: wiki103, wiki2, lambada, or a path to a .txt or .jsonl."""
-    from datasets import load_dataset
-
-    path, options = {"wiki103": (wikitext, dict(name="wikitext-103-v1")), "wiki2": (wikitext, dict(name="wikitext-2-v1")),
-                     "lambada": (lambada, {})}.get(name, (name, {}))
+    path, config = {"wiki103": (wikitext, "wikitext-103-v1"), "wiki2": (wikitext, "wikitext-2-v1"),
+                    "lambada": (lambada, None)}.get(name, (name, None))
     if path.endswith((".txt", ".jsonl")) and not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}")
     if path.endswith(".txt"):
@@ -44,13 +43,30 @@ def load_rows(name):
         except UnicodeDecodeError as error:
             raise UsageError(f"{path} is not UTF-8 text: {error}") from None
     if path.endswith(".jsonl"):
-        return load_dataset("json", data_files=path, split="train")["text"]
+        return read_jsonl(path)
+    from datasets import load_dataset
+
     try:
-        return load_dataset(path, split="test", **options)["text"]
+        if Path(path).is_dir():  # by its files: `datasets` takes two directories of one name for the same data
+            files = f"{path}/{config}/test-*.parquet"
+            return load_dataset("parquet", data_files=files, split="train")["text"]
+        return load_dataset(path, config, split="test")["text"]
     except (OSError, ValueError) as error:
         local = "--wikitext=DIRECTORY" if name != "lambada" else "--lambada=FILE.jsonl"
         raise OSError(f"cannot load {name} from {path} ({type(error).__name__}); "
                       f"with no network, {local} reads a local copy") from None
+
+
+def read_jsonl(path):
+    """The `text` of each line."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError):
+                raise UsageError(f"{path}, line {number} is not JSON with a `text`") from None
+    return rows
 
 
 def load_text_tokens(name, vocab_size):
@@ -126,11 +142,13 @@ def main(ckpt, dataset=None, n_batches=None):
     import checkpoint
     from model import autocast_to, pick_device
 
+    if batch_size < 1:
+        raise UsageError(f"--batch_size is at least 1, not {batch_size}")
     if n_batches is not None and not n_batches.isdecimal():
         raise UsageError(f"n_batches is a whole number, not {n_batches}")
     model, _ = checkpoint.load(ckpt)
     model.to(pick_device(device)).eval()
-    step = stride or model.config.block_size
+    step = model.config.block_size if stride is None else stride
     if not 1 <= step <= model.config.block_size:
         raise UsageError(f"--stride is from 1 to the model's context of {model.config.block_size}, not {step}")
     results = {}
@@ -152,8 +170,6 @@ def main(ckpt, dataset=None, n_batches=None):
         print(f"{name:<12} {math.exp(loss):>10.3f} {loss:>8.4f} {n_scored:>13,} "
               f"{results[name]['bits_per_byte']:>13.4f} {n_scored / seconds:>9,.0f}")
     if json_out:
-        import json
-
         Path(json_out).write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -197,6 +197,10 @@ def main():
         if wandb_run:
             wandb_run.log(entry, step=entry["step"])
 
+    def fail(what, bad_step):
+        raise NotFiniteError(f"{what} not finite with step {bad_step} at learning rate {learning_rate_at(bad_step):.2e}, "
+                             f"rank {rank}; {out_dir}/ckpt.pt is the last good checkpoint: try a lower rate or --grad_clip")
+
     def mean_over_processes(total, count):
         pair = torch.stack((total.double(), torch.tensor(float(count), device=where, dtype=torch.double)))
         if world_size > 1:
@@ -218,12 +222,16 @@ def main():
         return mean_over_processes(total, len(starts))
 
     def save(name, with_optimizer):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            fail("the weights are", step - 1)
         if is_main:
             checkpoint.save(Path(out_dir, name), model, optimizer if with_optimizer else None, step, best_val_loss, options)
 
     def evaluate_and_keep_best():
         nonlocal best_val_loss
         train_loss, val_loss = evaluate("train"), evaluate("val")
+        if not math.isfinite(train_loss + val_loss):
+            fail("the evaluation's loss is", step - 1)
         if is_main:
             print(f"step {step:>6} | train loss {train_loss:.4f} | val loss {val_loss:.4f}")
             report(step=step, train_loss=train_loss, val_loss=val_loss)
@@ -284,9 +292,7 @@ def main():
         is_last = stopping or step == max_iters
         if is_last or step % log_interval == 0 or step % eval_interval == 0:
             if first_bad_step >= 0:
-                raise NotFiniteError(f"the loss or the gradient is not finite in step {first_bad_step.item()} at learning "
-                                     f"rate {learning_rate_at(first_bad_step.item()):.2e}, rank {rank}; {out_dir}/ckpt.pt "
-                                     "is the last good checkpoint: try a lower rate or --grad_clip")
+                fail("the loss or the gradient is", first_bad_step.item())
             loss = mean_over_processes(total, 1)
             if is_main:
                 seconds = time.perf_counter() - interval_start

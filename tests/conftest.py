@@ -1,0 +1,75 @@
+"""What the tests share. All of them run offline; those that use ../shared skip where it is absent."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is imported
+
+import torch  # noqa: E402
+
+from model import KronyGPT, KronyGPTConfig  # noqa: E402
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """The directory ../shared, whose GPT-2 BPE files tiktoken then takes."""
+    if not SHARED.is_dir():
+        pytest.skip(f"../shared is not here: {SHARED}")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "data" / "tiktoken_cache"))
+    return SHARED
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@torch.no_grad()
+def randomize_vectors(model):
+    """Move biases from 0 and layer norms from 1, where a lost one would not show."""
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.add_(torch.randn_like(p), alpha=0.1)
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(tmp_path_factory):
+    """A Hugging Face directory with a small random GPT-2: 2 layers, 64 wide, 4 heads, context 32, vocabulary 256."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=4, n_positions=32, vocab_size=256,
+                                       initializer_range=0.2))  # at 0.02 the logits hardly depend on the context
+    randomize_vectors(model)
+    directory = tmp_path_factory.mktemp("hf") / "gpt2"
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def small_model():
+    """A random KronyGPT with biases and factors that differ between its two layers."""
+    torch.manual_seed(0)
+    model = KronyGPT(KronyGPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=1, n_embd=64, dim_1=32, dim_2=64,
+                                    factors=(1, 2)))
+    randomize_vectors(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Run a script of the repository, or one of the test's own by its absolute path, and return what it said."""
+    def run(script, *args, cwd=None, env=None, timeout=120):
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+        return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, env=environment,
+                              capture_output=True, text=True, timeout=timeout)
+
+    return run

@@ -1,0 +1,271 @@
+"""Batches, .bin files, tokenizers, and the scripts that make data sets."""
+import json
+
+import numpy as np
+import pytest
+
+import data
+import prepare_pydocs
+from data import BytesTokenizer, DataError, DatasetWriter, batch_starts, load_meta, load_tokens, step_seed, windows
+
+META = dict(vocab_size=256, tokenizer="bytes")
+TEXTS = [f"Document {i}: " + "a few words, and naïve café 文字. " * (i % 7 + 1) for i in range(60)]
+TEXTS[7] = "A special token in a text, <|endoftext|>, is plain text."
+
+
+def write_dataset(name, train, val=b"", meta=META):
+    """data/<name>/ with these tokens, or bytes of the files, and this meta.json (a dict, text, or None for no file)."""
+    directory = data.DATA_DIR / name
+    directory.mkdir(parents=True)
+    for split, tokens in (("train", train), ("val", val)):
+        content = tokens if isinstance(tokens, bytes) else np.array(tokens, dtype="<u2").tobytes()
+        directory.joinpath(f"{split}.bin").write_bytes(content)
+    if meta is not None:
+        directory.joinpath("meta.json").write_text(meta if isinstance(meta, str) else json.dumps(meta))
+    return directory
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def read_bin(path):
+    return np.fromfile(path, dtype="<u2")
+
+
+def test_the_batch_of_a_step_is_a_function_of_seed_and_step():
+    steps = {step: batch_starts(1000, 10, 1, step, 64) for step in range(50)}
+    for step in 49, 3, 0, 27:  # in any order, as a resumed run asks for them
+        assert np.array_equal(batch_starts(1000, 10, 1, step, 64), steps[step])
+    assert len({tuple(starts) for starts in steps.values()}) == 50
+    assert not np.array_equal(batch_starts(1000, 10, 2, 0, 64), steps[0])
+
+
+def test_windows_begin_everywhere_that_a_block_and_its_last_target_fit():
+    starts = np.concatenate([batch_starts(20, 12, 0, step, 100) for step in range(20)])
+    values, counts = np.unique(starts, return_counts=True)
+    assert values.tolist() == list(range(8))  # the last window is tokens 7 to 19
+    assert counts.min() > 150  # of 250 expected
+
+
+def test_the_slices_of_two_ranks_make_the_batch_of_one_process():
+    tokens = np.arange(500, dtype=np.uint16)
+    starts = batch_starts(len(tokens), 8, 5, 3, 12)
+    x, y = windows(tokens, starts, 8, 500)
+    ranks = [windows(tokens, batch_starts(len(tokens), 8, 5, 3, 12)[6 * rank:6 * rank + 6], 8, 500) for rank in (0, 1)]
+    for whole, halves in zip((x, y), zip(*ranks)):
+        assert np.array_equal(whole, np.concatenate(halves))
+    assert len({tuple(row) for row in x.tolist()}) > 6
+
+
+def test_targets_are_the_inputs_shifted_by_one():
+    tokens = np.random.default_rng(0).integers(256, size=100).astype(np.uint16)
+    x, y = windows(tokens, [0, 3, 91], 8, 256)
+    assert x.shape == y.shape == (3, 8) and str(x.dtype) == str(y.dtype) == "torch.int64"
+    for row, start in enumerate([0, 3, 91]):
+        assert x[row].tolist() == tokens[start:start + 8].tolist()
+        assert y[row].tolist() == tokens[start + 1:start + 9].tolist()
+
+
+def test_what_is_random_in_a_step_differs_by_seed_step_and_rank():
+    seeds = [step_seed(seed, step, rank) for seed in range(3) for step in range(20) for rank in range(3)]
+    assert len(set(seeds)) == len(seeds)
+    assert seeds[0] == step_seed(0, 0, 0)
+
+
+def test_evaluation_windows_spread_over_the_whole_split():
+    starts = data.even_starts(1001, 100, 10)
+    assert (starts[0], starts[-1]) == (0, 900)  # the last token is the last target
+    assert starts.tolist() == [i * 100 for i in range(10)]
+
+
+def test_tokens_beyond_the_vocabulary_are_an_error_that_names_the_place(workdir):
+    write_dataset("a", [1, 2, 3, 256, 5, 6])
+    tokens = load_tokens("a", "train", 256, block_size=2)
+    assert windows(tokens, [0], 2, 256)[1].tolist() == [[2, 3]]
+    for starts in [1], [0, 2]:  # as a target, and as an input
+        with pytest.raises(DataError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
+            windows(tokens, starts, 2, 256)
+
+
+def test_a_bin_file_is_read_as_it_was_written(workdir):
+    write_dataset("a", range(200), range(50))
+    assert load_tokens("a", "train", 256).tolist() == list(range(200))
+    assert load_tokens("a", "val", 256).tolist() == list(range(50))
+
+
+def test_a_bin_file_shorter_than_a_block_is_an_error(workdir):
+    write_dataset("a", range(9), b"")
+    assert len(load_tokens("a", "train", 256, block_size=8)) == 9
+    with pytest.raises(DataError, match=r"train.bin has 9 tokens, and a block takes 10"):
+        load_tokens("a", "train", 256, block_size=9)
+    with pytest.raises(DataError, match=r"val.bin has 0 tokens"):
+        load_tokens("a", "val", 256)
+
+
+def test_an_odd_number_of_bytes_is_an_error(workdir):
+    write_dataset("a", bytes(101))
+    with pytest.raises(DataError, match=r"train\.bin has 101 bytes, an odd number"):
+        load_tokens("a", "train", 256)
+
+
+def test_a_missing_data_set_names_the_command_that_makes_it(workdir):
+    write_dataset("mine", range(9))
+    for name, command in ("openwebtext", "python prepare_owt.py"), ("pydocs", "python prepare_pydocs.py"), \
+            ("books", "python prepare_owt.py --data_files=.* --out=books"):
+        with pytest.raises(FileNotFoundError, match=f"no data set in data/{name}; make it with: {command}.*there are: mine"):
+            load_tokens(name, "train", 256)
+        with pytest.raises(FileNotFoundError, match=command):
+            load_meta(name)
+
+
+def test_a_missing_split_is_an_error(workdir):
+    (write_dataset("a", range(9)) / "val.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no data/a/val\.bin"):
+        load_tokens("a", "val", 256)
+
+
+@pytest.mark.parametrize("meta", ["", "{", "[]", "3", "{}", '{"vocab_size": 256}', '{"vocab_size": 256, "tokenizer": 3}',
+                                  '{"vocab_size": "many", "tokenizer": "gpt2"}'])
+def test_a_damaged_meta_json_is_an_error(workdir, meta):
+    write_dataset("a", range(9), meta=meta)
+    for read in (lambda: load_meta("a"), lambda: load_tokens("a", "train", 256)):
+        with pytest.raises(DataError, match=r"data/a/meta\.json is damaged") as caught:
+            read()
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_directory_of_nanogpt_holds_gpt2_tokens(workdir):
+    write_dataset("a", [50256, 11, 0], meta=None)
+    assert load_meta("a") == dict(vocab_size=50257, tokenizer="gpt2")
+    for vocab_size in 50257, 50304:  # nanoGPT pads the vocabulary to a multiple of 64
+        assert load_tokens("a", "train", vocab_size).tolist() == [50256, 11, 0]
+
+
+def test_data_and_a_model_of_other_vocabularies_are_an_error(workdir):
+    write_dataset("bytes", range(9))
+    write_dataset("gpt2", range(9), meta=None)
+    for name, vocab_size in ("bytes", 50257), ("gpt2", 256), ("bytes", 100):
+        with pytest.raises(DataError, match=f"vocabulary of {vocab_size}"):
+            load_tokens(name, "train", vocab_size)
+
+
+def test_bytes_tokens_are_utf_8():
+    tokenizer = BytesTokenizer()
+    for text in "", "plain\n", "naïve café 文字 🙂\0":
+        tokens = tokenizer.encode(text)
+        assert tokens.tolist() == list(text.encode("utf-8"))
+        assert tokenizer.decode(tokens) == tokenizer.decode(tokens.tolist()) == text
+    assert "\ufffd" in tokenizer.decode([65, 0xe6])  # half a character does not fail
+
+
+def test_gpt2_tokens_are_those_of_tiktoken(shared):
+    import tiktoken
+
+    tokenizer, encoding = data.get_tokenizer("gpt2"), tiktoken.get_encoding("gpt2")
+    for text in *TEXTS[:8], "":
+        tokens = tokenizer.encode(text)
+        assert tokens.dtype == np.uint16 and tokens.tolist() == encoding.encode_ordinary(text)
+        assert tokenizer.decode(tokens.tolist()) == text
+    assert tokenizer.end_of_text == 50256
+    assert tokenizer.decode([*encoding.encode_ordinary("text"), 50300]) == "text"  # of a padded vocabulary
+
+
+def test_a_vocabulary_tells_the_tokenizer():
+    assert [data.tokenizer_class(size).name for size in (256, 50257, 50304)] == ["bytes", "gpt2", "gpt2"]
+    for size in 255, 1000:
+        with pytest.raises(DataError, match=f"vocabulary of {size}"):
+            data.tokenizer_class(size)
+    with pytest.raises(DataError, match="unknown tokenizer 'words'"):
+        data.get_tokenizer("words")
+
+
+def test_a_written_data_set_is_documents_with_an_end_after_each(workdir):
+    tokenizer = BytesTokenizer()
+    with DatasetWriter("a", tokenizer, source="a test") as writer:
+        for split, text in ("train", "one"), ("val", "two"), ("train", ""), ("train", "three"):
+            writer.add(split, tokenizer.encode(text))
+    assert contents(workdir / "data" / "a").keys() == {"train.bin", "val.bin", "meta.json"}
+    assert bytes(read_bin("data/a/train.bin").tolist()) == b"one\n\nthree\n"
+    assert bytes(read_bin("data/a/val.bin").tolist()) == b"two\n"
+    assert load_meta("a") == dict(META, tokens=dict(train=11, val=4), documents=dict(train=3, val=1), source="a test")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failed_preparation_leaves_the_data_set_as_it_was(workdir, error):
+    def prepare(name):
+        with pytest.raises(error), DatasetWriter(name, BytesTokenizer(), source="") as writer:
+            writer.add("train", np.arange(9, dtype=np.uint16))
+            raise error
+
+    before = contents(write_dataset("a", range(9), range(3)))
+    prepare("a")
+    assert contents(workdir / "data" / "a") == before
+    prepare("new")
+    assert not (workdir / "data" / "new").exists()
+
+
+def test_prepare_pydocs_holds_out_documents_the_same_way_every_time(workdir, run_script, monkeypatch):
+    texts = prepare_pydocs.documents()
+    monkeypatch.setattr(prepare_pydocs, "documents", lambda: list(texts))
+    monkeypatch.setattr(prepare_pydocs, "out", "here")
+    prepare_pydocs.main()
+    result = run_script("prepare_pydocs.py", "--out=there", cwd=workdir, env={"PYTHONHASHSEED": "1"})
+    assert result.returncode == 0, result.stderr
+    assert contents(workdir / "data" / "here") == contents(workdir / "data" / "there")
+
+    meta = load_meta("here")
+    n_val = round(0.05 * len(texts))
+    assert meta["documents"] == dict(train=len(texts) - n_val, val=n_val)
+    train, val = (bytes(read_bin(f"data/here/{split}.bin").tolist()) for split in ("train", "val"))
+    assert meta["tokens"] == dict(train=len(train), val=len(val)) and meta["vocab_size"] == 256
+    assert len(train) + len(val) == sum(len(text.encode()) + 1 for text in texts) > 10**6
+    documents = [text.encode() + b"\n" for text in texts]
+    assert all((document in train) or (document in val) for document in documents)
+    held_out = [i for i, document in enumerate(documents) if document in val and document not in train]
+    assert n_val - 3 <= len(held_out) <= n_val  # a short document may stand within another
+    assert max(held_out) - min(held_out) > len(texts) / 2  # from everywhere: shuffled
+
+
+@pytest.fixture
+def prepare_owt(workdir, run_script, shared):
+    return lambda *args: run_script("prepare_owt.py", *args, cwd=workdir, env={"HF_HOME": str(workdir / "cache")})
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_prepare_owt_writes_the_tokens_that_nanogpt_does(prepare_owt, workdir, kind):
+    import tiktoken
+    from datasets import Dataset
+
+    (workdir / "texts").mkdir()
+    for name, texts in ("a", TEXTS[:25]), ("b", TEXTS[25:]):
+        path = workdir / "texts" / f"{name}.{kind}"
+        rows = Dataset.from_dict({"text": texts, "url": ["u"] * len(texts)})
+        if kind == "txt":
+            path.write_text("\n\n".join(texts))
+        else:
+            rows.to_json(path) if kind == "jsonl" else rows.to_parquet(path)
+    result = prepare_owt(f"--data_files=texts/*.{kind}", "--out=mine", "--val_fraction=0.1")
+    assert result.returncode == 0, result.stderr
+
+    encoding = tiktoken.get_encoding("gpt2")
+    parts = Dataset.from_dict({"text": TEXTS}).train_test_split(test_size=0.1, seed=2357, shuffle=True)
+    for split, part in ("train", "train"), ("val", "test"):
+        tokens = [token for text in parts[part]["text"] for token in [*encoding.encode_ordinary(text), encoding.eot_token]]
+        assert read_bin(f"data/mine/{split}.bin").tolist() == tokens
+    meta = load_meta("mine")
+    assert meta["vocab_size"] == 50257 and meta["tokenizer"] == "gpt2"
+    assert meta["documents"] == dict(train=54, val=6)
+
+
+def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(prepare_owt, workdir):
+    before = contents(write_dataset("mine", range(9)))
+    (workdir / "other.jsonl").write_text('{"title": "a"}\n{"title": "b"}\n')
+    (workdir / "one.txt").write_text("only one")
+    for pattern, message in ("nothing/*.txt", "no files match --data_files=nothing/*.txt"), \
+            ("other.*", "has the columns title, and no `text`"), ("one.*", "1 documents cannot be split"), \
+            ("o*", ".jsonl, .txt"):
+        result = prepare_owt(f"--data_files={pattern}", "--out=mine")
+        assert result.returncode == 2
+        assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+        assert contents(workdir / "data" / "mine") == before

@@ -1,0 +1,249 @@
+"""kron_decompose.py beside numpy.linalg.svd, torch.kron and plain counting."""
+import io
+import math
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from kron_decompose import van_loan
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = [  # (m, n, dim_1, dim_2, n_factors)
+    (12, 48, 12, 12, 1),  # B is the smaller side
+    (12, 48, 3, 4, 5),  # A is
+    (12, 48, 4, 6, 23),  # square rearranged matrix, all factors but one
+    (48, 12, 12, 4, 11),
+    (12, 48, 1, 1, 1),  # A = [[a]]
+    (12, 48, 12, 48, 1),  # B = [[b]]
+    (12, 48, 1, 48, 3),
+    (12, 48, 12, 1, 7),
+    (7, 5, 7, 1, 4),
+    (1, 6, 1, 2, 1),
+    (9, 6, 3, 3, 5),
+    (10, 14, 2, 7, 3),
+    (32, 128, 16, 64, 2),
+]
+
+
+def run_here(script, *args):
+    """Run a script in this process, which has imported torch already, and return what it said, as run_script does."""
+    torch.set_num_threads(1)  # two would wait for each other at every small product where the machine is busy
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", [script, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code or 0
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def random_matrix(m, n, seed=0, dtype=torch.float64):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def kron_sum(A, B):
+    return sum(torch.kron(a, b) for a, b in zip(A, B))
+
+
+def smallest_error(W, dim_1, dim_2, n_factors):
+    """The error that no sum of n_factors Kronecker products can go below: Eckart and Young's, of the rearranged W."""
+    W = W.double().numpy()
+    m2, n2 = W.shape[0] // dim_1, W.shape[1] // dim_2
+    blocks = [W[i * m2:(i + 1) * m2, j * n2:(j + 1) * n2].ravel() for i in range(dim_1) for j in range(dim_2)]
+    return math.sqrt(np.sum(np.linalg.svd(np.array(blocks), compute_uv=False)[n_factors:] ** 2))
+
+
+@pytest.mark.parametrize("m, n, dim_1, dim_2, n_factors", SHAPES)
+def test_van_loan_reaches_the_smallest_error(m, n, dim_1, dim_2, n_factors):
+    W = random_matrix(m, n)
+    A, B = van_loan(W, dim_1, dim_2, n_factors)
+    assert A.shape == (n_factors, dim_1, dim_2) and B.shape == (n_factors, m // dim_1, n // dim_2)
+    assert (W - kron_sum(A, B)).norm().item() == pytest.approx(
+        smallest_error(W, dim_1, dim_2, n_factors), rel=1e-6, abs=1e-12)
+
+
+@given(st.data(), st.tuples(*[st.integers(1, 6)] * 4), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_van_loan_reaches_the_smallest_error_of_any_shape(data, sides, seed):
+    dim_1, dim_2, m2, n2 = sides
+    n_factors = data.draw(st.integers(1, min(dim_1 * dim_2, m2 * n2)))
+    W = random_matrix(dim_1 * m2, dim_2 * n2, seed)
+    error = (W - kron_sum(*van_loan(W, dim_1, dim_2, n_factors))).norm().item()
+    assert error == pytest.approx(smallest_error(W, dim_1, dim_2, n_factors), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("m, n, dim_1, dim_2, n_factors", SHAPES)
+def test_full_rank_reproduces_the_matrix(m, n, dim_1, dim_2, n_factors):
+    W = random_matrix(m, n, dtype=torch.float32)
+    A, B = van_loan(W, dim_1, dim_2, min(dim_1 * dim_2, m * n // (dim_1 * dim_2)))
+    assert A.dtype == B.dtype == torch.float32
+    torch.testing.assert_close(kron_sum(A, B), W, rtol=0, atol=1e-5)
+
+
+def test_a_kronecker_sum_is_found_again():
+    W = kron_sum(random_matrix(3 * 4, 6, 1).view(3, 4, 6), random_matrix(3 * 5, 2, 2).view(3, 5, 2))
+    torch.testing.assert_close(kron_sum(*van_loan(W, 4, 6, 3)), W, rtol=0, atol=1e-6)  # sqrt of float64's rounding
+    torch.testing.assert_close(kron_sum(*van_loan(W, 4, 6, 5)), W, rtol=0, atol=1e-6)  # two factors have nothing to do
+
+
+def test_dense_shape_is_exact():
+    W = random_matrix(12, 48, dtype=torch.float32)
+    A, B = van_loan(W, 12, 48, 1)
+    assert torch.equal(A[0], W) and torch.equal(B, torch.ones(1, 1, 1))
+
+
+def test_factors_share_their_norm():
+    A, B = van_loan(random_matrix(12, 48), 6, 8, 4)
+    torch.testing.assert_close(A.norm(dim=(1, 2)), B.norm(dim=(1, 2)))
+
+
+def test_a_matrix_of_zeros_gives_finite_factors():
+    assert all(side.isfinite().all() for side in van_loan(torch.zeros(12, 48), 6, 8, 4))
+
+
+def n_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def mlp_weight(state_dict, layer, name):
+    return state_dict[f"transformer.h.{layer}.mlp.{name}.weight"]  # [in, out]
+
+
+def test_script_prints_and_writes_the_best_approximation(gpt2_dir, workdir):
+    said = run_here("kron_decompose.py", 32, 64, "2,3", f"--init_from={gpt2_dir}")
+    assert said.returncode == 0, said.stderr
+    dense = GPT2LMHeadModel.from_pretrained(gpt2_dir)
+    found = torch.load("checkpoints/VL_32_64_2-3.pt", weights_only=True)["model"]
+    errors = {tuple(line.split()[:3]): line.split()[3] for line in said.stdout.splitlines() if "%" in line[-1:]}
+    for layer, factors in ((0, 2), (1, 3)):
+        for name, dims in (("c_fc", (32, 64)), ("c_proj", (64, 32))):
+            W = mlp_weight(dense.state_dict(), layer, name)
+            A, B = (found[f"transformer.h.{layer}.mlp.{name}_{side}"] for side in (0, 1))
+            assert A.shape == (factors, *dims)
+            smallest = smallest_error(W, *dims, factors)
+            assert (W - kron_sum(A, B)).norm().item() == pytest.approx(smallest, rel=1e-5)
+            assert errors[str(layer), name, str(factors)] == f"{smallest / W.norm():.4f}"
+
+    n_factor_parameters = 2 * (2 + 3) * (32 * 64 + 2 * 4)
+    after = n_parameters(dense) - 4 * 64 * 256 + n_factor_parameters
+    assert f" → {after:,} " in said.stdout
+    assert f" → {n_factor_parameters + 2 * (64 + 256):,} " in said.stdout  # of the MLPs, with their biases
+
+
+def test_script_prints_the_parameters_of_the_source(gpt2_dir, workdir):
+    said = run_here("kron_decompose.py", 32, 64, 1, f"--init_from={gpt2_dir}")
+    assert f"in all: {n_parameters(GPT2LMHeadModel.from_pretrained(gpt2_dir)):,} → " in said.stdout
+
+
+def test_everything_but_the_mlp_weights_is_kept(gpt2_dir, workdir):
+    assert run_here("kron_decompose.py", 64, 256, 1, f"--init_from={gpt2_dir}", "--out=dense.pt").returncode == 0
+    ours = torch.load("dense.pt", weights_only=True)["model"]
+    for name, p in GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict().items():
+        if name.endswith((".attn.c_attn.weight", ".attn.c_proj.weight")):
+            assert torch.equal(ours[name], p.T), name
+        elif ".mlp." in name and name.endswith(".weight"):
+            assert torch.equal(ours[name.replace(".weight", "_0")], p[None]), name
+        else:
+            assert torch.equal(ours[name.replace("c_fc.", "c_fc_").replace("mlp.c_proj.", "mlp.c_proj_")], p), name
+
+
+@pytest.mark.parametrize("args, message", [
+    ((60, 64, 1), "dim_1=60 does not divide n_embd=64"),
+    ((64, 100, 1), "dim_2=100 does not divide 4 * n_embd=256"),
+    ((-64, 64, 1), "dim_1 must be at least 1"),
+    ((64, 64, 5), "5 factors of (64, 64): a sum of 4 reaches every matrix"),
+    ((64, 64, "1,5"), "5 factors"),
+    ((64, 64, 0), "the number of factors must be at least 1"),
+    ((64, 64, "1,2,3"), "3 numbers of factors for 2 layers"),
+    ((64, 64, "many"), "whole numbers"),
+    (("half", 64, 1), "whole numbers"),
+    ((0, 0, 1), "dim_1 must be at least 1"),
+    ((64, 64), "all three"),
+    ((64, 64, 1, 1), "unexpected argument '1'"),
+    ((64, 64, 1, "--init_from=nothing.pt"), "no checkpoint nothing.pt"),
+    ((64, 64, 1, "--init_from=nobody/nothing"), "no file or directory nobody/nothing"),
+    ((64, 64, 1, "--init=gpt2"), "did you mean --init_from?"),
+])
+def test_wrong_arguments_get_one_line_and_write_nothing(args, message, gpt2_dir, workdir):
+    said = run_here("kron_decompose.py", f"--init_from={gpt2_dir}", *args)
+    assert said.returncode == 2
+    assert message in said.stderr and said.stderr.count("\n") == 1
+    assert not any(workdir.iterdir())
+
+
+def table(stdout):
+    """Rows of (parameters, dim_1, dim_2, factors) and of (share of dense multiply-adds, rank)."""
+    words = [line.replace("× dense", "").replace(",", "").split() for line in stdout.splitlines() if "× dense" in line]
+    return [tuple(map(int, row[:4])) for row in words], [(float(row[4]), int(row[5])) for row in words]
+
+
+@pytest.mark.parametrize("source, n_layer, n_embd, limit", [
+    ("gpt2", 12, 768, 82_000_000),
+    ("gpt2-medium", 24, 1024, 220_000_000),
+    ("gpt2-large", 36, 1280, 500_000_000),
+    ("gpt2-xl", 48, 1600, 1_000_000_000),
+])
+def test_table_lists_every_shape_that_comes_near_the_budget(source, n_layer, n_embd, limit):
+    said = run_here("kron_decompose.py", f"--init_from={source}", f"--budget={limit // 10**6}M")
+    with torch.device("meta"):
+        dense = n_parameters(GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64)))
+    hidden, rest = 4 * n_embd, dense - 2 * n_layer * 4 * n_embd**2
+
+    def divisors(n):
+        return [d for d in range(1, n + 1) if n % d == 0]
+
+    expected = set()
+    for dim_1 in divisors(n_embd):
+        for dim_2 in divisors(hidden):
+            a, b = dim_1 * dim_2, n_embd * hidden // (dim_1 * dim_2)
+            fitting = [r for r in range(1, min(a, b) + 1) if rest + 2 * n_layer * r * (a + b) <= limit]
+            total = rest + 2 * n_layer * max(fitting, default=0) * (a + b)
+            if fitting and total >= 0.99 * limit:
+                expected.add((total, dim_1, dim_2, max(fitting)))
+    rows, _ = table(said.stdout)
+    assert said.returncode == 0 and set(rows) == expected
+    assert rows == sorted(rows) and len(rows) == len(expected)
+
+
+def test_table_has_the_82M_model():
+    rows, columns = table(run_here("kron_decompose.py").stdout)
+    found = rows.index((81_972_576, 768, 768, 1))
+    assert columns[found] == (0.25, 768)
+
+
+def test_rank_in_the_table_is_what_random_factors_reach(gpt2_dir):
+    said = run_here("kron_decompose.py", f"--init_from={gpt2_dir}", "--budget=56K")
+    rows, columns = table(said.stdout)
+    assert min(rank for _, rank in columns) < 64
+    for (_, dim_1, dim_2, r), (_, rank) in zip(rows[::5], columns[::5]):
+        A, B = random_matrix(r * dim_1, dim_2, 1), random_matrix(r * 64 // dim_1, 256 // dim_2, 2)
+        W = kron_sum(A.view(r, dim_1, dim_2), B.view(r, 64 // dim_1, 256 // dim_2))
+        assert torch.linalg.matrix_rank(W) == rank
+
+
+@pytest.mark.parametrize("budget, message", [
+    ("lots", "82M"), ("", "82M"), ("nan", "82M"), ("1K", "no shapes come to 1,000"), ("-82M", "no shapes"),
+    ("500M", "no shapes"),
+])
+def test_a_budget_that_no_shape_meets_gets_one_line(budget, message):
+    said = run_here("kron_decompose.py", f"--budget={budget}")
+    assert said.returncode == 2
+    assert message in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_help_comes_without_torch():
+    command = [sys.executable, "-X", "importtime", ROOT / "kron_decompose.py", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert said.returncode == 0 and "--budget=82M" in said.stdout
+    imported = {line.split("|")[-1].strip() for line in said.stderr.splitlines()}
+    assert "configurator" in imported and not imported & {"torch", "numpy", "transformers"}

@@ -1,0 +1,219 @@
+"""perplexity.py beside a plain loop over windows with transformers' GPT-2."""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_kron_decompose import run_here
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import perplexity
+
+CONTEXT = 32  # of the model in gpt2_dir
+
+
+@pytest.fixture(autouse=True)
+def no_cached_data(tmp_path, monkeypatch):
+    """datasets finds nothing that another test or session has read, and leaves nothing to them."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def sliding_windows(model, ids, context, stride):
+    """Sum of the losses and number of tokens scored, by the recipe of transformers' documentation."""
+    total, scored, done = 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + context, len(ids))
+        window = torch.tensor([ids[begin:end]])
+        labels = window.clone()
+        labels[:, :done - begin] = -100  # an earlier window has scored them
+        n = (labels[:, 1:] != -100).sum().item()  # the model shifts the labels by one
+        if n:
+            with torch.no_grad():
+                total += model(window, labels=labels).loss.item() * n
+        scored, done = scored + n, end
+        if end == len(ids):
+            return total, scored
+
+
+@pytest.fixture(scope="module")
+def dense(gpt2_dir):
+    return GPT2LMHeadModel.from_pretrained(gpt2_dir).eval()
+
+
+def measure(ckpt, *args):
+    """The results by data set."""
+    said = run_here("perplexity.py", ckpt, *args, "--json_out=results.json")
+    assert said.returncode == 0, said.stderr
+    return json.loads(Path("results.json").read_text())
+
+
+def check(result, model, ids, stride=CONTEXT):
+    total, scored = sliding_windows(model, ids, CONTEXT, stride)
+    assert result["tokens_scored"] == scored
+    assert result["loss"] == pytest.approx(total / scored, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(total / scored), rel=1e-5)
+
+
+def some_bytes(n):
+    """An ASCII text of n bytes."""
+    return bytes(np.random.default_rng(n).integers(32, 127, n).tolist())
+
+
+@pytest.mark.parametrize("stride", [32, 16, 5, 1])
+@pytest.mark.parametrize("n", [2, 20, 32, 33, 3 * 32, 3 * 32 + 1, 200])
+def test_perplexity_is_that_of_a_plain_loop(n, stride, gpt2_dir, dense, workdir):
+    workdir.joinpath("text.txt").write_bytes(some_bytes(n))
+    result = measure(gpt2_dir, "text.txt", f"--stride={stride}", "--batch_size=3")["text.txt"]
+    check(result, dense, list(some_bytes(n)), stride)
+    if stride < CONTEXT:
+        assert result["tokens_scored"] == n - 1  # each token once, but for the first
+
+
+def test_first_token_of_each_window_is_not_scored_by_default(gpt2_dir, workdir):
+    workdir.joinpath("text.txt").write_bytes(some_bytes(200))
+    assert measure(gpt2_dir, "text.txt")["text.txt"]["tokens_scored"] == 200 - 7
+
+
+def test_printed_line_says_what_the_file_says(gpt2_dir, workdir):
+    workdir.joinpath("text.txt").write_text("Ein naïver Text\n" * 20)
+    said = run_here("perplexity.py", gpt2_dir, "text.txt", "--json_out=results.json")
+    result = json.loads(Path("results.json").read_text())["text.txt"]
+    words = said.stdout.splitlines()[-1].split()
+    assert words[:3] == ["text.txt", f"{result['perplexity']:.3f}", f"{result['loss']:.4f}"]
+    assert words[3] == str(result["tokens_scored"])
+    assert float(words[4]) == pytest.approx(result["loss"] / math.log(2), abs=1e-4)  # a token is a byte
+
+
+def test_rows_of_a_jsonl_are_joined_by_blank_lines(gpt2_dir, dense, workdir):
+    rows = ["Erste Zeile", "", "zweite\nZeile äöü", "dritte"]
+    workdir.joinpath("rows.jsonl").write_text("".join(json.dumps(dict(text=row)) + "\n" for row in rows))
+    ids = list("Erste Zeile\n\n\n\nzweite\nZeile äöü\n\ndritte".encode())
+    check(measure(gpt2_dir, "rows.jsonl")["rows.jsonl"], dense, ids)
+
+
+def write_bin(name, ids):
+    Path("data", name).mkdir(parents=True)
+    np.array(ids, dtype=np.uint16).tofile(f"data/{name}/val.bin")
+    Path("data", name, "meta.json").write_text('{"vocab_size": 256, "tokenizer": "bytes"}')
+
+
+def test_data_set_is_scored_by_its_validation_split(gpt2_dir, dense, workdir):
+    ids = list("Überprüfung ".encode() * 9)
+    write_bin("mine", ids)
+    result = measure(gpt2_dir, "mine")["mine"]
+    check(result, dense, ids)
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
+
+
+def test_owt_scores_so_many_batches(gpt2_dir, dense, workdir):
+    ids = list(some_bytes(400))
+    write_bin("openwebtext", ids)
+    check(measure(gpt2_dir, "owt", 2, "--batch_size=3")["owt"], dense, ids[:2 * 3 * CONTEXT])
+    check(measure(gpt2_dir, "owt")["owt"], dense, ids)  # 200 batches are more than there is
+
+
+def test_all_forms_of_a_model_score_alike(gpt2_dir, workdir):
+    workdir.joinpath("text.txt").write_bytes(some_bytes(200))
+    options = [f"--init_from={gpt2_dir}", "--out=out/small/ckpt.pt"]
+    assert run_here("kron_decompose.py", 32, 64, 2, *options).returncode == 0
+    assert run_here("kron_to_gpt.py", "out/small/ckpt.pt").returncode == 0
+    exported = GPT2LMHeadModel.from_pretrained("models/small").eval()
+    for form in ("out/small/ckpt.pt", "out/small", "models/small", "small"):
+        check(measure(form, "text.txt")["text.txt"], exported, list(some_bytes(200)))
+
+
+def write_wikitext(directory, rows):
+    """A copy of WikiText in the hub's layout, with other rows: {config: its test split's}."""
+    from datasets import Dataset
+
+    listed = "---\nconfigs:\n"
+    for config, texts in rows.items():
+        Path(directory, config).mkdir(parents=True)
+        Dataset.from_dict(dict(text=texts)).to_parquet(f"{directory}/{config}/test-00000-of-00001.parquet")
+        listed += f"- config_name: {config}\n  data_files:\n  - split: test\n    path: {config}/test-*\n"
+    Path(directory, "README.md").write_text(listed + "---\n")
+
+
+def test_the_three_published_sets_are_scored_without_a_name(gpt2_dir, dense, workdir):
+    texts = {name: ["", f" = {name} = \n", f" The text of {name} . \n" * 3] for name in ("wiki103", "wiki2", "lambada")}
+    write_wikitext("wikitext", {"wikitext-103-v1": texts["wiki103"], "wikitext-2-v1": texts["wiki2"]})
+    workdir.joinpath("lambada.jsonl").write_text("".join(json.dumps(dict(text=row)) + "\n" for row in texts["lambada"]))
+    results = measure(gpt2_dir, "--wikitext=wikitext", "--lambada=lambada.jsonl")
+    assert list(results) == ["wiki103", "wiki2", "lambada"]
+    for name, result in results.items():
+        check(result, dense, list("\n\n".join(texts[name]).encode()))
+
+
+def test_two_local_copies_are_not_confused(gpt2_dir, dense, workdir):
+    for owner in ("mine", "yours"):
+        write_wikitext(f"{owner}/wikitext", {"wikitext-2-v1": [f"what is {owner}"]})
+        result = measure(gpt2_dir, "wiki2", f"--wikitext={owner}/wikitext")["wiki2"]
+        check(result, dense, list(f"what is {owner}".encode()))
+
+
+@pytest.mark.parametrize("name, n_tokens", [("wiki103", 286_657), ("wiki2", 297_300), ("lambada", 440_534)])
+def test_published_sets_have_their_number_of_gpt2_tokens(name, n_tokens, shared, monkeypatch):
+    import tiktoken
+
+    monkeypatch.setattr(perplexity, "wikitext", str(shared / "data/wikitext"))
+    monkeypatch.setattr(perplexity, "lambada", str(shared / "data/lambada/lambada_test.jsonl"))
+    tokens, n_bytes = perplexity.load_text_tokens(name, 50257)
+    text = tiktoken.get_encoding("gpt2").decode(tokens)
+    assert len(tokens) == n_tokens and len(text.encode()) == n_bytes
+    assert text == "\n\n".join(perplexity.load_rows(name))
+
+
+def test_bits_per_byte_spreads_the_loss_over_bytes(shared, workdir):
+    import tiktoken
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=CONTEXT))
+    model.save_pretrained("wide")
+    text = "The café’s 3 tokens — of 50,257 — are longer than bytes. 🙂\n" * 4
+    workdir.joinpath("text.txt").write_text(text)
+    result = measure("wide", "text.txt")["text.txt"]
+    ids = tiktoken.get_encoding("gpt2").encode(text)
+    check(result, model.eval(), ids)
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] * len(ids) / len(text.encode()) / math.log(2))
+
+
+@pytest.mark.parametrize("args, message", [
+    (["text.txt", "--stride=33"], "--stride is from 1 to the model's context of 32, not 33"),
+    (["text.txt", "--stride=-1"], "--stride is from 1"),
+    (["text.txt", "--stride=0"], "--stride is from 1"),
+    (["text.txt", "--batch_size=0"], "--batch_size is at least 1"),
+    (["text.txt", "--dtype=float16"], "dtype is float32 or bfloat16"),
+    (["nothing.txt"], "no file nothing.txt"),
+    (["nothing.jsonl"], "no file nothing.jsonl"),
+    (["wiki4"], "no data set in data/wiki4"),
+    (["owt", "many"], "n_batches is a whole number, not many"),
+    (["owt"], "make it with: python prepare_owt.py"),
+    (["empty.txt"], "empty.txt has 0 tokens"),
+    (["one.txt"], "one.txt has 1 tokens"),
+    (["latin.txt"], "latin.txt is not UTF-8 text"),
+    (["untitled.jsonl"], "untitled.jsonl"),
+    (["broken.jsonl"], "broken.jsonl"),
+    (["text.txt", "1", "2"], "unexpected argument '2'"),
+])
+def test_wrong_arguments_get_one_line(args, message, gpt2_dir, workdir):
+    workdir.joinpath("text.txt").write_bytes(some_bytes(100))
+    workdir.joinpath("empty.txt").touch()
+    workdir.joinpath("one.txt").write_text("1")
+    workdir.joinpath("latin.txt").write_bytes("naïve".encode("latin-1"))
+    workdir.joinpath("untitled.jsonl").write_text('{"title": "a"}\n')
+    workdir.joinpath("broken.jsonl").write_text('{"text": "a"\n')
+    said = run_here("perplexity.py", gpt2_dir, *args, "--json_out=results.json")
+    assert said.returncode == 2
+    assert message in said.stderr and said.stderr.count("\n") == 1
+    assert not Path("results.json").exists()
+
+
+@pytest.mark.parametrize("name, option", [("wiki103", "--wikitext=DIRECTORY"), ("lambada", "--lambada=FILE.jsonl")])
+def test_no_network_gets_one_line_that_names_the_way_around(name, option, gpt2_dir, workdir):
+    source = "--wikitext=nobody/nothing" if name == "wiki103" else "--lambada=nobody/nothing"
+    said = run_here("perplexity.py", gpt2_dir, name, source)
+    assert said.returncode == 1
+    assert f"cannot load {name} from nobody/nothing" in said.stderr and option in said.stderr
+    assert said.stderr.count("\n") == 1

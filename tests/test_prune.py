@@ -1,0 +1,72 @@
+"""prune.py beside numpy slices of the dense matrices."""
+import numpy as np
+import pytest
+import torch
+from test_kron_decompose import run_here
+from transformers import GPT2LMHeadModel
+
+
+def pruned(W, axis, keep, offset, epsilon):
+    """W with epsilon times the kept row (column) in the place of each one that is dropped."""
+    W = np.moveaxis(W.copy(), axis, 0)
+    for i in range(len(W)):
+        if i % keep != offset:
+            W[i] = epsilon * W[i - i % keep + offset]
+    return np.moveaxis(W, 0, axis)
+
+
+@pytest.mark.parametrize("options, name, dims, keep, offset, epsilon", [
+    ([], "prune_32_256", (32, 256), 2, 0, 0.0),
+    (["--offset=1"], "prune_32_256_offset1", (32, 256), 2, 1, 0.0),
+    (["--keep=4", "--offset=2", "--epsilon=0.01"], "prune_16_256_offset2", (16, 256), 4, 2, 0.01),
+    (["--dim=hidden"], "prune_64_128", (64, 128), 2, 0, 0.0),
+    (["--dim=hidden", "--keep=8", "--offset=7", "--epsilon=-0.5"], "prune_64_32_offset7", (64, 32), 8, 7, -0.5),
+])
+def test_one_in_keep_units_is_left(options, name, dims, keep, offset, epsilon, gpt2_dir, workdir):
+    said = run_here("prune.py", f"--init_from={gpt2_dir}", *options)
+    assert said.returncode == 0, said.stderr
+    found = torch.load(f"checkpoints/{name}.pt", weights_only=True)["model"]
+    dense = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()
+    hidden = dims[0] == 64
+    for layer in range(2):
+        for matrix, axis, shape in (("c_fc", int(hidden), dims), ("c_proj", int(not hidden), dims[::-1])):
+            A, B = (found[f"transformer.h.{layer}.mlp.{matrix}_{side}"].numpy() for side in (0, 1))
+            assert A.shape == (1, *shape)
+            W = dense[f"transformer.h.{layer}.mlp.{matrix}.weight"].numpy()
+            np.testing.assert_allclose(np.kron(A[0], B[0]), pruned(W, axis, keep, offset, epsilon), rtol=1e-6)
+
+
+def test_default_is_that_of_krony_pt(gpt2_dir, workdir):
+    assert run_here("prune.py", f"--init_from={gpt2_dir}", "--out=half.pt").returncode == 0
+    found = torch.load("half.pt", weights_only=True)["model"]
+    dense = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()
+    assert torch.equal(found["transformer.h.0.mlp.c_fc_0"][0], dense["transformer.h.0.mlp.c_fc.weight"][::2])
+    assert torch.equal(found["transformer.h.0.mlp.c_fc_1"][0], torch.tensor([[1.0], [0.0]]))
+    assert torch.equal(found["transformer.h.0.mlp.c_proj_0"][0], dense["transformer.h.0.mlp.c_proj.weight"][:, ::2])
+    assert torch.equal(found["transformer.h.0.mlp.c_proj_1"][0], torch.tensor([[1.0, 0.0]]))
+    assert torch.equal(found["transformer.h.0.mlp.c_fc_bias"], dense["transformer.h.0.mlp.c_fc.bias"])
+    assert torch.equal(found["transformer.wte.weight"], dense["transformer.wte.weight"])
+
+
+def test_error_and_energy_are_printed_as_numpy_counts_them(gpt2_dir, workdir):
+    said = run_here("prune.py", f"--init_from={gpt2_dir}")
+    W = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()["transformer.h.1.mlp.c_fc.weight"].numpy()
+    line = next(line.split() for line in said.stdout.splitlines() if line.split()[:2] == ["1", "c_fc"])
+    error, kept = np.linalg.norm(W[1::2]) / np.linalg.norm(W), (W[::2]**2).sum() / (W**2).sum()
+    assert line[2:] == ["1", f"{error:.4f}", f"{kept:.1%}"]
+
+
+@pytest.mark.parametrize("option, message", [
+    ("--keep=3", "--keep=3 does not divide the 64 units of --dim=embd"),
+    ("--keep=1", "--keep is at least 2"),
+    ("--offset=2", "--offset from 0 to keep - 1"),
+    ("--offset=-1", "--offset from 0 to keep - 1"),
+    ("--dim=heads", "--dim is embd or hidden"),
+    ("--keep=half", "--keep takes a whole number"),
+    ("--init_from=nothing.pt", "no checkpoint nothing.pt"),
+])
+def test_wrong_options_get_one_line_and_write_nothing(option, message, gpt2_dir, workdir):
+    said = run_here("prune.py", f"--init_from={gpt2_dir}", option)
+    assert said.returncode == 2
+    assert message in said.stderr and said.stderr.count("\n") == 1
+    assert not any(workdir.iterdir())

@@ -1,0 +1,301 @@
+"""train.py beside transformers' GPT-2 under torch's AdamW, itself on two processes, and itself resumed."""
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_kron_decompose import ROOT, kron_sum, run_here
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+import checkpoint
+import train
+from data import batch_starts
+
+RUN = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=32", "--dim_1=16", "--dim_2=64", "--factors=2,3",
+       "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2", "--learning_rate=1e-2",
+       "--warmup_iters=3", "--max_iters=20", "--eval_interval=10", "--eval_iters=2", "--log_interval=1"]
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """Undo what a script may leave in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def tokens(workdir):
+    """The training tokens of data/tiny."""
+    return write_dataset("tiny", 5000)
+
+
+def write_dataset(name, n_tokens, n_val=500, **meta):
+    """A data set of bytes, of which low ones are the more likely, so that there is something to learn."""
+    directory = Path("data", name)
+    directory.mkdir(parents=True)
+    tokens = np.random.default_rng(0).geometric(0.05, n_tokens + n_val).clip(max=255).astype(np.uint16)
+    tokens[:n_tokens].tofile(directory / "train.bin")
+    tokens[n_tokens:].tofile(directory / "val.bin")
+    directory.joinpath("meta.json").write_text(json.dumps(dict(vocab_size=256, tokenizer="bytes") | meta))
+    return tokens[:n_tokens].astype(np.int64)
+
+
+def run_train(*options):
+    said = run_here("train.py", *RUN, *options)
+    assert said.returncode == 0, said.stderr
+    return said
+
+
+def log_of(out_dir):
+    return [json.loads(line) for line in Path(out_dir, "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(out_dir):
+    """{step: loss}, and that each step is there once."""
+    pairs = [(entry["step"], entry["loss"]) for entry in log_of(out_dir) if "loss" in entry]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_steps_are_those_of_a_plain_loop_over_transformers(tokens, gpt2_dir):
+    assert run_here("kron_decompose.py", 32, 64, 2, f"--init_from={gpt2_dir}", "--out=start.pt").returncode == 0
+    run_train("--init_from=start.pt", "--max_iters=6", "--weight_decay=0.2", "--factor_lr_scale=3", "--grad_clip=0.7",
+              "--lr_decay_iters=5", "--min_lr=2e-3")
+
+    dense = GPT2LMHeadModel.from_pretrained(gpt2_dir).eval()  # no dropout
+    factors = {name: p.requires_grad_() for name, p in load("start.pt")["model"].items() if p.dim() == 3}
+    own = [p for name, p in dense.named_parameters() if not (".mlp." in name and name.endswith(".weight"))]
+    optimizer = torch.optim.AdamW([
+        dict(params=list(factors.values()), weight_decay=0.2),
+        dict(params=[p for p in own if p.dim() == 2], weight_decay=0.2),
+        dict(params=[p for p in own if p.dim() == 1], weight_decay=0.0),
+    ], betas=(0.9, 0.95))
+    rates = [2.5e-3, 5e-3, 7.5e-3, 1e-2, 6e-3, 2e-3]  # warm-up over 3 steps, then half a cosine over 2
+    logged_steps = [entry for entry in log_of("out") if "loss" in entry]
+    for step, (rate, logged) in enumerate(zip(rates, logged_steps, strict=True)):
+        for group, scale in zip(optimizer.param_groups, (3, 1, 1)):
+            group["lr"] = scale * rate
+        starts = batch_starts(len(tokens), 16, 1337, step, 8)
+        x, y = (torch.from_numpy(np.array([tokens[i + shift:i + shift + 16] for i in starts])) for shift in (0, 1))
+        weights = {f"{name[:-2]}.weight": kron_sum(A, factors[f"{name[:-2]}_1"])
+                   for name, A in factors.items() if name.endswith("_0")}
+        logits = torch.func.functional_call(dense, weights, x).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([*own, *factors.values()], 0.7)
+        optimizer.step()
+        assert logged["step"] == step + 1 and logged["lr"] == pytest.approx(rate)
+        assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_two_processes_give_the_losses_of_one(tokens, tmp_path):
+    run_train("--out_dir=one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    said = subprocess.run([*command, *RUN, "--out_dir=two"], env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=100,
+                          capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    one, two = losses_of("one"), losses_of("two")
+    assert list(one) == list(two) == list(range(1, 21))
+    assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-4)
+    for ours, theirs in zip(load("one/ckpt.pt")["model"].values(), load("two/ckpt.pt")["model"].values()):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert min(one.values()) < one[1] - 0.5  # and it learns
+
+
+@pytest.fixture
+def uninterrupted(tokens):
+    """20 steps with dropout, in out/."""
+    return run_train("--dropout=0.2")
+
+
+def timeless(out_dir):
+    """The log without what depends on the machine."""
+    return [{key: value for key, value in entry.items() if key not in ("tokens_per_second", "mfu")}
+            for entry in log_of(out_dir)]
+
+
+def same(a, b):
+    """Whether two checkpoints hold the same numbers, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(uninterrupted):
+    run_train("--dropout=0.2", "--out_dir=parts", "--max_iters=10", "--lr_decay_iters=20")
+    with open("parts/log.jsonl", "a") as log:  # a run that was killed behind its checkpoint has logged more
+        log.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')
+    run_train("--dropout=0.2", "--out_dir=parts", "--init_from=resume")
+    whole, parts = load("out/ckpt.pt"), load("parts/ckpt.pt")
+    assert parts["iter_num"] == 20
+    for key in ("model", "optimizer", "best_val_loss"):
+        assert same(whole[key], parts[key]), key
+    assert timeless("parts") == timeless("out")
+
+
+def test_checkpoints_load_and_hold_what_they_say(uninterrupted):
+    validation = {entry["step"]: entry["val_loss"] for entry in log_of("out") if "val_loss" in entry}
+    assert list(validation) == [0, 10, 20]
+    for name in ("ckpt.pt", "best.pt"):
+        content = load(f"out/{name}")
+        assert content["best_val_loss"] == min(validation.values())
+        model, _ = checkpoint.load(f"out/{name}")
+        assert model.config.factors == (2, 3) and model.config.n_head == 2
+    assert load("out/ckpt.pt")["iter_num"] == 20
+    assert validation[load("out/best.pt")["iter_num"]] == min(validation.values())
+
+
+def test_the_plan_counts_parameters_and_data(uninterrupted):
+    factors = 2 * (2 + 3) * (16 * 64 + 2 * 2)
+    matrices = (256 + 16) * 32 + 2 * 4 * 32 * 32
+    vectors = 2 * (4 * 32 + 4 * 32 + 5 * 32) + 2 * 32  # of a block: layer norms, attention, MLP
+    assert f"parameters: {factors + matrices + vectors:,} = Kronecker factors {factors:,}" in uninterrupted.stdout
+    assert f"other matrices {matrices:,} + biases and layer norms {vectors:,}\n" in uninterrupted.stdout
+    assert "5,000 tokens; a step takes 128, the run 0.51 times" in uninterrupted.stdout
+
+
+@pytest.mark.parametrize("source", ["directory", "checkpoint"])
+def test_training_begins_with_the_model_it_is_given(source, workdir, gpt2_dir):
+    write_dataset("tiny", 5000, n_val=33)  # one window
+    if source == "checkpoint":
+        assert run_here("kron_decompose.py", 64, 256, 1, f"--init_from={gpt2_dir}", "--out=dense.pt").returncode == 0
+    run_train(f"--init_from={gpt2_dir if source == 'directory' else 'dense.pt'}", "--max_iters=1", "--block_size=32")
+    window = torch.from_numpy(np.fromfile("data/tiny/val.bin", dtype=np.uint16).astype(np.int64))
+    with torch.no_grad():
+        logits = GPT2LMHeadModel.from_pretrained(gpt2_dir).eval()(window[None, :-1]).logits
+    assert log_of("out")[0]["val_loss"] == pytest.approx(F.cross_entropy(logits[0], window[1:]).item(), rel=1e-5)
+
+
+def test_factors_only_leaves_the_rest_bit_for_bit(tokens, gpt2_dir):
+    assert run_here("kron_decompose.py", 32, 64, 2, f"--init_from={gpt2_dir}", "--out=start.pt").returncode == 0
+    run_train("--init_from=start.pt", "--factors_only", "--max_iters=5")
+    before, after = load("start.pt")["model"], load("out/ckpt.pt")["model"]
+    for name, p in before.items():
+        assert torch.equal(p, after[name]) == (p.dim() != 3), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_from_there(number, tokens):
+    options = [*RUN, "--max_iters=100000", "--lr_decay_iters=100", "--eval_interval=100000"]
+    with subprocess.Popen([sys.executable, ROOT / "train.py", *options], stdout=subprocess.PIPE, text=True,
+                          env=dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")) as process:
+        for line in process.stdout:
+            if re.match(r"step +3/", line):
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0
+    done = load("out/ckpt.pt")["iter_num"]
+    assert f"stopped by {number.name} after step {done}" in rest
+    assert max(losses_of("out")) == done
+    run_train("--init_from=resume", f"--max_iters={done + 2}")
+    assert list(losses_of("out")) == list(range(1, done + 3))
+
+
+@pytest.mark.parametrize("interval", [
+    "--eval_interval=100", "--eval_interval=3", "--eval_interval=1",
+])
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(interval, tokens):
+    run_train("--max_iters=4")
+    before = Path("out/ckpt.pt").read_bytes()
+    said = run_here("train.py", *RUN, "--init_from=resume", "--learning_rate=1e30", "--grad_clip=0", "--decay_lr=False",
+                    interval)
+    assert said.returncode == 1
+    assert "not finite" in said.stderr and said.stderr.count("\n") == 1
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+def test_learning_rate_warms_up_and_decays_to_its_lowest(monkeypatch):
+    for name, value in dict(learning_rate=1.0, warmup_iters=10, max_iters=110, lr_decay_iters=None, min_lr=0.2).items():
+        monkeypatch.setattr(train, name, value)
+    steps = [0, 9, 10, 35, 60, 110, 500]
+    expected = [1 / 11, 10 / 11, 1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.2, 0.2]
+    assert [train.learning_rate_at(step) for step in steps] == pytest.approx(expected)
+    monkeypatch.setattr(train, "min_lr", None)
+    assert train.learning_rate_at(500) == pytest.approx(0.1)
+    monkeypatch.setattr(train, "lr_decay_iters", 60)
+    assert [train.learning_rate_at(step) for step in (35, 60, 110)] == pytest.approx([0.55, 0.1, 0.1])
+    monkeypatch.setattr(train, "decay_lr", False)
+    assert [train.learning_rate_at(step) for step in (0, 10, 110)] == pytest.approx([1 / 11, 1.0, 1.0])
+
+
+def test_bfloat16_trains_like_float32(tokens):
+    run_train("--out_dir=full")
+    run_train("--out_dir=half", "--dtype=bfloat16")
+    full, half = losses_of("full"), losses_of("half")
+    assert full != half
+    assert list(half.values()) == pytest.approx(list(full.values()), abs=0.05)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--dataset=mine"], "make it with: python prepare_owt.py --data_files='*.txt' --out=mine (there are: tiny)"),
+    (["--dataset=pydocs"], "make it with: python prepare_pydocs.py"),
+    (["--dataset=openwebtext"], "make it with: python prepare_owt.py (there"),
+    (["--block_size=5000"], "train.bin has 5000 tokens, and a block takes 5001"),
+    (["--block_size=1000"], "val.bin has 500 tokens"),
+    (["--batch_size=0"], "--batch_size is at least 1"),
+    (["--max_iters=0"], "--max_iters is at least 1"),
+    (["--init_from=resume"], "nothing to resume: no out/ckpt.pt"),
+    (["--init_from=nothing.pt"], "no checkpoint nothing.pt"),
+    (["--factors=two"], "--factors is a whole number"),
+    (["--factors=1,1,1"], "3 numbers of factors for 2 layers"),
+    (["--dim_1=5"], "dim_1=5 does not divide n_embd=32"),
+    (["--dtype=float8"], "dtype is float32 or bfloat16"),
+    (["--device=abacus"], "no device 'abacus'"),
+    (["--wandb_mode=on"], "--wandb_mode is off, online or offline"),
+    (["--bath_size=4"], "did you mean --batch_size?"),
+    (["config/nothing.py"], "no config file config/nothing.py"),
+    (["nothing"], "no config file nothing"),
+])
+def test_wrong_options_get_one_line_and_write_nothing(options, message, tokens):
+    said = run_here("train.py", *RUN, *options)
+    assert said.returncode == 2
+    assert message in said.stderr and said.stderr.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_wandb_keeps_an_offline_run(tokens, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_train("--wandb_mode=offline", "--max_iters=2")
+    assert len(list(Path("wandb").glob("offline-run-*/*.wandb"))) == 1
+
+
+def test_a_model_and_data_of_two_vocabularies_get_one_line(tokens, gpt2_dir):
+    write_dataset("words", 5000, vocab_size=50257, tokenizer="gpt2")
+    said = run_here("train.py", *RUN, "--dataset=words", f"--init_from={gpt2_dir}")
+    assert said.returncode == 2
+    assert "gpt2 tokens with a vocabulary of 50257, and the model has a vocabulary of 256" in said.stderr
+
+
+def test_a_token_beyond_the_vocabulary_gets_one_line(tokens):
+    np.full(5000, 256, dtype=np.uint16).tofile("data/tiny/train.bin")
+    said = run_here("train.py", *RUN)
+    assert said.returncode == 2
+    assert "token 256 in " in said.stderr and "train.bin, position 0" in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_accumulation_must_be_shared_out_evenly(tokens, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    said = run_here("train.py", *RUN)
+    assert said.returncode == 2
+    assert "--gradient_accumulation_steps=2 cannot be shared out evenly among 3 processes" in said.stderr
