@@ -176,10 +176,11 @@ def read_file(path):
     try:
         state_dict = todays_names(state_dict)
         inferred = infer_model_args(state_dict)
-    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
         raise CheckpointError(f"{path} holds no GPT-2 that we know: {first_line(error)}") from None
     if "model" in content and isinstance(content.get("model_args"), dict):
-        inferred["n_head"] = content["model_args"].get("n_head", inferred["n_head"])
+        n_head = content["model_args"].get("n_head")
+        inferred["n_head"] = n_head if isinstance(n_head, int) else inferred["n_head"]
     rest = {name: content[name] for name in ("optimizer", "iter_num", "best_val_loss", "config") if "model" in content
             and name in content}
     return with_defaults(dict(rest, model_args=inferred, model=state_dict))
@@ -209,6 +210,8 @@ def todays_names(state_dict):
         elif name.endswith((".mlp.c_fc.bias", ".mlp.c_proj.bias")):
             state_dict[name.replace(".bias", "_bias")] = state_dict.pop(name)
     for (stem, side), by_factor in sides.items():
+        if sorted(by_factor) != list(range(len(by_factor))):
+            raise ValueError(f"{stem} has the factors {sorted(by_factor)}, and some in between are missing")
         state_dict[f"{stem}_{side}"] = torch.stack([by_factor[f] for f in range(len(by_factor))])
     state_dict.setdefault("lm_head.weight", state_dict["transformer.wte.weight"])
     n_embd = state_dict["transformer.wte.weight"].shape[1]

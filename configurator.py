@@ -79,17 +79,19 @@ def read_config_file(path, namespace, types):
     except SyntaxError as error:
         raise UsageError(f"{path}, line {error.lineno}: {error.msg}") from None
     before = {name: namespace[name] for name in types}
+    optional = namespace.get("__annotations__", {})  # those that None is a value of
     scope = dict(before, __file__=str(path), __name__="config")
     try:
         exec(code, scope)
-    except Exception as error:  # the file is the user's program: whatever it raises is reported as theirs
+    except (Exception, SystemExit) as error:  # the file is the user's program: what it raises is reported as theirs
         line = next((t.tb_lineno for t in iterate_traceback(error) if t.tb_frame.f_code is code), "?")
         raise UsageError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     for name, value in scope.items():
         if name not in types and not name.startswith("_") and type(value) in OPTION_TYPES:
             raise unknown_option(name, types, where)
-    return {name: checked_value(name, scope[name], wanted, where) for name, wanted in types.items()
-            if scope[name] is not before[name]}
+    assigned = {name: scope[name] for name in types if scope.get(name, before[name]) is not before[name]}
+    return {name: value if value is None and name in optional else checked_value(name, value, types[name], where)
+            for name, value in assigned.items()}
 
 
 def iterate_traceback(error):

@@ -63,7 +63,7 @@ def main():
     tokenizer = GPT2Tokenizer()
     documents = load_documents()
     if len(documents) < 2:
-        raise UsageError(f"{len(documents)} documents cannot be split; see --sample_by")
+        raise UsageError(f"too few documents to hold one out: {len(documents)}; --sample_by=line makes more of a .txt")
     parts = documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
     with DatasetWriter(out, tokenizer, source=data_files or HUB_NAME) as writer, ThreadPoolExecutor(threads) as pool:
         for split, part in (("val", parts["test"]), ("train", parts["train"])):

@@ -213,3 +213,11 @@ def test_a_reader_that_goes_away_is_no_traceback(say, workdir):
     script.stdout.close()
     assert script.stderr.read() == ""
     assert script.wait(timeout=60) == 1
+
+
+def test_a_config_file_may_take_an_option_back_to_none(config):
+    assert configured("--top_k=5", config("none.py", "top_k = None"))[0]["top_k"] is None
+
+
+def test_a_config_file_that_exits_is_named(say, config):
+    assert "exits.py, line 1: SystemExit: bye" in refused(say, "x", config("exits.py", "raise SystemExit('bye')"))
