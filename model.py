@@ -59,7 +59,7 @@ def matmul_flops(device, dtype):
     n = 8192 if device.type == "cuda" else 1024
     a = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
     best = math.inf
-    for _ in range(5):
+    for _ in range(20):
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)

@@ -9,8 +9,8 @@ block_size = 128
 
 batch_size = 16
 gradient_accumulation_steps = 1
-max_iters = 1200
-learning_rate = 3e-3
+max_iters = 800
+learning_rate = 4e-3
 warmup_iters = 50
 beta2 = 0.99
 eval_interval = 400

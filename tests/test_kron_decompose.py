@@ -82,6 +82,16 @@ def test_van_loan_reaches_the_smallest_error_of_any_shape(data, sides, seed):
     assert error == pytest.approx(smallest_error(W, dim_1, dim_2, n_factors), rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("dim_1, dim_2, m2, n2", [(6, 8, 4, 5), (4, 5, 6, 8)])
+def test_van_loan_reaches_small_errors_to_all_their_digits(dim_1, dim_2, m2, n2):
+    U, V = (torch.linalg.qr(random_matrix(size, 20, size)).Q.T for size in (dim_1 * dim_2, m2 * n2))
+    values = 0.3 ** torch.arange(20, dtype=torch.float64)  # the singular values of the rearranged W
+    W = kron_sum((values[:, None] * U).view(20, dim_1, dim_2), V.view(20, m2, n2))
+    for n_factors in (1, 3, 5, 8, 12):
+        error = (W - kron_sum(*van_loan(W, dim_1, dim_2, n_factors))).norm()
+        torch.testing.assert_close(error, values[n_factors:].norm(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("m, n, dim_1, dim_2, n_factors", SHAPES)
 def test_full_rank_reproduces_the_matrix(m, n, dim_1, dim_2, n_factors):
     W = random_matrix(m, n, dtype=torch.float32)

@@ -10,11 +10,12 @@ LINE = "\n" + "-" * 80 + "\n"
 
 @pytest.fixture(scope="module")
 def talker(gpt2_dir, tmp_path_factory):
-    """A random GPT-2 that says something else at each position, in ASCII."""
+    """A random GPT-2 whose next token hangs on all those before it, and is ASCII."""
     model = GPT2LMHeadModel.from_pretrained(gpt2_dir)
     with torch.no_grad():
         model.transformer.wte.weight[128:] = 0
-        model.transformer.wpe.weight *= 20
+        for p in model.transformer.h.parameters():
+            p *= 10 if p.dim() == 2 else 1
     directory = tmp_path_factory.mktemp("talker")
     model.save_pretrained(directory)
     return directory
