@@ -80,8 +80,10 @@ def save_refactored(model, dim_1, dim_2, factors, approximate, path, config):
         ModelError: the shape does not fit the model.
         CheckpointError: what was read back is not what was written.
     """
-    print(f"{'layer':>5}  {'matrix':<6}  {'factors':>7}  {'error ‖W - Ŵ‖/‖W‖':>18}  {'energy kept':>11}")
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} is a directory: name a .pt file to write")
     new = model.refactored(dim_1, dim_2, factors, approximate)
+    print(f"{'layer':>5}  {'matrix':<6}  {'factors':>7}  {'error ‖W - Ŵ‖/‖W‖':>18}  {'energy kept':>11}")
     for layer, (before, after) in enumerate(zip(model.transformer.h, new.transformer.h)):
         for name, old_pair, pair in zip(("c_fc", "c_proj"), before.mlp.factor_pairs(), after.mlp.factor_pairs()):
             W = kron_weight(*old_pair).detach()
@@ -187,7 +189,7 @@ def read_file(path):
 
 
 def first_line(error):
-    return str(error).strip("'\n").split("\n")[0]
+    return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def with_defaults(checkpoint):

@@ -22,7 +22,14 @@ class DataError(ValueError):
     exit_status = 2
 
 
-class GPT2Tokenizer:
+class Tokenizer:
+    """What turns text into tokens and back."""
+
+    def decode(self, tokens):
+        return self.decode_bytes(tokens).decode(errors="replace")
+
+
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's BPE, from tiktoken."""
 
     name = "gpt2"
@@ -42,11 +49,11 @@ class GPT2Tokenizer:
         """The tokens of a text, uint16; special tokens in it are plain text."""
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(TOKEN_TYPE)
 
-    def decode(self, tokens):
-        return self.encoding.decode([t for t in tokens if t < self.vocab_size])  # padded vocabularies have more
+    def decode_bytes(self, tokens):
+        return self.encoding.decode_bytes([t for t in tokens if t < self.vocab_size])  # padded vocabularies have more
 
 
-class BytesTokenizer:
+class BytesTokenizer(Tokenizer):
     """The bytes of UTF-8 as tokens; a document ends with a line end."""
 
     name = "bytes"
@@ -56,8 +63,8 @@ class BytesTokenizer:
     def encode(self, text):
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(TOKEN_TYPE)
 
-    def decode(self, tokens):
-        return np.asarray(tokens, dtype=np.uint8).tobytes().decode(errors="replace")
+    def decode_bytes(self, tokens):
+        return np.asarray(tokens, dtype=np.uint8).tobytes()
 
 
 def get_tokenizer(name):

@@ -7,7 +7,7 @@ The Kronecker sums are written out, so the result is a dense GPT-2 that computes
 the checkpoint's own model before it takes its place.
 """
 import base64
-import shutil
+import os
 import tempfile
 from pathlib import Path
 
@@ -95,9 +95,9 @@ def main(ckpt, out_dir=None):
         if not difference < tolerance:
             raise ConversionError(f"the converted model differs from {ckpt} by {difference:.1e} in a logit, more than "
                                   f"--tolerance={tolerance}; nothing was written")
-        if out_dir.exists():
-            shutil.move(out_dir, Path(folder) / "old")
-        aside.rename(out_dir)
+        out_dir.mkdir(exist_ok=True)
+        for file in aside.iterdir():  # what else lies in the directory stays
+            os.replace(file, out_dir / file.name)
     counts = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
     print(f"wrote {out_dir}/: {counts[0]:,} parameters, {counts[1]:,} with the Kronecker sums written out; "
           f"logits differ by at most {difference:.1e}")

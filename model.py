@@ -56,10 +56,10 @@ def autocast_to(device, dtype):
 
 def matmul_flops(device, dtype):
     """Floating point operations per second of a large matrix product on this device: what "mfu" is a share of."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 2048
     a = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
     best = math.inf
-    for _ in range(20):
+    for _ in range(5):
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
@@ -240,27 +240,36 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, targets, dtype, with_grad):
         n = (targets != IGNORE_INDEX).sum().clamp(min=1)
+        with_grad_x, with_grad_W = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         W_cast = W.to(dtype)
-        grad_x = torch.empty_like(x) if with_grad and ctx.needs_input_grad[0] else None
-        grad_W = torch.zeros_like(W) if with_grad and ctx.needs_input_grad[1] else None
+        grad_x = torch.empty_like(x) if with_grad_x else None
+        grad_W = None
         total = x.new_zeros((), dtype=torch.float32)
-        chunk = max(1, LOGITS_AT_ONCE // len(W))
-        for rows, wanted, out in zip(x.to(dtype).split(chunk), targets.split(chunk),
-                                     (x if grad_x is None else grad_x).split(chunk)):
-            kept = (wanted != IGNORE_INDEX)[:, None]
-            wanted = wanted[:, None].clamp(min=0)
-            logits = (rows @ W_cast.T).float()  # (chunk, vocab_size)
-            normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += ((normalizer - logits.gather(1, wanted)) * kept).sum()
-            if grad_x is None and grad_W is None:
+        chunk = min(len(x), max(1, LOGITS_AT_ONCE // len(W)))
+        buffer = x.new_empty(chunk, len(W), dtype=dtype)  # one for all chunks: fresh memory costs as much as the product
+        for start in range(0, len(x), chunk):
+            rows, wanted = x[start:start + chunk].to(dtype), targets[start:start + chunk, None]
+            kept = wanted != IGNORE_INDEX
+            wanted = wanted.clamp(min=0)
+            logits = torch.mm(rows, W_cast.T, out=buffer[:len(rows)]).float()  # (chunk, vocab_size)
+            highest = logits.amax(dim=1, keepdim=True)
+            logit = logits.gather(1, wanted) - highest
+            powers = logits.sub_(highest).exp_()
+            normalizer = powers.sum(dim=1, keepdim=True)
+            total += ((normalizer.log() - logit) * kept).sum()
+            if not (with_grad_x or with_grad_W):
                 continue
-            grad = logits.sub_(normalizer).exp_()  # softmax - onehot, over the number of tokens
-            grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0)).mul_(kept / n)
-            grad = grad.to(dtype)
-            if grad_x is not None:
-                out.copy_(grad @ W_cast)
-            if grad_W is not None:
-                grad_W.addmm_(grad.T, rows) if dtype == W.dtype else grad_W.add_(grad.T @ rows)
+            weight = kept / n  # the gradient is softmax - onehot, over the number of tokens
+            grad = powers.mul_(weight / normalizer).scatter_add_(1, wanted, -weight).to(dtype)
+            if with_grad_x:
+                grad_x[start:start + chunk] = grad @ W_cast
+            if with_grad_W:
+                if grad_W is None:
+                    grad_W = (grad.T @ rows).to(W.dtype)
+                elif dtype == W.dtype:
+                    grad_W.addmm_(grad.T, rows)
+                else:
+                    grad_W += grad.T @ rows
         ctx.save_for_backward(grad_x, grad_W)
         return total / n
 
@@ -529,8 +538,7 @@ class KronyGPT(nn.Module):
             scale = factor_lr_scale if kind == "factors" else 1.0
             groups.append(dict(params=[p for p in group if p.requires_grad], name=kind, lr=learning_rate * scale,
                                lr_scale=scale, weight_decay=0.0 if kind == "vectors" else weight_decay))
-        fused = self.lm_head.weight.device.type == "cuda"
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)
 
     @torch.no_grad()
     def refactored(self, dim_1, dim_2, factors, approximate):

@@ -31,6 +31,11 @@ PUBLISHED = ("wiki103", "wiki2", "lambada")
 OWT_BATCHES = 200
 
 
+def is_text(name):
+    """Whether a data set is text, and no .bin of tokens."""
+    return name in PUBLISHED or name.endswith((".txt", ".jsonl"))
+
+
 def load_rows(name):
     """The texts of a data set: wiki103, wiki2, lambada, or a path to a .txt or .jsonl."""
     path, config = {"wiki103": (wikitext, "wikitext-103-v1"), "wiki2": (wikitext, "wikitext-2-v1"),
@@ -63,9 +68,9 @@ def read_jsonl(path):
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                rows.append(json.loads(line)["text"])
+                rows.append(json.loads(line)["text"] + "")
             except (ValueError, KeyError, TypeError):
-                raise UsageError(f"{path}, line {number} is not JSON with a `text`") from None
+                raise UsageError(f"{path}, line {number} is not JSON with a string `text`") from None
     return rows
 
 
@@ -84,8 +89,7 @@ def load_bin_tokens(name, n_windows, config):
     tokens = load_tokens(name, "val", config.vocab_size)
     if n_windows:
         tokens = tokens[:n_windows * config.block_size]
-    text = get_tokenizer(load_meta(name)["tokenizer"]).decode(tokens.tolist())
-    return tokens, len(text.encode())
+    return tokens, len(get_tokenizer(load_meta(name)["tokenizer"]).decode_bytes(tokens.tolist()))
 
 
 def make_windows(n_tokens, context, stride):
@@ -111,8 +115,9 @@ def score(model, tokens, stride, batch_size, autocast):
         autocast: context manager for the forward.
     """
     import torch
-    from torch.nn import functional as F
     from tqdm import tqdm
+
+    from model import linear_cross_entropy
 
     config = model.config
     windows = make_windows(len(tokens), config.block_size, stride)
@@ -130,8 +135,8 @@ def score(model, tokens, stride, batch_size, autocast):
         idx, counts = idx.to(where), counts[:, 1:].to(where)
         with torch.no_grad(), autocast:
             x = model.hidden(idx)[:, :-1][counts]  # (tokens scored, C)
-            losses = F.cross_entropy(model.lm_head(x).float(), idx[:, 1:][counts], reduction="sum")
-        total += losses.item()
+            loss = linear_cross_entropy(x, model.lm_head.weight, idx[:, 1:][counts])
+        total += loss.item() * len(x)
         n_scored += len(x)
         progress.update(batch[-1][2] - progress.n)
     progress.close()
@@ -144,8 +149,10 @@ def main(ckpt, dataset=None, n_batches=None):
 
     if batch_size < 1:
         raise UsageError(f"--batch_size is at least 1, not {batch_size}")
-    if n_batches is not None and not n_batches.isdecimal():
-        raise UsageError(f"n_batches is a whole number, not {n_batches}")
+    if n_batches is not None and (not n_batches.isdecimal() or int(n_batches) < 1 or is_text(dataset)):
+        raise UsageError(f"n_batches is a whole number, and for a data set under data/ only, not {dataset} {n_batches}")
+    if json_out and not Path(json_out).parent.is_dir():
+        raise UsageError(f"no folder for --json_out={json_out}")
     model, _ = checkpoint.load(ckpt)
     model.to(pick_device(device)).eval()
     step = model.config.block_size if stride is None else stride
@@ -154,7 +161,7 @@ def main(ckpt, dataset=None, n_batches=None):
     results = {}
     print(f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13} {'tokens/s':>9}")
     for name in [dataset] if dataset else PUBLISHED:
-        if name in PUBLISHED or name.endswith((".txt", ".jsonl")):
+        if is_text(name):
             tokens, n_bytes = load_text_tokens(name, model.config.vocab_size)
         else:
             n_windows = int(n_batches or OWT_BATCHES if name == "owt" else n_batches or 0) * batch_size

@@ -9,6 +9,8 @@
 What is kept is A; B = [1, 0]ᵀ puts it into the even rows, so that the model starts as the pruned one and is trained on
 from there as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 4 n_embd / N) along the hidden side.
 """
+import math
+
 from configurator import UsageError, run
 
 init_from = "gpt2"  # what is pruned: a hub name, a Hugging Face directory or a checkpoint
@@ -51,6 +53,8 @@ def main():
         raise UsageError(f"--dim is embd or hidden, not {dim}")
     if keep < 2 or not 0 <= offset < keep:
         raise UsageError(f"--keep is at least 2 and --offset from 0 to keep - 1, not {keep} and {offset}")
+    if not math.isfinite(epsilon):
+        raise UsageError(f"--epsilon is a finite number, not {epsilon}")
     model, _ = checkpoint.load(init_from)
     dim_1, dim_2 = model.config.n_embd, model.config.n_hidden
     if (dim_1 if dim == "embd" else dim_2) % keep:

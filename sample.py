@@ -26,11 +26,16 @@ def main(ckpt):
     from data import tokenizer_for
     from model import autocast_to, pick_device
 
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed is from 0 to 2**63 - 1, not {seed}")
     if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0:
         raise UsageError("--num_samples and --max_new_tokens are at least 1, --temperature and --top_k at least 0")
     prompt = start
     if start.startswith("FILE:"):
-        prompt = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+        try:
+            prompt = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{start.removeprefix('FILE:')} is not UTF-8 text: {error}") from None
     model, _ = checkpoint.load(ckpt)
     tokenizer = tokenizer_for(model.config.vocab_size)
     tokens = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]

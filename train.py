@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,6 +82,14 @@ def check_options(world_size):
     for name in ("max_iters", "eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps"):
         if globals()[name] < 1:
             raise UsageError(f"--{name} is at least 1, not {globals()[name]}")
+    for name in ("seed", "learning_rate", "factor_lr_scale", "weight_decay", "grad_clip", "warmup_iters"):
+        if not 0 <= globals()[name] < math.inf:
+            raise UsageError(f"--{name} is at least 0, not {globals()[name]}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= globals()[name] < 1:
+            raise UsageError(f"--{name} is at least 0 and below 1, not {globals()[name]}")
+    if block_size is not None and block_size < 1:
+        raise UsageError(f"--block_size is at least 1, not {block_size}")
     if gradient_accumulation_steps % world_size:
         raise UsageError(f"--gradient_accumulation_steps={gradient_accumulation_steps} cannot be shared out evenly "
                          f"among {world_size} processes")
@@ -113,14 +122,22 @@ def make_model(vocab_size):
     return model, rest if init_from == "resume" else {}
 
 
+def is_log_line(line):
+    """Whether a line of log.jsonl is whole: a killed run may leave half of one."""
+    try:
+        return line.endswith("\n") and isinstance(json.loads(line)["step"], int)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 def open_log(first_step):
     """log.jsonl, open for appending, without the lines of steps that are about to be done again."""
     path = Path(out_dir, "log.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = ""
     if first_step and path.exists():
-        kept = "".join(line for line in path.read_text().splitlines(keepends=True)
-                       if line.endswith("\n") and json.loads(line)["step"] <= first_step)
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        kept = "".join(line for line in lines if is_log_line(line) and json.loads(line)["step"] <= first_step)
     path.write_text(kept)
     return path.open("a", buffering=1)
 
@@ -169,7 +186,11 @@ def main():
     model.to(where)
     optimizer = model.configure_optimizers(learning_rate, weight_decay, (beta1, beta2), factor_lr_scale)
     if rest.get("optimizer"):
-        optimizer.load_state_dict(rest["optimizer"])
+        try:
+            optimizer.load_state_dict(rest["optimizer"])
+        except ValueError as error:
+            raise UsageError(f"the optimizer's state in {out_dir}/ckpt.pt does not fit the options ({error}): resume with "
+                             "those that the run was started with") from None
     step, best_val_loss = rest.get("iter_num", 0), rest.get("best_val_loss", math.inf)
     global_batch_size = batch_size * gradient_accumulation_steps
     micro_steps = gradient_accumulation_steps // world_size
@@ -198,8 +219,10 @@ def main():
             wandb_run.log(entry, step=entry["step"])
 
     def fail(what, bad_step):
+        path = Path(out_dir, "ckpt.pt")
+        kept = f"{path} is the last good checkpoint" if path.exists() else "no checkpoint was written yet"
         raise NotFiniteError(f"{what} not finite with step {bad_step} at learning rate {learning_rate_at(bad_step):.2e}, "
-                             f"rank {rank}; {out_dir}/ckpt.pt is the last good checkpoint: try a lower rate or --grad_clip")
+                             f"rank {rank}; {kept}: try a lower rate or --grad_clip")
 
     def mean_over_processes(total, count):
         pair = torch.stack((total.double(), torch.tensor(float(count), device=where, dtype=torch.double)))
@@ -319,6 +342,8 @@ def main():
             wandb_run.finish()
     if world_size > 1:
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads outlive the group, and now and then abort a process that ends in the usual way
 
 
 if __name__ == "__main__":

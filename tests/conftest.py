@@ -1,14 +1,20 @@
 """What the tests share. All of them run offline; those that use ../shared skip where it is absent."""
+import io
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+# where the machine is busy, two threads wait for each other at every small product
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is imported
 
 import torch  # noqa: E402
@@ -73,3 +79,18 @@ def run_script():
                               capture_output=True, text=True, timeout=timeout)
 
     return run
+
+
+def run_here(script, *args):
+    """Run a script in this process, which has imported torch already, and return what it said, as run_script does."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", [script, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code or 0
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def kron_sum(A, B):
+    return sum(torch.kron(a, b) for a, b in zip(A, B))

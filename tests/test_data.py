@@ -263,7 +263,7 @@ def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(prepare_o
     (workdir / "other.jsonl").write_text('{"title": "a"}\n{"title": "b"}\n')
     (workdir / "one.txt").write_text("only one")
     for pattern, message in ("nothing/*.txt", "no files match --data_files=nothing/*.txt"), \
-            ("other.*", "has the columns title, and no `text`"), ("one.*", "1 documents cannot be split"), \
+            ("other.*", "has the columns title, and no `text`"), ("one.*", "too few documents to hold one out: 1"), \
             ("o*", ".jsonl, .txt"):
         result = prepare_owt(f"--data_files={pattern}", "--out=mine")
         assert result.returncode == 2

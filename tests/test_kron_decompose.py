@@ -1,23 +1,18 @@
 """kron_decompose.py beside numpy.linalg.svd, torch.kron and plain counting."""
-import io
 import math
-import runpy
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, kron_sum, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kron_decompose import van_loan
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [  # (m, n, dim_1, dim_2, n_factors)
     (12, 48, 12, 12, 1),  # B is the smaller side
     (12, 48, 3, 4, 5),  # A is
@@ -35,24 +30,8 @@ SHAPES = [  # (m, n, dim_1, dim_2, n_factors)
 ]
 
 
-def run_here(script, *args):
-    """Run a script in this process, which has imported torch already, and return what it said, as run_script does."""
-    torch.set_num_threads(1)  # two would wait for each other at every small product where the machine is busy
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with mock.patch.object(sys, "argv", [script, *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as exit:
-            status = exit.code or 0
-    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
-
-
 def random_matrix(m, n, seed=0, dtype=torch.float64):
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def kron_sum(A, B):
-    return sum(torch.kron(a, b) for a, b in zip(A, B))
 
 
 def smallest_error(W, dim_1, dim_2, n_factors):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_kron_decompose import run_here
+from conftest import run_here
 
 import checkpoint
 from kron_to_gpt import default_out_dir, make_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_kron_decompose import run_here
+from conftest import run_here
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import perplexity
@@ -188,7 +188,9 @@ def test_bits_per_byte_spreads_the_loss_over_bytes(shared, workdir):
     (["nothing.txt"], "no file nothing.txt"),
     (["nothing.jsonl"], "no file nothing.jsonl"),
     (["wiki4"], "no data set in data/wiki4"),
-    (["owt", "many"], "n_batches is a whole number, not many"),
+    (["owt", "many"], "n_batches is a whole number"),
+    (["owt", "0"], "n_batches is a whole number"),
+    (["text.txt", "2"], "for a data set under data/ only, not text.txt 2"),
     (["owt"], "make it with: python prepare_owt.py"),
     (["empty.txt"], "empty.txt has 0 tokens"),
     (["one.txt"], "one.txt has 1 tokens"),

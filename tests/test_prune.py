@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from test_kron_decompose import run_here
+from conftest import run_here
 from transformers import GPT2LMHeadModel
 
 

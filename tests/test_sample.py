@@ -1,7 +1,7 @@
 """sample.py beside a plain loop over transformers' GPT-2."""
 import pytest
 import torch
-from test_kron_decompose import run_here
+from conftest import run_here
 from transformers import GPT2LMHeadModel
 
 PROMPT = "Hä?"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_kron_decompose import ROOT, kron_sum, run_here
+from conftest import ROOT, kron_sum, run_here
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
