@@ -145,7 +145,7 @@ def configure(namespace, argv, takes_positionals=True):
             positionals.append(arg)
     changed = {name: namespace[name] for name in types if namespace[name] != defaults[name]}
     if changed and os.environ.get("RANK", "0") == "0":
-        print("options:", ", ".join(f"{name}={value}" for name, value in changed.items()))
+        print("options:", ", ".join(f"{name}={value}".replace("\n", "\\n") for name, value in changed.items()))
     return positionals
 
 
