@@ -9,7 +9,7 @@ load() also takes
 - nanoGPT's own dense checkpoints;
 - any of them with the prefixes that DDP and torch.compile leave (`module.`, `_orig_mod.`).
 
-Nothing here, or anywhere in the project, loads with weights_only=False.
+Every load in the project is torch.load(weights_only=True): a checkpoint is data, and never runs code.
 """
 import os
 import pickle

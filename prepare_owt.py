@@ -1,6 +1,6 @@
 """Tokenize OpenWebText, or your own text, with GPT-2's BPE into data/<out>/{train,val}.bin.
 
-    python prepare_owt.py                                           # OpenWebText: 54 GB to download, 17 GB of tokens
+    python prepare_owt.py                                           # OpenWebText, 17 GB of tokens
     python prepare_owt.py --data_files='books/*.txt' --out=books    # local .txt, .jsonl or .parquet, with a `text` column
 
 The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, seed
