@@ -9,6 +9,7 @@ All models have GPT-2's shape and random weights. What is compared runs in turns
 the medians count. Ratios say more than seconds: above 1 is faster than dense. Writes table.md and ratios.png to out_dir.
 """
 import json
+import re
 import statistics
 import sys
 import time
@@ -33,6 +34,7 @@ dtype = "float32"  # or bfloat16, by autocast
 out_dir = "out/bench"  # where the table and the picture go
 
 CONTEXTS, SEQUENCES = (64, 900), (1, 8)  # of generation: tokens at the end, and sequences at once
+NANOGPT_SHARDS = 1024  # pieces in which its script writes
 SLOWEST = 4  # an order of contraction with so many times the multiply-adds of the best is not timed
 
 
@@ -53,13 +55,17 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def time_in_turns(functions, times=None):
-    """Median seconds of each function, called in turns after a warm-up: {name: seconds}."""
-    for function in functions.values():
-        function()
+def time_in_turns(functions, times=None, once=()):
+    """Median seconds of each function, called in turns after a warm-up: {name: seconds}; those named in `once` are
+    called a single time, cold."""
+    for name, function in functions.items():
+        if name not in once:
+            function()
     seconds = {name: [] for name in functions}
-    for _ in range(times or repeats):
+    for turn in range(times or repeats):
         for name, function in functions.items():
+            if turn and name in once:
+                continue
             synchronize()
             start = time.perf_counter()
             function()
@@ -70,6 +76,8 @@ def time_in_turns(functions, times=None):
 
 def peak_memory(function, where):
     """Bytes that a call needs at most, above what was there before; None where that cannot be told."""
+    import ctypes
+
     import torch
 
     if where.type == "cuda":
@@ -77,9 +85,11 @@ def peak_memory(function, where):
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    status = Path("/proc/self/status")
+    status = Path("/proc/self/status")  # of Linux
     if not status.exists():
         return None
+
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it does not count as there before
 
     def read(field):
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
@@ -100,7 +110,16 @@ def make_models(where):
 
     from model import KronyGPT, KronyGPTConfig
 
-    class KronLoopGPT(KronyGPT):
+    class WholeLogitsGPT(KronyGPT):
+        """Ours, but for the loss: from all of the logits at once."""
+
+        def forward(self, idx, targets=None):
+            logits = self.lm_head(self.hidden(idx))
+            if targets is None:
+                return logits
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    class KronLoopGPT(WholeLogitsGPT):
         """The baseline: every dense matrix built by a loop over torch.kron, whole logits, no cache."""
 
         def __init__(self, config):
@@ -113,12 +132,6 @@ def make_models(where):
             W_fc, W_proj = (sum(torch.kron(a, b) for a, b in zip(A, B)) for A, B in mlp.factor_pairs())
             hidden = F.gelu(x @ W_fc + mlp.c_fc_bias, approximate="tanh")
             return hidden @ W_proj + mlp.c_proj_bias
-
-        def forward(self, idx, targets=None):
-            logits = self.lm_head(self.hidden(idx))
-            if targets is None:
-                return logits
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
         @torch.no_grad()
         def generate(self, idx, max_new_tokens, temperature):
@@ -154,8 +167,8 @@ def make_models(where):
 
     makers = {"dense": lambda: KronyGPT(config()), "transformers dense": TransformersGPT2}
     for shape in parse_shapes(shapes):
-        makers[f"torch.kron {shape}"] = partial(lambda shape: KronLoopGPT(config(*shape)), shape)
-        makers[f"ours {shape}"] = partial(lambda shape: KronyGPT(config(*shape)), shape)
+        for name, kind in (("torch.kron", KronLoopGPT), ("whole logits", WholeLogitsGPT), ("ours", KronyGPT)):
+            makers[f"{name} {shape}"] = partial(lambda kind, shape: kind(config(*shape)), kind, shape)
     return makers
 
 
@@ -209,8 +222,8 @@ def measure_models(models, where):
         for context in CONTEXTS:
             calls = {name: lambda name=name, s=sequences, c=context: generate(name, s, c) for name in models
                      if sequences * context <= max(CONTEXTS) or not name.startswith("torch.kron")}  # minutes otherwise
-            times = 1 if context == max(CONTEXTS) else repeats
-            record(f"generation {sequences} × {context}", time_in_turns(calls, times))
+            slow = [name for name in calls if name.startswith("torch.kron") and context == max(CONTEXTS)]
+            record(f"generation {sequences} × {context}", time_in_turns(calls, once=slow))
     for name, model in models.items():
         with tempfile.TemporaryDirectory() as folder:
             torch.save(model.state_dict(), f"{folder}/model.pt")
@@ -226,8 +239,8 @@ def bench_models(where):
     print(f"a large matrix product runs at {limit / 1e9:,.0f} GFLOP/s here ({where}, {dtype})")
     makers = make_models(where)
     results, lines = {}, []
-    groups = [["dense", "transformers dense"]] + [
-        ["dense", f"torch.kron {shape}", f"ours {shape}"] for shape in parse_shapes(shapes)]
+    groups = [["dense", f"torch.kron {shape}", f"ours {shape}"] for shape in parse_shapes(shapes)]
+    groups[0] += ["transformers dense", f"whole logits {parse_shapes(shapes)[0]}"]
     for group in groups:
         print(", ".join(group))
         models = {name: makers[name]() for name in group}
@@ -328,9 +341,11 @@ def bench_layer(where):
 
 
 def bench_tokenize(path):
-    """The documents of a .jsonl through prepare_owt.py and through nanoGPT's way."""
+    """The documents of a .jsonl through prepare_owt.py and through nanoGPT's way, from loaded documents to a .bin."""
     import subprocess
+    import tempfile
 
+    import numpy as np
     import tiktoken
     from datasets import load_dataset
 
@@ -340,18 +355,33 @@ def bench_tokenize(path):
         ids = [*encoding.encode_ordinary(example["text"]), encoding.eot_token]
         return {"ids": ids, "len": len(ids)}
 
-    start = time.perf_counter()
-    documents = load_dataset("json", data_files=path, split="train")
-    documents = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    loaded = time.perf_counter()
-    documents.map(process, remove_columns=["text"], num_proc=2, load_from_cache_file=False)
-    theirs = time.perf_counter() - loaded
-    print(f"datasets.map, a document at a time, 2 processes: {theirs:.1f} s (loading apart: {loaded - start:.1f} s)")
     script = str(Path(__file__).with_name("prepare_owt.py"))
     start = time.perf_counter()
-    subprocess.run([sys.executable, script, f"--data_files={path}", "--out=bench_tokenize"], check=True)
-    ours = time.perf_counter() - start
-    print(f"prepare_owt.py, all of it: {ours:.1f} s; {theirs / ours:.2f} times as fast")
+    said = subprocess.run([sys.executable, script, f"--data_files={Path(path).resolve()}", "--out=bench_tokenize"],
+                          check=True, capture_output=True, text=True).stdout
+    whole = time.perf_counter() - start
+    ours = float(re.search(r"tokenized .* in ([\d.]+) s", said)[1])
+
+    documents = load_dataset("json", data_files=path, split="train")
+    documents = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["train"]
+    start = time.perf_counter()
+    tokenized = documents.map(process, remove_columns=["text"], num_proc=2, load_from_cache_file=False)
+    mapped = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        array = np.memmap(Path(folder, "train.bin"), dtype=np.uint16, mode="w+", shape=(sum(tokenized["len"]),))
+        end = 0
+        for shard in range(NANOGPT_SHARDS):
+            piece = tokenized.shard(NANOGPT_SHARDS, shard, contiguous=True).with_format("numpy")
+            tokens = np.concatenate(piece["ids"])
+            array[end:end + len(tokens)] = tokens
+            end += len(tokens)
+        array.flush()
+        theirs = time.perf_counter() - start
+        same = array.tobytes() == Path("data/bench_tokenize/train.bin").read_bytes()
+    print(said, end="")
+    print(f"nanoGPT's way, from loaded documents to train.bin: {theirs:.1f} s, of which datasets.map took {mapped:.1f} s\n"
+          f"prepare_owt.py: {ours:.1f} s ({whole:.1f} s with its start and loading); {theirs / ours:.2f} times as fast, "
+          f"{mapped / ours:.2f} times as datasets.map alone; the same bytes: {same}")
 
 
 def main(what="models", path=None):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from files import replacing
 from model import GPT2_HEAD_DIM, KronyGPT, ModelError, kron_weight
 
 MODELS_DIR = Path("models")
@@ -33,8 +34,7 @@ class CheckpointError(ValueError):
 
 
 def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None):
-    """Write a checkpoint. A reader finds the old file or the new one, whole: it is written aside, flushed to disk and
-    renamed.
+    """Write a checkpoint; a reader finds the old file or the new one, whole.
 
     Args:
         path: of the .pt file; its folder is made.
@@ -44,26 +44,14 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
         best_val_loss: in nats per token.
         config: {option: value} of the script that writes it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = dict(model={name: p.contiguous() for name, p in model.state_dict().items()},
                    model_args=model.model_args(), optimizer=optimizer.state_dict() if optimizer else None,
                    iter_num=iter_num, best_val_loss=best_val_loss, config=config or {})
-    aside = path.with_name(path.name + ".tmp")
     try:
-        with open(aside, "wb") as file:
+        with replacing(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # torch's own writer says RuntimeError where the disk is full
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name is on disk, too
-    os.close(folder)
+    except RuntimeError as error:  # torch's own writer says this where the disk is full
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
 def save_refactored(model, dim_1, dim_2, factors, approximate, path, config):

@@ -5,9 +5,12 @@ own script made) holds GPT-2 tokens.
 """
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+
+from files import ASIDE, lock, remove_leftovers, replacing
 
 DATA_DIR = Path("data")
 TOKEN_TYPE = np.uint16
@@ -103,8 +106,9 @@ class DatasetWriter:
         self.source = source
 
     def __enter__(self):
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.files = {split: open(self.directory / f"{split}.bin.tmp", "wb") for split in SPLITS}
+        self.lock = lock(self.directory)
+        self.paths = {split: self.directory / f"{split}.bin{ASIDE}" for split in SPLITS}
+        self.files = {split: open(path, "wb") for split, path in self.paths.items()}
         self.documents = dict.fromkeys(SPLITS, 0)
         self.end_of_text = np.array([self.tokenizer.end_of_text], dtype=TOKEN_TYPE)
         return self
@@ -116,25 +120,35 @@ class DatasetWriter:
         self.documents[split] += 1
 
     def __exit__(self, error_type, error, traceback):
+        try:
+            if error is None:
+                self.finish()
+            elif isinstance(error, OSError):  # a write that fails does not say to which file
+                error.filename = error.filename or str(self.directory)
+        finally:
+            for file in self.files.values():
+                with suppress(OSError):  # where the disk is full, what is left in a buffer fails once more
+                    file.close()
+            remove_leftovers(self.directory)
+            self.directory.joinpath(".lock").unlink()
+            if not any(self.directory.iterdir()):
+                self.directory.rmdir()
+            self.lock.close()
+
+    def finish(self):
+        """Give the files their names; a reader in between finds counts in meta.json that are not those of the files."""
         tokens = {split: file.tell() // self.end_of_text.itemsize for split, file in self.files.items()}
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-            file.close()
-        if error is None:
-            meta = dict(vocab_size=self.tokenizer.vocab_size, tokenizer=self.tokenizer.name, tokens=tokens,
-                        documents=self.documents, source=self.source)
-            self.directory.joinpath("meta.json.tmp").write_text(json.dumps(meta, indent=2) + "\n")
-            for split in SPLITS:
-                os.replace(self.directory / f"{split}.bin.tmp", self.directory / f"{split}.bin")
-            os.replace(self.directory / "meta.json.tmp", self.directory / "meta.json")
-            for split in SPLITS:
-                print(f"{self.directory / split}.bin: {tokens[split]:,} tokens of {self.documents[split]:,} documents")
-        else:
-            for file in self.files.values():
-                os.remove(file.name)
-            if not any(self.directory.iterdir()):
-                self.directory.rmdir()
+        for split in SPLITS:
+            os.replace(self.paths[split], self.directory / f"{split}.bin")
+        meta = dict(vocab_size=self.tokenizer.vocab_size, tokenizer=self.tokenizer.name, tokens=tokens,
+                    documents=self.documents, source=self.source)
+        with replacing(self.directory / "meta.json", "w") as file:
+            file.write(json.dumps(meta, indent=2) + "\n")
+        for split in SPLITS:
+            print(f"{self.directory / split}.bin: {tokens[split]:,} tokens of {self.documents[split]:,} documents")
 
 
 def find_dataset(name):
@@ -162,11 +176,12 @@ def load_meta(name):
     """
     path = find_dataset(name) / "meta.json"
     if not path.exists():
-        return dict(vocab_size=GPT2_VOCAB_SIZE, tokenizer=GPT2Tokenizer.name)
+        return dict(vocab_size=GPT2_VOCAB_SIZE, tokenizer=GPT2Tokenizer.name, tokens={})
     try:
-        meta = json.loads(path.read_bytes())
-        if not isinstance(meta["vocab_size"], int) or not isinstance(meta["tokenizer"], str):
-            raise TypeError("vocab_size is a whole number and tokenizer a string")
+        meta = dict(tokens={}) | json.loads(path.read_bytes())
+        if not (isinstance(meta["vocab_size"], int) and isinstance(meta["tokenizer"], str)
+                and isinstance(meta["tokens"], dict) and all(isinstance(n, int) for n in meta["tokens"].values())):
+            raise TypeError("vocab_size and the numbers of tokens are whole numbers and tokenizer a string")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data set again") from None
     return meta
@@ -196,6 +211,9 @@ def load_tokens(name, split, vocab_size, block_size=1):
     if n_bytes % np.dtype(TOKEN_TYPE).itemsize:
         raise DataError(f"{path} has {n_bytes} bytes, an odd number, so it is no file of uint16 tokens; prepare it again")
     n_tokens = n_bytes // np.dtype(TOKEN_TYPE).itemsize
+    if n_tokens != meta["tokens"].get(split, n_tokens):
+        raise DataError(f"{path} has {n_tokens:,} tokens, and meta.json counts {meta['tokens'][split]:,}: "
+                        "prepare the data set again")
     if n_tokens <= block_size:
         raise DataError(f"{path} has {n_tokens} tokens, and a block takes {block_size + 1}: "
                         "use a smaller block_size or more text")

@@ -7,6 +7,7 @@ The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one
 2357, an end-of-text token after each document. Any data set name stands for `--dataset=` in the other scripts.
 """
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def load_documents():
     return documents
 
 
+def encode_all(batches, tokenizer, pool):
+    """The tokens of all documents in order, in lists of DOCUMENTS_PER_TASK of them; while the threads of the pool
+    tokenize a batch, the next one is read."""
+    begun = ()
+    for batch in batches:
+        texts = batch["text"]
+        pieces = [texts[i:i + DOCUMENTS_PER_TASK] for i in range(0, len(texts), DOCUMENTS_PER_TASK)]
+        ahead = pool.map(lambda piece: [tokenizer.encode(text) for text in piece], pieces)
+        yield from begun
+        begun = ahead
+    yield from begun
+
+
 def main():
     from tqdm import tqdm
 
@@ -66,16 +80,16 @@ def main():
     if len(documents) < 2:
         raise UsageError(f"too few documents to hold one out: {len(documents)}; --sample_by=line makes more of a .txt")
     parts = documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
+    start = time.perf_counter()
     with DatasetWriter(out, tokenizer, source=data_files or HUB_NAME) as writer, ThreadPoolExecutor(threads) as pool:
         for split, part in (("val", parts["test"]), ("train", parts["train"])):
+            batches = part.select_columns("text").iter(DOCUMENTS_AT_ONCE)
             with tqdm(total=len(part), desc=f"tokenizing {split}", unit="doc", unit_scale=True) as progress:
-                for batch in part.select_columns("text").iter(DOCUMENTS_AT_ONCE):
-                    texts = batch["text"]
-                    pieces = [texts[i:i + DOCUMENTS_PER_TASK] for i in range(0, len(texts), DOCUMENTS_PER_TASK)]
-                    for piece in pool.map(lambda piece: [tokenizer.encode(text) for text in piece], pieces):
-                        for tokens in piece:
-                            writer.add(split, tokens)
-                    progress.update(len(texts))
+                for piece in encode_all(batches, tokenizer, pool):
+                    for tokens in piece:
+                        writer.add(split, tokens)
+                    progress.update(len(piece))
+    print(f"tokenized {len(documents):,} documents in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
     python train.py config/train_gpt2.py --init_from=resume               # where it stopped
 
 Writes ckpt.pt (the latest), best.pt (the lowest validation loss) and log.jsonl to out_dir. Ctrl-C or SIGTERM finishes
-the step, saves and exits; a second one exits at once.
+the step, saves and exits; a second one exits at once. A run that was stopped or killed, at whatever moment, goes on with
+--init_from=resume and ends with the weights that it would have had.
 """
 import json
 import math
@@ -18,6 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from configurator import UsageError, option_types, run
+from files import lock, remove_leftovers, replacing
 
 # the run
 out_dir = "out"  # where checkpoints and the log go
@@ -25,7 +27,10 @@ init_from = "scratch"  # scratch, resume, a checkpoint, a Hugging Face directory
 dataset = "openwebtext"  # a directory under data/
 seed = 1337  # of the initialisation, the batches and dropout
 max_iters = 5000  # optimizer steps
+overwrite = False  # start over where out_dir holds a run already
 eval_interval = 500  # steps between evaluations, which also save
+checkpoint_minutes = 0.0  # save when so many have passed since the last time, too; 0 for never
+keep = 0  # older checkpoints that stay beside ckpt.pt, as ckpt_{step}.pt
 eval_iters = 50  # batches of each split in an evaluation
 log_interval = 10  # steps between lines of progress
 # the model from scratch; a checkpoint brings its own shape
@@ -61,6 +66,9 @@ wandb_project = "kronygpt"  # where the run is listed
 wandb_run_name: str | None = None  # the name of out_dir if left out
 
 
+RUN_BY_RUN = ("init_from", "overwrite")  # options that a resumed run need not share with the one that it goes on with
+
+
 class NotFiniteError(Exception):
     """The loss or the gradient is nan or infinite."""
 
@@ -82,7 +90,8 @@ def check_options(world_size):
     for name in ("max_iters", "eval_interval", "eval_iters", "log_interval", "batch_size", "gradient_accumulation_steps"):
         if globals()[name] < 1:
             raise UsageError(f"--{name} is at least 1, not {globals()[name]}")
-    for name in ("seed", "learning_rate", "factor_lr_scale", "weight_decay", "grad_clip", "warmup_iters"):
+    for name in ("seed", "learning_rate", "factor_lr_scale", "weight_decay", "grad_clip", "warmup_iters",
+                 "checkpoint_minutes", "keep"):
         if not 0 <= globals()[name] < math.inf:
             raise UsageError(f"--{name} is at least 0, not {globals()[name]}")
     for name in ("beta1", "beta2"):
@@ -95,8 +104,20 @@ def check_options(world_size):
                          f"among {world_size} processes")
     if wandb_mode not in ("off", "online", "offline"):
         raise UsageError(f"--wandb_mode is off, online or offline, not {wandb_mode}")
-    if init_from == "resume" and not Path(out_dir, "ckpt.pt").exists():
-        raise UsageError(f"nothing to resume: no {Path(out_dir, 'ckpt.pt')}")
+    check_out_dir()
+
+
+def check_out_dir():
+    """Whether out_dir holds what a resume needs, and nothing that a new run would destroy."""
+    last = Path(out_dir, "ckpt.pt")
+    if Path(out_dir).exists() and not Path(out_dir).is_dir():
+        raise UsageError(f"--out_dir={out_dir} is a file")
+    if init_from == "resume":
+        if not last.exists():
+            raise UsageError(f"nothing to resume: no {last}")
+    elif last.exists() and not overwrite:
+        raise UsageError(f"{out_dir} holds a run already: --init_from=resume goes on with it, --overwrite=True starts over, "
+                         "another --out_dir keeps it")
 
 
 def make_model(vocab_size):
@@ -133,13 +154,30 @@ def is_log_line(line):
 def open_log(first_step):
     """log.jsonl, open for appending, without the lines of steps that are about to be done again."""
     path = Path(out_dir, "log.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = ""
-    if first_step and path.exists():
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
-        kept = "".join(line for line in lines if is_log_line(line) and json.loads(line)["step"] <= first_step)
-    path.write_text(kept)
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if first_step and path.exists() else []
+    with replacing(path, "w") as file:
+        file.writelines(line for line in lines if is_log_line(line) and json.loads(line)["step"] <= first_step)
     return path.open("a", buffering=1)
+
+
+def claim_out_dir():
+    """Lock out_dir for this run and clear it of half-written files, and where a run starts over, of the one before."""
+    held = lock(out_dir)
+    check_out_dir()  # again: another run may have ended here since the first time
+    remove_leftovers(out_dir)
+    if init_from != "resume":
+        for path in (*Path(out_dir).glob("ckpt*.pt"), *Path(out_dir).glob("best.pt")):
+            path.unlink()
+    return held
+
+
+def keep_older(last_step):
+    """Give the checkpoint that ckpt.pt is about to replace a name of its own, and remove the oldest of those."""
+    newest, older = Path(out_dir, "ckpt.pt"), Path(out_dir, f"ckpt_{last_step:07d}.pt")
+    if keep and newest.exists() and not older.exists():
+        os.link(newest, older)
+    for path in sorted(Path(out_dir).glob("ckpt_*.pt"))[:-keep or None] if keep else ():
+        path.unlink()
 
 
 def print_plan(model, n_tokens, tokens_per_step):
@@ -149,7 +187,7 @@ def print_plan(model, n_tokens, tokens_per_step):
           f"{counts['matrices']:,} + biases and layer norms {counts['vectors']:,}")
     if factors_only:
         print("training the Kronecker factors alone")
-    print(f"data: {dataset}, {n_tokens:,} tokens; a step takes {tokens_per_step:,}, the run "
+    print(f"seed: {seed}; data: {dataset}, {n_tokens:,} tokens; a step takes {tokens_per_step:,}, the run "
           f"{tokens_per_step * max_iters / n_tokens:.2f} times the data")
 
 
@@ -204,8 +242,12 @@ def main():
     options = {name: globals()[name] for name in option_types(globals())}
     wandb_run = None
     if is_main:
+        out_dir_lock = claim_out_dir()
         print_plan(model, len(tokens["train"]), tokens_per_step)
         log_file = open_log(step)
+        for name, value in rest.get("config", {}).items():
+            if name in options and name not in RUN_BY_RUN and value != options[name]:
+                print(f"resumed with --{name}={options[name]}, where it was {value}")
         peak_flops = matmul_flops(where, number) * world_size
         if wandb_mode != "off":
             import wandb
@@ -245,10 +287,20 @@ def main():
         return mean_over_processes(total, len(starts))
 
     def save(name, with_optimizer):
+        if first_bad_step >= 0:
+            fail("the loss or the gradient is", first_bad_step.item())
         if not all(p.isfinite().all() for p in model.parameters()):
             fail("the weights are", step - 1)
         if is_main:
             checkpoint.save(Path(out_dir, name), model, optimizer if with_optimizer else None, step, best_val_loss, options)
+
+    def save_checkpoint():
+        nonlocal saved_step, saved_at
+        if is_main:
+            os.fsync(log_file.fileno())  # a log that lacks lines of steps done is not mended by a resume
+            keep_older(saved_step)
+        save("ckpt.pt", with_optimizer=True)
+        saved_step, saved_at = step, time.monotonic()
 
     def evaluate_and_keep_best():
         nonlocal best_val_loss
@@ -280,9 +332,11 @@ def main():
         return bool(flag)
 
     # the loop: `step` counts the optimizer steps done
-    if step == 0:
-        evaluate_and_keep_best()
     first_bad_step = torch.full((), -1, device=where)  # kept on the device: reading it would wait for the step
+    saved_step, saved_at = step, time.monotonic()
+    if step == 0:
+        save_checkpoint()
+        evaluate_and_keep_best()
     interval_start, interval_steps = time.perf_counter(), 0
     model.train()
     stopping = False
@@ -329,8 +383,9 @@ def main():
         if step % eval_interval == 0 or step == max_iters:
             evaluate_and_keep_best()
             interval_start = time.perf_counter()
-        if step % eval_interval == 0 or is_last:
-            save("ckpt.pt", with_optimizer=True)
+        is_due = checkpoint_minutes and is_main and time.monotonic() - saved_at > 60 * checkpoint_minutes
+        if step % eval_interval == 0 or is_last or is_due:
+            save_checkpoint()
 
     if is_main:
         if stopping:
@@ -338,6 +393,7 @@ def main():
         else:
             print(f"done: best validation loss {best_val_loss:.4f}, in {out_dir}/best.pt")
         log_file.close()
+        out_dir_lock.close()
         if wandb_run:
             wandb_run.finish()
     if world_size > 1:

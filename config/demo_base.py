@@ -9,6 +9,7 @@ block_size = 128
 
 batch_size = 16
 gradient_accumulation_steps = 1
+overwrite = True
 max_iters = 800
 learning_rate = 4e-3
 warmup_iters = 50

@@ -3,6 +3,7 @@ dataset = "pydocs"
 
 batch_size = 16
 gradient_accumulation_steps = 1
+overwrite = True
 max_iters = 200
 learning_rate = 2e-3
 warmup_iters = 20

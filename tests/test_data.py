@@ -137,7 +137,7 @@ def test_a_damaged_meta_json_is_an_error(workdir, meta):
 
 def test_a_directory_of_nanogpt_holds_gpt2_tokens(workdir):
     write_dataset("a", [50256, 11, 0], meta=None)
-    assert load_meta("a") == dict(vocab_size=50257, tokenizer="gpt2")
+    assert load_meta("a") == dict(vocab_size=50257, tokenizer="gpt2", tokens={})
     for vocab_size in 50257, 50304:  # nanoGPT pads the vocabulary to a multiple of 64
         assert load_tokens("a", "train", vocab_size).tolist() == [50256, 11, 0]
 
