@@ -1,11 +1,12 @@
 # make demo: compress, train, export and score a small GPT-2 on Python's documentation, and show the result
-# make test: the tests      make lint: the linter      make clean: remove what these made, but for .venv
+# make test: the tests      make stress: kills, faults and long fuzzing      make lint: the linter
+# make clean: remove what these made, but for .venv
 
 PYTHON ?= python3
 VENV := .venv
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test stress lint clean
 
 demo: $(VENV)/runtime
 	$(VENV)/bin/python prepare_pydocs.py
@@ -14,6 +15,9 @@ demo: $(VENV)/runtime
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest
+
+stress: $(VENV)/dev
+	$(VENV)/bin/python -m pytest -m slow -s
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -387,15 +387,14 @@ def bench_tokenize(path):
 def main(what="models", path=None):
     from model import pick_device
 
+    if what not in ("models", "layer", "tokenize") or (path is None) == (what == "tokenize"):
+        raise UsageError(f"bench.py takes models, layer, or tokenize and a .jsonl, not {what!r}")
+    parse_shapes(shapes)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    if what == "models":
-        bench_models(pick_device(device))
-    elif what == "layer":
-        bench_layer(pick_device(device))
-    elif what == "tokenize" and path:
+    if what == "tokenize":
         bench_tokenize(path)
     else:
-        raise UsageError(f"bench.py takes models, layer, or tokenize and a .jsonl, not {what!r}")
+        {"models": bench_models, "layer": bench_layer}[what](pick_device(device))
 
 
 if __name__ == "__main__":

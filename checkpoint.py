@@ -23,7 +23,9 @@ from model import GPT2_HEAD_DIM, KronyGPT, ModelError, kron_weight
 
 MODELS_DIR = Path("models")
 PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")
+REST = dict(optimizer=(dict, type(None)), iter_num=int, best_val_loss=(int, float), config=dict)  # beside the model
 UNSTACKED = re.compile(r"^(.*\.mlp\.c_(?:fc|proj))_(\d+)_([01])$")
+MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
 LAYER_VECTORS = ("ln_1.bias", "ln_2.bias", "attn.c_attn.bias", "attn.c_proj.bias", "mlp.c_fc_bias", "mlp.c_proj_bias")
 
 
@@ -117,6 +119,9 @@ def load(source, dropout=0.0):
         model = KronyGPT.from_state_dict(checkpoint.pop("model_args"), checkpoint.pop("model"))
     except ModelError as error:
         raise CheckpointError(f"{source} does not fit together: {error}") from None
+    for name, p in model.named_parameters():
+        if not torch.stack(p.detach().aminmax()).isfinite().all():  # one pass, and nothing as large as the weights
+            raise CheckpointError(f"{source} has weights that are not finite: {name}")
     return model, checkpoint
 
 
@@ -153,8 +158,10 @@ def read_file(path):
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} is no checkpoint: it is not a file of torch.save, or it holds more than tensors "
                               "and plain types and is not loaded, because it could run code") from None
-    except OSError:
-        raise
+    except OSError as error:
+        if error.filename:
+            raise
+        raise CheckpointError(f"{path} cannot be read: it is truncated or damaged ({error})") from None  # torch's seek
     except Exception as error:  # bytes that are no pickle can make the unpickler raise anything
         raise CheckpointError(f"{path} cannot be read: it is truncated or damaged ({first_line(error)})") from None
     if not isinstance(content, dict):
@@ -163,6 +170,11 @@ def read_file(path):
     if not isinstance(state_dict, dict) or not all(isinstance(name, str) for name in state_dict):
         raise CheckpointError(f"{path} is no checkpoint: its `model` is no dict of tensors")
     state_dict = {PREFIX.sub("", name): p for name, p in state_dict.items() if isinstance(p, torch.Tensor)}
+    for name, p in state_dict.items():
+        if p.layout != torch.strided or not (p.is_floating_point() or name.endswith(MASKS)):
+            raise CheckpointError(f"{path} is no checkpoint: {name} is no dense tensor of real numbers")
+        if p.numel() * p.element_size() > p.untyped_storage().nbytes():  # strides of 0 make any size of a few bytes
+            raise CheckpointError(f"{path} claims more numbers than it holds: {name} is {tuple(p.shape)}")
     try:
         state_dict = todays_names(state_dict)
         inferred = infer_model_args(state_dict)
@@ -171,8 +183,10 @@ def read_file(path):
     if "model" in content and isinstance(content.get("model_args"), dict):
         n_head = content["model_args"].get("n_head")
         inferred["n_head"] = n_head if isinstance(n_head, int) else inferred["n_head"]
-    rest = {name: content[name] for name in ("optimizer", "iter_num", "best_val_loss", "config") if "model" in content
-            and name in content}
+    rest = {name: content[name] for name in REST if "model" in content and name in content}
+    for name, value in rest.items():
+        if not isinstance(value, REST[name]):
+            raise CheckpointError(f"{path} is damaged: its {name} is a {type(value).__name__}")
     return with_defaults(dict(rest, model_args=inferred, model=state_dict))
 
 
@@ -187,7 +201,7 @@ def with_defaults(checkpoint):
 def todays_names(state_dict):
     """A state dict of any age in today's layout: stacked factors, all biases, contiguous float32."""
     state_dict = {name: p.float().contiguous() for name, p in state_dict.items()
-                  if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # the causal mask
+                  if not name.endswith(MASKS)}
     sides = {}  # {(c_fc or c_proj of a layer, side): {factor: tensor}}
     for name in list(state_dict):
         if match := UNSTACKED.match(name):

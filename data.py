@@ -17,6 +17,7 @@ TOKEN_TYPE = np.uint16
 SPLITS = ("train", "val")
 GPT2_VOCAB_SIZE = 50257
 BYTES_VOCAB_SIZE = 256
+CHECKED_TOKENS = 1024  # looked at, spread evenly over a split, before anything is done with it
 
 
 class DataError(ValueError):
@@ -217,7 +218,17 @@ def load_tokens(name, split, vocab_size, block_size=1):
     if n_tokens <= block_size:
         raise DataError(f"{path} has {n_tokens} tokens, and a block takes {block_size + 1}: "
                         "use a smaller block_size or more text")
-    return np.memmap(path, dtype=TOKEN_TYPE, mode="r")
+    tokens = np.memmap(path, dtype=TOKEN_TYPE, mode="r")
+    sample = np.linspace(0, n_tokens - 1, CHECKED_TOKENS).astype(np.int64)  # the others are checked when they are used
+    bad = sample[tokens[sample] >= vocab_size]
+    if len(bad):
+        raise unknown_token(tokens[bad[0]], tokens, bad[0], vocab_size)
+    return tokens
+
+
+def unknown_token(token, tokens, position, vocab_size):
+    where = f"{getattr(tokens, 'filename', 'the data')}, position {position}"
+    return DataError(f"token {token} in {where}: the model's vocabulary ends at {vocab_size - 1}")
 
 
 def windows(tokens, starts, block_size, vocab_size, device="cpu"):
@@ -233,8 +244,7 @@ def windows(tokens, starts, block_size, vocab_size, device="cpu"):
     rows = np.stack([tokens[start:start + block_size + 1] for start in starts])
     if rows.max() >= vocab_size:
         row, column = np.argwhere(rows >= vocab_size)[0]
-        where = f"{getattr(tokens, 'filename', 'the data')}, position {starts[row] + column}"
-        raise DataError(f"token {rows[row, column]} in {where}: the model's vocabulary ends at {vocab_size - 1}")
+        raise unknown_token(rows[row, column], tokens, starts[row] + column, vocab_size)
     rows = torch.from_numpy(rows.astype(np.int64))
     if torch.device(device).type == "cuda":
         rows = rows.pin_memory().to(device, non_blocking=True)

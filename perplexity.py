@@ -65,12 +65,12 @@ def load_rows(name):
 def read_jsonl(path):
     """The `text` of each line."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                rows.append(json.loads(line)["text"] + "")
+                rows.append(json.loads(line.decode())["text"] + "")
             except (ValueError, KeyError, TypeError):
-                raise UsageError(f"{path}, line {number} is not JSON with a string `text`") from None
+                raise UsageError(f"{path}, line {number} is not UTF-8 JSON with a string `text`") from None
     return rows
 
 
@@ -84,11 +84,14 @@ def load_text_tokens(name, vocab_size):
 
 def load_bin_tokens(name, n_windows, config):
     """The tokens of data/<name>/val.bin, or the first n_windows contexts of them, and their length in bytes."""
-    from data import get_tokenizer, load_meta, load_tokens
+    from data import get_tokenizer, load_meta, load_tokens, unknown_token
 
     tokens = load_tokens(name, "val", config.vocab_size)
     if n_windows:
         tokens = tokens[:n_windows * config.block_size]
+    if tokens.max() >= config.vocab_size:
+        position = tokens.argmax()
+        raise unknown_token(tokens[position], tokens, position, config.vocab_size)
     return tokens, len(get_tokenizer(load_meta(name)["tokenizer"]).decode_bytes(tokens.tolist()))
 
 

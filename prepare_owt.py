@@ -34,6 +34,7 @@ def load_documents():
         OSError: OpenWebText could not be downloaded.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     if data_files is None:
         try:
@@ -51,7 +52,10 @@ def load_documents():
                          f"give files of one kind, of {', '.join(BUILDERS)}")
     builder = BUILDERS[kinds.pop()]
     options = dict(sample_by=sample_by) if builder == "text" else {}
-    documents = load_dataset(builder, data_files=files, split="train", **options)
+    try:
+        documents = load_dataset(builder, data_files=files, split="train", **options)
+    except DatasetGenerationError as error:
+        raise UsageError(f"cannot read --data_files={data_files} as UTF-8 {builder}: {error.__cause__ or error}") from None
     if "text" not in documents.column_names:
         raise UsageError(f"--data_files={data_files} has the columns {', '.join(documents.column_names)}, and no `text`")
     return documents
@@ -75,6 +79,10 @@ def main():
 
     from data import DatasetWriter, GPT2Tokenizer
 
+    if not 0 < val_fraction < 1:
+        raise UsageError(f"--val_fraction is between 0 and 1, not {val_fraction}")
+    if threads < 1:
+        raise UsageError(f"--threads is at least 1, not {threads}")
     tokenizer = GPT2Tokenizer()
     documents = load_documents()
     if len(documents) < 2:

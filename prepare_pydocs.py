@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from configurator import run
+from configurator import UsageError, run
 
 out = "pydocs"  # the name of the data set, a directory under data/
 val_fraction = 0.05  # the share of the documents that is held out
@@ -48,6 +48,8 @@ def documents():
 def main():
     from data import BytesTokenizer, DatasetWriter
 
+    if not 0 < val_fraction < 1:
+        raise UsageError(f"--val_fraction is between 0 and 1, not {val_fraction}")
     texts = documents()
     random.Random(seed).shuffle(texts)
     n_val = max(1, round(len(texts) * val_fraction))

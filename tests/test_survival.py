@@ -143,9 +143,11 @@ def test_a_second_signal_ends_a_run_at_once(tokens):
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
-        assert process.poll() is None
+        still_running = process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=5) == -signal.SIGTERM
+        time.sleep(1)
+        process.kill()  # which has no effect where the process has gone
+        assert still_running and process.wait() == -signal.SIGTERM
 
 
 def limit_file_size(n_bytes):

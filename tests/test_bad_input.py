@@ -1,0 +1,289 @@
+"""Every command against every kind of bad input: one line that names it, an exit status, and nothing changed.
+
+The rows run in this process; under the marker `slow` they run again as processes of their own.
+"""
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_here
+
+import checkpoint
+
+MODEL_COMMANDS = {  # {name: command with a model}
+    "kron_decompose": "kron_decompose.py 16 64 1 --init_from={} --out=made.pt",
+    "prune": "prune.py --init_from={} --out=made.pt",
+    "train": "train.py --dataset=tiny --block_size=16 --batch_size=2 --gradient_accumulation_steps=1 --max_iters=1 "
+             "--eval_iters=1 --init_from={}",
+    "kron_to_gpt": "kron_to_gpt.py {} made",
+    "perplexity": "perplexity.py {} tiny",
+    "sample": "sample.py {} --max_new_tokens=1",
+}
+BAD_MODELS = {  # {what: words of the line}
+    "missing.pt": "no checkpoint missing.pt",
+    "nobody/nothing": "no file or directory nobody/nothing, nor models/nobody/nothing",
+    "no-such-gpt2": "no file or directory no-such-gpt2",
+    "empty.pt": "empty.pt",
+    "truncated.pt": "truncated.pt",
+    "text.pt": "text.pt is no checkpoint",
+    "list.pt": "list.pt is no checkpoint: it holds a list",
+    "other.pt": "other.pt holds no GPT-2 that we know",
+    "evil.pt": "evil.pt is no checkpoint",
+    "evil_zip.pt": "evil_zip.pt is no checkpoint",
+    "shapes.pt": "shapes.pt does not fit together: weight transformer.h.1.mlp.c_proj_1",
+    "lacking.pt": "lacking.pt does not fit together: weight transformer.h.0.ln_1.weight is missing",
+    "huge.pt": "huge.pt claims more numbers than it holds: transformer.h.0.mlp.c_fc_0",
+    "nan.pt": "nan.pt has weights that are not finite: transformer.h.1.mlp.c_fc_1",
+    "folder": "directory folder holds no model",
+    "bert": "bert is a bert model, not a GPT-2",
+    "half_hf": "half_hf lacks the weights",
+    "cut_hf": "cannot read cut_hf as a Hugging Face GPT-2",
+    "text_hf": "cannot read text_hf as a Hugging Face GPT-2",
+    "nan_hf": "nan_hf has weights that are not finite: transformer.wpe.weight",
+}
+TRAIN = MODEL_COMMANDS["train"].format("good.pt")
+SCRATCH = "train.py --dataset=tiny --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --max_iters=1"
+ROWS = {f"{name} {bad}": (command.format(bad), words)
+        for name, command in MODEL_COMMANDS.items() for bad, words in BAD_MODELS.items()}
+ROWS |= {command: (command, words) for command, words in {
+    # arguments and options
+    **{f"{script} --no_such_option=1": "unknown option --no_such_option" for script in (
+        "kron_decompose.py", "prune.py", "train.py", "kron_to_gpt.py", "perplexity.py", "sample.py", "prepare_owt.py",
+        "prepare_pydocs.py", "compare.py", "bench.py")},
+    **{f"{script} config/none.py": "no config file config/none.py" for script in ("train.py", "compare.py", "prune.py")},
+    "train.py syntax.py": "syntax.py, line 2: ",
+    "train.py raises.py": "raises.py, line 1: ZeroDivisionError",
+    "train.py unknown.py": "did you mean --batch_size?",
+    "train.py wrong_type.py": "--max_iters takes a whole number, not 'ten' (in wrong_type.py)",
+    "train.py latin.py": "cannot read config file latin.py",
+    "train.py good_a.py good_b.py --dataset=none": "no data set in data/none",
+    "kron_to_gpt.py": "missing argument; usage: kron_to_gpt.py ckpt",
+    "perplexity.py": "missing argument",
+    "sample.py good.pt extra": "unexpected argument 'extra'",
+    "kron_decompose.py 16": "give all three of dim_1 dim_2 n_factors",
+    "kron_decompose.py 16 64 one --init_from=good.pt": "whole numbers",
+    "kron_decompose.py 5 64 1 --init_from=good.pt": "dim_1=5 does not divide n_embd=16",
+    "kron_decompose.py 16 5 1 --init_from=good.pt": "dim_2=5 does not divide",
+    "kron_decompose.py -16 64 1 --init_from=good.pt": "dim_1 must be at least 1, not -16",
+    "kron_decompose.py 0 64 1 --init_from=good.pt": "dim_1 must be at least 1, not 0",
+    "kron_decompose.py 16 64 0 --init_from=good.pt": "the number of factors must be at least 1, not 0",
+    "kron_decompose.py 4 8 33 --init_from=good.pt": "a sum of 32 reaches every matrix",
+    "kron_decompose.py 16 64 1,1,1 --init_from=good.pt": "3 numbers of factors for 2 layers",
+    "kron_decompose.py 16 64 1 --init_from=good.pt --out=folder": "folder is a directory",
+    "kron_decompose.py 16 64 1 --init_from=good.pt --out=good.pt/made.pt": "good.pt",
+    "kron_decompose.py --budget=many": "--budget takes a number of parameters",
+    "kron_decompose.py --budget=1K": "no shapes come to 1,000 parameters",
+    "prune.py --init_from=good.pt --keep=1": "--keep is at least 2",
+    "prune.py --init_from=good.pt --keep=3": "--keep=3 does not divide",
+    "prune.py --init_from=good.pt --dim=width": "--dim is embd or hidden",
+    "prune.py --init_from=good.pt --out=folder": "folder is a directory",
+    "kron_to_gpt.py good.pt good.pt": "good.pt",
+    "perplexity.py good.pt tiny many": "n_batches is a whole number",
+    "perplexity.py good.pt tiny --batch_size=0": "--batch_size is at least 1",
+    "perplexity.py good.pt tiny --stride=0": "--stride is from 1",
+    "perplexity.py good.pt tiny --stride=17": "--stride is from 1",
+    "perplexity.py good.pt tiny --dtype=float8": "dtype is float32 or bfloat16",
+    "perplexity.py good.pt tiny --device=abacus": "no device 'abacus'",
+    "perplexity.py good.pt tiny --json_out=none/a.json": "no folder for --json_out",
+    "sample.py good.pt --num_samples=0": "--num_samples",
+    "sample.py good.pt --max_new_tokens=0": "--max_new_tokens",
+    "sample.py good.pt --temperature=-1": "--temperature",
+    "sample.py good.pt --seed=-1": "--seed is from 0",
+    "sample.py good.pt --start=FILE:none.txt": "none.txt",
+    "sample.py good.pt --start=FILE:latin.txt": "latin.txt is not UTF-8",
+    "sample.py good.pt --start=FILE:folder": "folder",
+    **{f"{TRAIN} --{option}": f"--{option.split('=')[0]}" for option in (
+        "batch_size=0", "batch_size=-1", "max_iters=0", "eval_interval=0", "eval_iters=0", "log_interval=0", "keep=-1",
+        "gradient_accumulation_steps=0", "learning_rate=-1", "beta1=1", "beta2=-0.1", "weight_decay=-1", "grad_clip=-1",
+        "seed=-1", "checkpoint_minutes=-1", "max_iters=1.5", "compile=perhaps", "block_size=0", "wandb_mode=maybe")},
+    f"{TRAIN} --block_size=17": "--block_size=17 is more than the model's context of 16",
+    f"{TRAIN} --dropout=2": "dropout must be in [0, 1), not 2",
+    f"{TRAIN} --out_dir=text.pt": "--out_dir=text.pt is a file",
+    f"{TRAIN} --init_from=resume": "nothing to resume: no out/ckpt.pt",
+    f"{TRAIN} --init_from=resume --out_dir=full": "full/ckpt.pt",
+    f"{SCRATCH} --dropout=-0.1": "dropout must be in [0, 1), not -0.1",
+    f"{SCRATCH} --n_layer=0": "n_layer must be at least 1",
+    f"{SCRATCH} --n_head=3": "n_head=3 does not divide n_embd=16",
+    f"{SCRATCH} --factors=0": "the number of factors must be at least 1",
+    f"{SCRATCH} --dim_1=-4": "dim_1 must be at least 1, not -4",
+    # data
+    **{f"{script} {where}": words for name, words in {
+        "none": "no data set in data/none",
+        "odd": "train.bin has 9999 bytes, an odd number",
+        "big": "token 300 in ",
+        "nojson": "data/nojson/meta.json is damaged",
+        "listed": "data/listed/meta.json is damaged",
+        "liar": "train.bin has 5,000 tokens, and meta.json counts 4,999",
+        "words": "gpt2 tokens with a vocabulary of 50257, and the model has a vocabulary of 256",
+        "short": "train.bin has 10 tokens, and a block takes 17",
+        "dirbin": "train.bin",
+    }.items() for script, where in (("train.py", f"{TRAIN.partition(' ')[2]} --dataset={name}"),)},
+    "perplexity.py good.pt none": "no data set in data/none",
+    "perplexity.py good.pt big": "token 300 in ",
+    "perplexity.py good.pt words": "gpt2 tokens",
+    "perplexity.py good.pt latin.txt": "latin.txt is not UTF-8 text",
+    "perplexity.py good.pt latin.jsonl": "latin.jsonl, line 1 is not UTF-8 JSON",
+    "perplexity.py good.pt bad.jsonl": "bad.jsonl, line 2 is not UTF-8 JSON with a string `text`",
+    "perplexity.py good.pt empty.txt": "empty.txt has 0 tokens",
+    "perplexity.py good.pt none.txt": "no file none.txt",
+    "perplexity.py good.pt folder.txt": "folder.txt",
+    "perplexity.py good.pt wiki103": "--wikitext=DIRECTORY",
+    "perplexity.py good.pt lambada": "--lambada=FILE.jsonl",
+    "perplexity.py good.pt wiki103 --wikitext=folder": "folder",
+    "perplexity.py odd_vocab.pt empty.txt": "no tokenizer has the model's vocabulary of 300",
+    "sample.py odd_vocab.pt": "no tokenizer has the model's vocabulary of 300",
+    "prepare_owt.py --data_files=none*.txt": "no files match --data_files=none*.txt",
+    "prepare_owt.py --data_files=*": "give files of one kind",
+    "prepare_owt.py --data_files=latin.txt": "cannot read --data_files=latin.txt",
+    "prepare_owt.py --val_fraction=2 --data_files=latin.txt": "--val_fraction",
+    "prepare_owt.py --threads=0 --data_files=latin.txt": "--threads",
+    "prepare_pydocs.py --val_fraction=0": "--val_fraction",
+    "prepare_pydocs.py --val_fraction=2": "--val_fraction",
+    "compare.py --starts=nonsense": "--starts: a start is",
+    "bench.py everything": "bench.py takes models, layer, or tokenize",
+    "bench.py --shapes=1": "shapes are written",
+}.items()}
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("pwned"),)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, gpt2_dir):
+    """A directory with a good model and data set, and bad ones of every kind."""
+    from safetensors.torch import load_file, save_file
+
+    from model import KronyGPT, KronyGPTConfig
+
+    root = tmp_path_factory.mktemp("world")
+    before = os.getcwd()
+    os.chdir(root)
+    torch.manual_seed(0)
+    model = KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=1, n_embd=16, dim_1=8, dim_2=16,
+                                    factors=2))
+    checkpoint.save("good.pt", model)
+    content = Path("good.pt").read_bytes()
+    Path("truncated.pt").write_bytes(content[:len(content) // 2])
+    Path("empty.pt").touch()
+    Path("text.pt").write_text("no tensors here")
+    torch.save([1, 2], "list.pt")
+    torch.save({"conv1.weight": torch.zeros(3)}, "other.pt")
+    Path("evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"model": Evil()}, "evil_zip.pt")
+    weights = model.state_dict()
+    nan = weights["transformer.h.1.mlp.c_fc_1"].clone()
+    nan[0, 0, 0] = float("nan")
+    for name, changes in {"shapes": {"transformer.h.1.mlp.c_proj_1": torch.zeros(2, 3, 3)},
+                          "huge": {"transformer.h.0.mlp.c_fc_0": torch.zeros(1).expand(10**9, 8, 16)},
+                          "nan": {"transformer.h.1.mlp.c_fc_1": nan}, "lacking": {}}.items():
+        bad = {key: p for key, p in weights.items() if name != "lacking" or key != "transformer.h.0.ln_1.weight"}
+        torch.save({"model": bad | changes}, f"{name}.pt")
+    checkpoint.save("odd_vocab.pt", KronyGPT(KronyGPTConfig(block_size=16, vocab_size=300, n_layer=1, n_head=1, n_embd=16)))
+    Path("folder").mkdir()
+    Path("folder.txt").mkdir()
+    Path("full").mkdir()
+    Path("full/ckpt.pt").write_bytes(content[:1000])
+    for name in ("bert", "half_hf", "cut_hf", "text_hf", "nan_hf"):
+        shutil.copytree(gpt2_dir, name)
+    Path("bert/config.json").write_text(json.dumps(dict(model_type="bert")))
+    Path("text_hf/config.json").write_text("{")
+    stored = load_file("half_hf/model.safetensors")
+    save_file({key: p for key, p in stored.items() if ".h.1." not in key}, "half_hf/model.safetensors", {"format": "pt"})
+    stored["transformer.wpe.weight"][3, 3] = float("inf")
+    save_file(stored, "nan_hf/model.safetensors", {"format": "pt"})
+    os.truncate("cut_hf/model.safetensors", 1000)
+    for name, (n_train, vocab_size, tokenizer) in {
+            "tiny": (5000, 256, "bytes"), "odd": (5000, 256, "bytes"), "big": (5000, 256, "bytes"),
+            "nojson": (5000, 256, "bytes"), "listed": (5000, 256, "bytes"), "liar": (5000, 256, "bytes"),
+            "words": (5000, 50257, "gpt2"), "short": (10, 256, "bytes"), "dirbin": (5000, 256, "bytes")}.items():
+        folder = Path("data", name)
+        folder.mkdir(parents=True)
+        tokens = np.full(n_train, 300 if name == "big" else 65, dtype=np.uint16)
+        tokens.tofile(folder / "train.bin")
+        tokens[:500].tofile(folder / "val.bin")
+        (folder / "meta.json").write_text(json.dumps(dict(vocab_size=vocab_size, tokenizer=tokenizer)))
+    os.truncate("data/odd/train.bin", 9999)
+    Path("data/nojson/meta.json").write_text("{")
+    Path("data/listed/meta.json").write_text("[1]")
+    Path("data/liar/meta.json").write_text(json.dumps(dict(vocab_size=256, tokenizer="bytes", tokens=dict(train=4999))))
+    Path("data/dirbin/train.bin").unlink()
+    Path("data/dirbin/train.bin").mkdir()
+    Path("latin.txt").write_bytes("déjà vu\n\ndéjà".encode("latin-1"))
+    Path("latin.jsonl").write_bytes('{"text": "déjà"}'.encode("latin-1"))
+    Path("latin.py").write_bytes('out_dir = "déjà"'.encode("latin-1"))
+    Path("bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
+    Path("empty.txt").touch()
+    Path("syntax.py").write_text("seed = 1\nseed = = 2\n")
+    Path("raises.py").write_text("seed = 1 // 0\n")
+    Path("unknown.py").write_text("bach_size = 1\n")
+    Path("wrong_type.py").write_text('max_iters = "ten"\n')
+    Path("good_a.py").write_text("seed = 1\n")
+    Path("good_b.py").write_text("seed = 2\n")
+    os.chdir(before)
+    return root
+
+
+def snapshot(root):
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).digest() if path.is_file() else None
+            for path in root.rglob("*")}
+
+
+def check(said, words, root, before):
+    assert said.returncode in (1, 2) and "Traceback" not in said.stderr
+    _, marker, line = said.stderr.rpartition("error: ")  # a progress bar may stand before it
+    assert marker and line.count("\n") == 1, said.stderr
+    assert words in line
+    assert snapshot(root) == before
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_input_gets_one_line_and_changes_nothing(row, world, monkeypatch):
+    monkeypatch.chdir(world)
+    command, words = ROWS[row]
+    before = snapshot(world)
+    script, *args = command.split()
+    check(run_here(script, *args), words, world, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_input_to_a_process(row, world, run_script):
+    command, words = ROWS[row]
+    before = snapshot(world)
+    script, *args = command.split()
+    check(run_script(script, *args, cwd=world), words, world, before)
+
+
+def test_good_input_passes_where_bad_input_does_not(world, workdir):
+    shutil.copytree(world, workdir, dirs_exist_ok=True)
+    for command in MODEL_COMMANDS.values():
+        said = run_here(*command.format("good.pt").split())
+        assert said.returncode == 0, said.stderr
+
+
+def test_of_two_config_files_the_later_one_wins(world, workdir):
+    shutil.copytree(world, workdir, dirs_exist_ok=True)
+    script, *args = TRAIN.split()
+    for files, seed in ((("good_a.py", "good_b.py"), 2), (("good_b.py", "good_a.py"), 1)):
+        assert run_here(script, *files, *args, "--overwrite").returncode == 0
+        assert torch.load("out/ckpt.pt", weights_only=True)["config"]["seed"] == seed
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_files_without_permission_get_one_line(world, workdir):
+    shutil.copytree(world, workdir, dirs_exist_ok=True)
+    Path("good.pt").chmod(0)
+    said = run_here("sample.py", "good.pt")
+    assert said.returncode == 1 and "Permission denied: 'good.pt'" in said.stderr and said.stderr.count("\n") == 1
+    Path("good.pt").chmod(0o644)
+    Path("folder").chmod(0o500)
+    said = run_here("kron_decompose.py", 8, 16, 1, "--init_from=good.pt", "--out=folder/made.pt")
+    assert said.returncode == 1 and "Permission denied: 'folder/made.pt" in said.stderr

@@ -1,0 +1,227 @@
+"""The algebra over random shapes, and the loaders over damaged files: nothing but the documented errors comes out.
+
+FUZZ_CASES sets the number of cases of each test; the seeds are fixed.
+"""
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import kron_sum
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import data
+from kron_decompose import rearrange, van_loan
+from model import KronyGPT, KronyGPTConfig, ModelError, kron_linear, kron_weight
+from prune import prune_matrix
+
+CASES = int(os.environ.get("FUZZ_CASES", 40))
+SIDES = st.tuples(*[st.integers(1, 6)] * 4)
+ANY_SHAPE = settings(max_examples=CASES, deadline=None, derandomize=True)
+
+
+def random_factors(sides, r, seed):
+    m1, n1, m2, n2 = sides
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(r, m1, n1, generator=generator, dtype=torch.double),
+            torch.randn(r, m2, n2, generator=generator, dtype=torch.double))
+
+
+@ANY_SHAPE
+@given(SIDES, st.integers(1, 5), st.integers(0, 7), st.sampled_from("ABW"), st.integers(0, 99))
+def test_contraction_and_its_gradients(sides, r, tokens, order, seed):
+    A, B = random_factors(sides, r, seed)
+    x = torch.randn(tokens, sides[0] * sides[2], dtype=torch.double)
+    bias = torch.randn(sides[1] * sides[3], dtype=torch.double)
+    inputs = [t.requires_grad_() for t in (x, A, B, bias)]
+    ours, plain = kron_linear(x, A, B, bias, order), x @ kron_sum(A, B) + bias
+    torch.testing.assert_close(ours, plain)
+    grad = torch.randn_like(plain)
+    for found, expected in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, inputs, grad)):
+        torch.testing.assert_close(found, expected)
+
+
+@ANY_SHAPE
+@given(SIDES, st.data(), st.integers(0, 99))
+def test_van_loan_is_the_truncated_svd(sides, more, seed):
+    m1, n1, m2, n2 = sides
+    r = more.draw(st.integers(1, min(m1 * n1, m2 * n2)))
+    W = torch.randn(m1 * m2, n1 * n2, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    A, B = van_loan(W, m1, n1, r)
+    values = np.linalg.svd(rearrange(W, m1, n1).numpy(), compute_uv=False)
+    error = np.linalg.norm(W.numpy() - kron_sum(A, B).numpy())
+    assert error == pytest.approx(np.linalg.norm(values[r:]), abs=1e-6 * np.linalg.norm(values))
+
+
+@ANY_SHAPE
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.booleans(), st.data())
+def test_pruning_keeps_what_it_says(m, n, keep, rows, more):
+    offset = more.draw(st.integers(0, keep - 1))
+    W = torch.randn(m * keep, n) if rows else torch.randn(m, n * keep)
+    A, B = prune_matrix(W, m, n, 1, offset=offset)
+    kept = torch.zeros_like(W)
+    place = (slice(offset, None, keep), slice(None))[::1 if rows else -1]
+    kept[place] = W[place]
+    assert torch.equal(kron_weight(A, B), kept)
+
+
+def random_model(draw):
+    """A small KronyGPT of any shape, with random weights everywhere."""
+    n_head, head_dim = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    C = n_head * head_dim
+    dims = [draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0])) for n in (C, 4 * C)]
+    n_layer = draw(st.integers(1, 3))
+    config = KronyGPTConfig(block_size=draw(st.integers(1, 5)), vocab_size=draw(st.integers(1, 9)), n_layer=n_layer,
+                            n_head=n_head, n_embd=C, dim_1=dims[0], dim_2=dims[1],
+                            factors=tuple(draw(st.integers(1, 3)) for _ in range(n_layer)))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    model = KronyGPT(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    return model
+
+
+@ANY_SHAPE
+@given(st.data())
+def test_every_conversion_is_the_same_function(tmp_path_factory, more):
+    model = random_model(more.draw)
+    folder = tmp_path_factory.mktemp("fuzz")
+    config = model.config
+    idx = torch.randint(config.vocab_size, (2, config.block_size))
+    expected = model(idx)
+    checkpoint.save(folder / "ours.pt", model)
+    older = {}
+    for name, p in model.state_dict().items():
+        if name.endswith(("_0", "_1")):
+            older |= {f"module.{name[:-1]}{f}_{name[-1]}": p[f].clone() for f in range(len(p))}
+        else:
+            older[f"module.{name}"] = p
+    torch.save(older, folder / "older.pt")
+    torch.save(model.state_dict(), folder / "bare.pt")
+    model.to_transformers().save_pretrained(folder / "hf")
+    theirs = model.to_transformers()
+    torch.testing.assert_close(theirs(idx).logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    for name in ("ours.pt", "older.pt", "bare.pt", "hf"):
+        again, _ = checkpoint.load(str(folder / name))
+        if config.n_head == again.config.n_head:  # a bare state dict does not tell; GPT-2's rule does
+            torch.testing.assert_close(again(idx), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        if name != "hf":
+            for key, p in model.state_dict().items():
+                assert torch.equal(again.state_dict()[key], p)
+    dense, _ = checkpoint.load(str(folder / "hf"))
+    back = dense.to_transformers().state_dict()
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(p, back[key]) for key, p in theirs.state_dict().items())  # bit for bit
+
+
+def damage(content, rng):
+    """Bytes with a few changes of the kinds that discs, networks and people make."""
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(len(content) or 1)
+        length = rng.choice((1, 1, 4, 64))
+        match rng.randrange(5):
+            case 0 if content:
+                content[at] ^= 1 << rng.randrange(8)
+            case 1:
+                content[at:at + length] = rng.randbytes(length)
+            case 2:
+                del content[at:at + length]
+            case 3:
+                content[at:at] = content[at:at + length]
+            case 4:
+                del content[at:]
+    return bytes(content)
+
+
+def load_damaged(path):
+    """Whether a file is refused with a documented error of one line; it may also be read, if the damage is to numbers."""
+    try:
+        checkpoint.load(str(path))
+        return False
+    except (checkpoint.CheckpointError, ModelError, FileNotFoundError) as error:
+        assert len(str(error).splitlines()) == 1 and str(path) in str(error)
+        return True
+
+
+def test_damaged_checkpoints(tmp_path, small_model):
+    torch.manual_seed(0)
+    model = KronyGPT(KronyGPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4, dim_1=2, dim_2=4, factors=2))
+    optimizer = model.configure_optimizers(1e-3, 0.1, (0.9, 0.95))
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, model, optimizer, iter_num=3, best_val_loss=1.5, config={"seed": 1})
+    content, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(25 * CASES):
+        path.write_bytes(damage(content, rng))
+        refused += load_damaged(path)
+    assert refused > 5 * CASES
+    print(f"{25 * CASES} damaged checkpoints, {refused} refused")
+
+
+def test_checkpoints_of_odd_content(tmp_path):
+    """Well-formed files whose values are of every wrong type and size."""
+    model = KronyGPT(KronyGPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4, dim_1=2, dim_2=4, factors=2))
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, model)
+    content, rng = torch.load(path, weights_only=True), random.Random(0)
+    odd = [None, 0, -1, 2**70, 1.5, float("nan"), "", "x", [], [1], {}, {"a": 1}, True, torch.zeros(0), torch.zeros(()),
+           torch.zeros(3, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.complex64), torch.zeros(1).expand(10**12),
+           torch.zeros(2, 2, 2, 2), torch.zeros(4, 4).to_sparse()]
+    for case in range(25 * CASES):
+        changed = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+        for _ in range(rng.choice((1, 1, 2))):
+            where = rng.choice([changed, changed["model"], changed["model_args"]]
+                               if isinstance(changed.get("model"), dict) and isinstance(changed.get("model_args"), dict)
+                               else [changed])
+            key = rng.choice([*where, "transformer.h.x.mlp.c_fc_0_0", "transformer.h.7.mlp.c_fc_0_0", 5])
+            if rng.random() < 0.2:
+                where.pop(key, None)
+            else:
+                where[key] = rng.choice(odd)
+        torch.save(changed, path)
+        try:
+            load_damaged(path)
+        except Exception as error:
+            raise AssertionError(f"case {case}: {changed}") from error
+
+
+def test_damaged_meta(workdir):
+    folder = Path("data/a")
+    folder.mkdir(parents=True)
+    np.arange(100, dtype=np.uint16).tofile(folder / "train.bin")
+    content = json.dumps(dict(vocab_size=256, tokenizer="bytes", tokens=dict(train=100, val=0), documents={}, source="a"))
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(50 * CASES):
+        (folder / "meta.json").write_bytes(damage(content.encode(), rng))
+        try:
+            data.load_tokens("a", "train", 256)
+        except (data.DataError, FileNotFoundError) as error:
+            assert len(str(error).splitlines()) == 1 and "data/a" in str(error)
+            refused += 1
+    assert refused > 10 * CASES
+    print(f"{50 * CASES} damaged meta.json, {refused} refused")
+
+
+def test_odd_meta(workdir):
+    folder = Path("data/a")
+    folder.mkdir(parents=True)
+    np.arange(100, dtype=np.uint16).tofile(folder / "train.bin")
+    odd = [None, 0, -1, 10**30, 1.5, "", "gpt2", [], [1], {}, {"train": "many"}, {"train": None}, True]
+    rng = random.Random(0)
+    for _ in range(10 * CASES):
+        meta = dict(vocab_size=256, tokenizer="bytes", tokens=dict(train=100))
+        for key in rng.sample(sorted(meta), rng.choice((1, 2, 3))):
+            meta[key] = rng.choice(odd)
+        (folder / "meta.json").write_text(json.dumps(rng.choice((meta, meta, meta, list(meta), None, 5))))
+        try:
+            data.load_tokens("a", "train", 256)
+        except (data.DataError, FileNotFoundError) as error:
+            assert len(str(error).splitlines()) == 1
