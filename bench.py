@@ -4,6 +4,7 @@
     python bench.py layer                               # one layer: every order of contraction, and which was chosen
     python bench.py --device=cuda --dtype=bfloat16
     python bench.py tokenize books.jsonl                # prepare_owt.py's way beside nanoGPT's, on local documents
+    python bench.py score book.txt gpt2 VL_768_768_1.pt # perplexity.py beside a loop over transformers' GPT-2
 
 All models have GPT-2's shape and random weights. What is compared runs in turns in one process, after a warm-up, and
 the medians count. Ratios say more than seconds: above 1 is faster than dense. Writes table.md and ratios.png to out_dir.
@@ -384,15 +385,57 @@ def bench_tokenize(path):
           f"{mapped / ours:.2f} times as datasets.map alone; the same bytes: {same}")
 
 
-def main(what="models", path=None):
+def bench_score(path, dense, ckpt, where):
+    """A text through perplexity.py, for the dense model and a compressed one, and through a loop over transformers'
+    GPT-2, a window at a time; in turns, and the medians of their tokens/s count."""
+    import subprocess
+    import tempfile
+
+    import tiktoken
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    tokens = torch.tensor(tiktoken.get_encoding("gpt2").encode_ordinary(Path(path).read_text(encoding="utf-8")))
+    model = GPT2LMHeadModel.from_pretrained(dense).to(where).eval()
+    context = model.config.n_positions
+
+    def loop():
+        start, total = time.perf_counter(), 0.0
+        with torch.no_grad():
+            for begin in range(0, len(tokens) - 1, context):
+                window = tokens[None, begin:begin + context].to(where)
+                total += model(window, labels=window).loss.item() * (window.shape[1] - 1)
+        return len(tokens) / (time.perf_counter() - start)
+
+    def script(source):
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, str(Path(__file__).with_name("perplexity.py")), source, path,
+                            f"--device={where}", f"--json_out={folder}/result.json"], check=True, capture_output=True)
+            return json.loads(Path(folder, "result.json").read_text())[path]["tokens_per_second"]
+
+    ways = {"transformers, a window at a time": loop, f"perplexity.py {dense}": lambda: script(dense),
+            f"perplexity.py {ckpt}": lambda: script(ckpt)}
+    speeds = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            speeds[name].append(way())
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    for name, speed in medians.items():
+        print(f"{name}: {speed:,.0f} tokens/s, {speed / next(iter(medians.values())):.2f} times the loop")
+
+
+def main(what="models", path=None, dense=None, ckpt=None):
     from model import pick_device
 
-    if what not in ("models", "layer", "tokenize") or (path is None) == (what == "tokenize"):
-        raise UsageError(f"bench.py takes models, layer, or tokenize and a .jsonl, not {what!r}")
+    arguments = {"models": 0, "layer": 0, "tokenize": 1, "score": 3}
+    if arguments.get(what) != sum(argument is not None for argument in (path, dense, ckpt)):
+        raise UsageError("bench.py takes models, layer, tokenize and a .jsonl, or score, a text, a dense model and another")
     parse_shapes(shapes)
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     if what == "tokenize":
         bench_tokenize(path)
+    elif what == "score":
+        bench_score(path, dense, ckpt, pick_device(device))
     else:
         {"models": bench_models, "layer": bench_layer}[what](pick_device(device))
 

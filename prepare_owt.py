@@ -6,6 +6,7 @@
 The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, seed
 2357, an end-of-text token after each document. Any data set name stands for `--dataset=` in the other scripts.
 """
+import glob
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,23 +27,8 @@ DOCUMENTS_AT_ONCE = 2000  # read and tokenized together: bounds the memory
 DOCUMENTS_PER_TASK = 100  # given to a thread at once: with one each, the threads gain nothing over a single one
 
 
-def load_documents():
-    """The documents as one datasets.Dataset with a column `text`.
-
-    Raises:
-        UsageError: the local files are missing or of an unknown kind.
-        OSError: OpenWebText could not be downloaded.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    if data_files is None:
-        try:
-            return load_dataset(HUB_NAME, split="train")
-        except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
-            return load_dataset(HUB_NAME, split="train", revision="refs/convert/parquet")
-    import glob
-
+def find_files():
+    """The local files that data_files names, which are all of one kind."""
     files = sorted(glob.glob(data_files, recursive=True))
     if not files:
         raise UsageError(f"no files match --data_files={data_files}")
@@ -50,7 +36,25 @@ def load_documents():
     if len(kinds) > 1 or not kinds <= BUILDERS.keys():
         raise UsageError(f"--data_files={data_files} matches {', '.join(sorted(kinds))}: "
                          f"give files of one kind, of {', '.join(BUILDERS)}")
-    builder = BUILDERS[kinds.pop()]
+    return files
+
+
+def load_documents(files):
+    """The documents of local files, or of OpenWebText without any, as one datasets.Dataset with a column `text`.
+
+    Raises:
+        UsageError: the local files are damaged or have no such column.
+        OSError: OpenWebText could not be downloaded.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if not files:
+        try:
+            return load_dataset(HUB_NAME, split="train")
+        except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
+            return load_dataset(HUB_NAME, split="train", revision="refs/convert/parquet")
+    builder = BUILDERS[Path(files[0]).suffix]
     options = dict(sample_by=sample_by) if builder == "text" else {}
     try:
         documents = load_dataset(builder, data_files=files, split="train", **options)
@@ -83,8 +87,9 @@ def main():
         raise UsageError(f"--val_fraction is between 0 and 1, not {val_fraction}")
     if threads < 1:
         raise UsageError(f"--threads is at least 1, not {threads}")
+    files = find_files() if data_files is not None else []
     tokenizer = GPT2Tokenizer()
-    documents = load_documents()
+    documents = load_documents(files)
     if len(documents) < 2:
         raise UsageError(f"too few documents to hold one out: {len(documents)}; --sample_by=line makes more of a .txt")
     parts = documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)

@@ -140,13 +140,12 @@ ROWS |= {command: (command, words) for command, words in {
     "sample.py odd_vocab.pt": "no tokenizer has the model's vocabulary of 300",
     "prepare_owt.py --data_files=none*.txt": "no files match --data_files=none*.txt",
     "prepare_owt.py --data_files=*": "give files of one kind",
-    "prepare_owt.py --data_files=latin.txt": "cannot read --data_files=latin.txt",
     "prepare_owt.py --val_fraction=2 --data_files=latin.txt": "--val_fraction",
     "prepare_owt.py --threads=0 --data_files=latin.txt": "--threads",
     "prepare_pydocs.py --val_fraction=0": "--val_fraction",
     "prepare_pydocs.py --val_fraction=2": "--val_fraction",
     "compare.py --starts=nonsense": "--starts: a start is",
-    "bench.py everything": "bench.py takes models, layer, or tokenize",
+    "bench.py everything": "bench.py takes models, layer, tokenize and",
     "bench.py --shapes=1": "shapes are written",
 }.items()}
 

@@ -167,6 +167,14 @@ def test_a_hugging_face_directory_has_the_logits_of_transformers(gpt2_dir, workd
     torch.testing.assert_close(load_logits("mine"), expected, rtol=0, atol=1e-5)
 
 
+def test_a_sharded_hugging_face_directory_has_the_weights_of_the_whole(gpt2_dir, tmp_path):
+    load_transformers(gpt2_dir).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    whole, shards = (checkpoint.load(str(path))[0].state_dict() for path in (gpt2_dir, tmp_path / "shards"))
+    assert whole.keys() == shards.keys()
+    assert all(torch.equal(p, shards[name]) for name, p in whole.items())
+
+
 def test_a_directory_with_ckpt_pt_is_a_checkpoint(small_model, workdir):
     checkpoint.save(workdir / "out" / "ckpt.pt", small_model)
     checkpoint.save(workdir / "models" / "mine" / "ckpt.pt", small_model)

@@ -81,7 +81,9 @@ def test_evaluation_windows_spread_over_the_whole_split():
 
 def test_tokens_beyond_the_vocabulary_are_an_error_that_names_the_place(workdir):
     write_dataset("a", [1, 2, 3, 256, 5, 6])
-    tokens = load_tokens("a", "train", 256, block_size=2)
+    with pytest.raises(DataError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
+        load_tokens("a", "train", 256, block_size=2)
+    tokens = np.memmap("data/a/train.bin", dtype=np.uint16, mode="r")  # a longer file is not looked through at the start
     assert windows(tokens, [0], 2, 256)[1].tolist() == [[2, 3]]
     for starts in [1], [0, 2]:  # as a target, and as an input
         with pytest.raises(DataError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
@@ -258,13 +260,25 @@ def test_prepare_owt_writes_the_tokens_that_nanogpt_does(prepare_owt, workdir, k
     assert meta["documents"] == dict(train=54, val=6)
 
 
+def test_any_number_of_threads_writes_the_same_bytes(prepare_owt, workdir):
+    lines = [json.dumps({"text": f"document {i}: " + TEXTS[i % len(TEXTS)]}) for i in range(500)]
+    (workdir / "texts.jsonl").write_text("\n".join(lines))
+    written = []
+    for threads in 1, 3:
+        result = prepare_owt("--data_files=texts.jsonl", "--out=mine", f"--threads={threads}")
+        assert result.returncode == 0, result.stderr
+        written.append(contents(workdir / "data" / "mine"))
+    assert written[0] == written[1]
+
+
 def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(prepare_owt, workdir):
     before = contents(write_dataset("mine", range(9)))
     (workdir / "other.jsonl").write_text('{"title": "a"}\n{"title": "b"}\n')
     (workdir / "one.txt").write_text("only one")
+    (workdir / "latin.txt").write_bytes("déjà\n\nvu".encode("latin-1"))
     for pattern, message in ("nothing/*.txt", "no files match --data_files=nothing/*.txt"), \
             ("other.*", "has the columns title, and no `text`"), ("one.*", "too few documents to hold one out: 1"), \
-            ("o*", ".jsonl, .txt"):
+            ("o*", ".jsonl, .txt"), ("latin.txt", "cannot read --data_files=latin.txt as UTF-8 text"):
         result = prepare_owt(f"--data_files={pattern}", "--out=mine")
         assert result.returncode == 2
         assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr

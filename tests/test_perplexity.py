@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import tiktoken
 import torch
 from conftest import run_here
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -155,8 +157,6 @@ def test_two_local_copies_are_not_confused(gpt2_dir, dense, workdir):
 
 @pytest.mark.parametrize("name, n_tokens", [("wiki103", 286_657), ("wiki2", 297_300), ("lambada", 440_534)])
 def test_published_sets_have_their_number_of_gpt2_tokens(name, n_tokens, shared, monkeypatch):
-    import tiktoken
-
     monkeypatch.setattr(perplexity, "wikitext", str(shared / "data/wikitext"))
     monkeypatch.setattr(perplexity, "lambada", str(shared / "data/lambada/lambada_test.jsonl"))
     tokens, n_bytes = perplexity.load_text_tokens(name, 50257)
@@ -165,9 +165,34 @@ def test_published_sets_have_their_number_of_gpt2_tokens(name, n_tokens, shared,
     assert text == "\n\n".join(perplexity.load_rows(name))
 
 
-def test_bits_per_byte_spreads_the_loss_over_bytes(shared, workdir):
-    import tiktoken
+@pytest.mark.slow
+def test_wikitext_is_scored_as_by_transformers(shared, workdir):
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=16, n_head=1, n_positions=1024, vocab_size=50257, initializer_range=0.5)
+    model = GPT2LMHeadModel(config).eval()
+    model.save_pretrained("hf")
+    result = measure("hf", "wiki2", f"--wikitext={shared / 'data/wikitext'}")["wiki2"]
+    parquet = next((shared / "data/wikitext/wikitext-2-v1").glob("test-*.parquet"))
+    ids = tiktoken.get_encoding("gpt2").encode("\n\n".join(pq.read_table(parquet)["text"].to_pylist()))
+    total, scored = sliding_windows(model, ids, 1024, 1024)
+    assert result["tokens_scored"] == scored == len(ids) - math.ceil(len(ids) / 1024)
+    assert result["perplexity"] == pytest.approx(math.exp(total / scored), rel=1e-5)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_bytes, stride", [(100_000, 256), (100_000, 128), (100, 256)])
+def test_a_trained_byte_model_is_scored_as_by_transformers(n_bytes, stride, shared, workdir):
+    source = str(shared / "data/gpt2-bytes")
+    parquet = next((shared / "data/wikitext/wikitext-103-v1").glob("test-*.parquet"))
+    text = "\n\n".join(pq.read_table(parquet)["text"].to_pylist()).encode()[:n_bytes].decode(errors="ignore")
+    Path("text.txt").write_text(text, encoding="utf-8", newline="")
+    result = measure(source, "text.txt", f"--stride={stride}")["text.txt"]
+    total, scored = sliding_windows(GPT2LMHeadModel.from_pretrained(source).eval(), list(text.encode()), 256, stride)
+    assert result["tokens_scored"] == scored
+    assert result["perplexity"] == pytest.approx(math.exp(total / scored), rel=1e-5)
+
+
+def test_bits_per_byte_spreads_the_loss_over_bytes(shared, workdir):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=CONTEXT))
     model.save_pretrained("wide")
