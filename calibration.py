@@ -1,0 +1,424 @@
+"""Calibration: statistics of activations on real text, and least squares for Kronecker sums on them.
+
+Van Loan's decomposition keeps the weights; what should be kept is what each layer does to real text. For inputs X̂, which
+come from the model compressed so far, and targets Y of the dense model, fit() minimises
+
+    ‖Y − X̂ Σ_f A_f ⊗ B_f − 1 bᵀ‖²
+
+from the moments X̂ᵀX̂ and X̂ᵀY alone, so that its memory does not depend on the number of tokens. calibrate() does it for
+one matrix after the other, and gives the next one the errors of those before to make up for.
+"""
+import copy
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from model import kron_linear, kron_weight
+
+RIDGE = 1e-3  # pull towards the trained weights, as a share of the mean second moment of an input
+STEPS = 30  # of alternating least squares, at most
+TOLERANCE = 1e-4  # relative gain of a step, below which they end
+LARGEST_SYSTEM = 4096  # unknowns in a column up to which a normal matrix is factorised; conjugate gradients beyond
+CG_STEPS = 10  # iterations of conjugate gradients in a half step
+TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
+ROUNDING = 1e-12  # what counts as nothing beside 1 in float64
+REFINE_RATE = 2e-3  # learning rate of the refinement, at its beginning
+REFINE_TOKENS = 4096  # in a gradient step of the refinement
+
+
+class Moments:
+    """Means and centred second moments of inputs X [m] and targets Y [n] over any number of tokens, in float64.
+
+    Products of a batch are in float32, relative to the first batch's means, and summed up in float64.
+    """
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, X, Y):
+        """Take in X (T, m) and Y (T, n)."""
+        if not self.count:
+            self.origin = X.mean(0), Y.mean(0)
+            m, n = X.shape[1], Y.shape[1]
+            self.sums = [X.new_zeros(shape, dtype=torch.float64) for shape in (m, n, (m, m), (m, n), n)]
+        X, Y = X - self.origin[0], Y - self.origin[1]
+        for total, part in zip(self.sums, (X.sum(0), Y.sum(0), X.T @ X, X.T @ Y, Y.square().sum(0))):
+            total += part
+        self.count += len(X)
+
+    def centred(self):
+        """(mean_x [m], mean_y [n], G [m, m], C [m, n], variance of Y [n]), where G and C are averages over the tokens
+        of the products of what is left of X and Y without their means."""
+        x, y, G, C, yy = (total / self.count for total in self.sums)
+        return (x + self.origin[0], y + self.origin[1], G - x[:, None] * x, C - x[:, None] * y,
+                (yy - y.square()).clamp(min=0))
+
+
+class Problem:
+    """The least squares of one matrix: find A [r, m1, n1] and B [r, m2, n2].
+
+    Args:
+        moments: Moments of X̂ and Y.
+        W: [m, n], the trained weights, towards which a ridge pulls.
+        weights: [n], what an error in each column costs; alike if left out.
+        ridge: share of the mean second moment of an input.
+    """
+
+    def __init__(self, moments, W, weights=None, ridge=RIDGE):
+        self.mean_x, self.mean_y, self.G, self.C, self.variance = moments.centred()
+        self.weights = torch.ones_like(self.variance) if weights is None else weights.double() / weights.mean().double()
+        self.W = W.double()
+        self.penalty = ridge * self.G.diagonal().mean()
+        self.ridged_G = self.G + self.penalty * torch.eye(len(self.G), dtype=torch.float64, device=W.device)
+        self.ridged_C = self.C + self.penalty * self.W
+
+    def squared_errors(self, W):
+        """Mean of (Y − X̂ W − b)² over the tokens, for each column [n], with the best b."""
+        return self.variance - 2 * (W * self.C).sum(0) + (W * (self.G @ W)).sum(0)
+
+    def error(self, W, bias=None):
+        """Weighted mean of (Y − X̂ W − b)² over tokens and columns, relative to the variance of Y; with the best bias if
+        none is given."""
+        W = W.double()
+        residual = self.squared_errors(W)
+        if bias is not None:
+            residual = residual + (self.mean_y - self.mean_x @ W - bias.double()).square()
+        return ((self.weights * residual).sum() / (self.weights * self.variance).sum()).item()
+
+    def objective(self, W, weights):
+        """What a fit minimises: the sum of the squared errors and the ridge, by columns, times their weights [n]."""
+        W = W.double()
+        ridge = self.penalty * (W - self.W).square().sum(0)
+        return (weights * (self.squared_errors(W) + ridge)).sum().item()
+
+    def bias(self, W):
+        """The best bias [n] for weights W."""
+        return self.mean_y - self.mean_x @ W.double()
+
+    def separable_weights(self, n1, n2):
+        """u [n1] and v [n2], the nearest to the columns' weights that a half step can use: u ⊗ v."""
+        grid = self.weights.view(n1, n2)
+        return grid.mean(1), grid.mean(0)
+
+
+def half_step(G, C, A, B, weights):
+    """The best A for a fixed B: an ordinary least-squares problem whose normal matrix, over (factor, row of A), is the
+    same for all columns of A.
+
+    Args:
+        G: [m1*m2, m1*m2], second moments of the inputs.
+        C: [m1*m2, n1*n2], cross moments.
+        A: [r, m1, n1], the last one: where the system is too large to factorise, conjugate gradients set out from it.
+        B: [r, m2, n2].
+        weights: [n2], of B's columns; those of A's columns do not matter.
+
+    Returns:
+        A [r, m1, n1]
+    """
+    (r, m1, n1), (_, m2, n2) = A.shape, B.shape
+    weighted = (B * weights).permute(1, 2, 0).reshape(m2 * n2, r)
+
+    def project(Z):  # the inner products of Z [m, n] with what each number of A adds to the sum
+        blocks = Z.view(m1, m2, n1, n2).permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
+        return (blocks @ weighted).view(m1, n1, r).permute(2, 0, 1).reshape(r * m1, n1)
+
+    if r * m1 > LARGEST_SYSTEM:
+        def normal_product(X):
+            return project(G @ kron_weight(X.view(r, m1, n1), B))
+
+        return conjugate_gradients(normal_product, project(C), A.reshape(r * m1, n1)).view(r, m1, n1)
+    blocks = G.view(m1, m2, m1, m2).permute(0, 2, 1, 3).reshape(m1 * m1, m2 * m2)
+    products = torch.einsum("fij,j,gkj->ikfg", B, weights, B).reshape(m2 * m2, r * r)
+    M = (blocks @ products).view(m1, m1, r, r).permute(2, 0, 3, 1).reshape(r * m1, r * m1)
+    M.diagonal().add_(ROUNDING * M.diagonal().mean())  # factors that are alike leave it without an inverse
+    return torch.cholesky_solve(project(C), torch.linalg.cholesky(M)).view(r, m1, n1)
+
+
+def conjugate_gradients(multiply, target, x):
+    """Some steps from x towards the solution of multiply(x) = target, for a positive definite multiply."""
+    residual = target - multiply(x)
+    direction, square = residual, residual.square().sum()
+    for _ in range(CG_STEPS):
+        image = multiply(direction)
+        length = square / (direction * image).sum().clamp(min=torch.finfo(x.dtype).tiny)
+        x, residual = x + length * direction, residual - length * image
+        square, last_square = residual.square().sum(), square
+        direction = residual + square / last_square.clamp(min=torch.finfo(x.dtype).tiny) * direction
+    return x
+
+
+def balanced(A, B):
+    """The same products with ‖A_f‖ = ‖B_f‖, but where one side is a single element, it is 1."""
+    a, b = (side.flatten(1).norm(dim=1).clamp(min=torch.finfo(side.dtype).tiny)[:, None, None] for side in (A, B))
+    if A[0].numel() == 1:
+        return torch.ones_like(A), B * A
+    if B[0].numel() == 1:
+        return A * B, torch.ones_like(B)
+    scale = (b / a).sqrt()
+    return A * scale, B / scale
+
+
+def is_low_rank(A_shape, B_shape):
+    """Whether a sum of r products is any matrix of rank r: a column times a row, or a row times a column."""
+    (m1, n1), (m2, n2) = A_shape, B_shape
+    return (n1 == 1 and m2 == 1) or (m1 == 1 and n2 == 1)
+
+
+def reduced_rank(problem, r, A_is_column):
+    """The exact least squares of rank r, for any weights of the columns: whitening and one SVD (reduced-rank regression;
+    A. J. Izenman, 1975).
+
+    Returns:
+        A [r, m, 1] and B [r, 1, n], or A [r, 1, n] and B [r, m, 1].
+    """
+    L = torch.linalg.cholesky(problem.ridged_G)
+    root = problem.weights.sqrt()
+    whitened = torch.linalg.solve_triangular(L, problem.ridged_C, upper=False) * root
+    if len(whitened) > whitened.shape[1]:
+        vectors = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -r:].flip(1)
+        left, right = whitened @ vectors, vectors.T
+    else:
+        vectors = torch.linalg.eigh(whitened @ whitened.T).eigenvectors[:, -r:].flip(1)
+        left, right = vectors, vectors.T @ whitened
+    column = torch.linalg.solve_triangular(L.T, left, upper=True).T[:, :, None]  # (r, m, 1)
+    row = (right / root)[:, None, :]  # (r, 1, n)
+    return balanced(column, row) if A_is_column else balanced(row, column)
+
+
+def swapped(W, shape_A, shape_B):
+    """W [m1*m2, n1*n2] in the order of indices that has B's side in front: sum_f B_f ⊗ A_f for W = sum_f A_f ⊗ B_f."""
+    (m1, n1), (m2, n2) = shape_A, shape_B
+    return W.view(m1, m2, n1, n2).permute(1, 0, 3, 2).reshape(m1 * m2, n1 * n2)
+
+
+def fit(problem, A, B, steps=STEPS, fixed_B=False):
+    """The Kronecker sum that minimises a Problem, by alternating least squares from A and B; in closed form where it is
+    of low rank. The problem's objective never rises from step to step.
+
+    Args:
+        problem: a Problem of W [m1*m2, n1*n2].
+        A, B: [r, m1, n1] and [r, m2, n2], the start.
+        steps: of alternating least squares, at most.
+        fixed_B: B stays, and A is the least-squares solution.
+
+    Returns:
+        A, B in float64.
+    """
+    A, B = A.double(), B.double()
+    shapes = A.shape[1:], B.shape[1:]
+    if is_low_rank(*shapes) and not fixed_B:
+        return reduced_rank(problem, len(A), A_is_column=A.shape[2] == 1)
+    u, v = problem.separable_weights(A.shape[2], B.shape[2])
+    G, C = problem.ridged_G, problem.ridged_C
+    if fixed_B:
+        return half_step(G, C, A, B, v), B
+    inputs = (shapes[0][0], shapes[0][0]), (shapes[1][0], shapes[1][0])
+    swapped_G, swapped_C = swapped(G, *inputs), swapped(C, *shapes)
+    last = math.inf
+    for _ in range(steps):
+        A = half_step(G, C, A, B, v)
+        B = half_step(swapped_G, swapped_C, B, A, u)
+        A, B = balanced(A, B)
+        now = problem.objective(kron_weight(A, B), (u[:, None] * v).view(-1))
+        if now > (1 - TOLERANCE) * last:
+            break
+        last = now
+    return A, B
+
+
+def start(problem, van_loan, dim_1, dim_2, r):
+    """Where alternating least squares set out from: Van Loan's sum for the least-squares solution, with rows and columns
+    scaled by the size of what they meet."""
+    m2, n2 = problem.W.shape[0] // dim_1, problem.W.shape[1] // dim_2
+    solution = torch.linalg.solve(problem.ridged_G, problem.ridged_C)
+    sizes = problem.ridged_G.diagonal().view(dim_1, m2)
+    s, t = sizes.mean(1).sqrt(), (sizes.mean(0) / sizes.mean()).sqrt()
+    u, v = (w.clamp(min=ROUNDING).sqrt() for w in problem.separable_weights(dim_2, n2))
+    A, B = van_loan(solution * (s[:, None] * t).view(-1, 1) * (u[:, None] * v).view(-1), dim_1, dim_2, r)
+    return A / s[:, None] / u, B / t[:, None] / v
+
+
+class Stream:
+    """Hidden states in front of a block, (windows, T, C), and what one block after the other makes of them."""
+
+    def __init__(self, model, tokens):
+        self.model = model
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        self.x = model.transformer.wte(tokens) + model.transformer.wpe(position)
+
+    def attend(self, layer):
+        """Go through a block's attention."""
+        block = self.model.transformer.h[layer]
+        for rows in batches(self.x):
+            self.x[rows] += block.attn(block.ln_1(self.x[rows]))
+
+    def mlp_input(self, layer, rows):
+        """What the MLP of a block sees, (tokens, C)."""
+        return self.model.transformer.h[layer].ln_2(self.x[rows]).flatten(0, 1)
+
+    def transform(self, layer):
+        """Go through a block's MLP."""
+        block = self.model.transformer.h[layer]
+        for rows in batches(self.x):
+            self.x[rows] += block.mlp(block.ln_2(self.x[rows]))
+
+
+def batches(x):
+    """Slices of x (windows, T, C) with about TOKENS_AT_ONCE tokens each."""
+    step = max(1, TOKENS_AT_ONCE // x.shape[1])
+    return [slice(begin, begin + step) for begin in range(0, len(x), step)]
+
+
+def gelu_slope(z):
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(F.gelu(z, approximate="tanh").sum(), z)[0]
+
+
+def hidden_statistics(stream, layer):
+    """How much the hidden units of a block matter on real text.
+
+    Returns:
+        contribution [4C]: the variance of what each unit adds to the residual stream, which is that of its activation
+            times the squared norm of its row in c_proj;
+        sensitivity [4C]: what a squared error in its pre-activation costs there, E[gelu'²] times the squared norm.
+    """
+    mlp = stream.model.transformer.h[layer].mlp
+    total = torch.zeros(3, stream.model.config.n_hidden, dtype=torch.float64, device=stream.x.device)
+    for rows in batches(stream.x):
+        z = kron_linear(stream.mlp_input(layer, rows), *mlp.factor_pairs()[0], mlp.c_fc_bias)
+        h = F.gelu(z, approximate="tanh")
+        total += torch.stack((h.sum(0), h.square().sum(0), gelu_slope(z).square().sum(0)))
+    mean, square, slope = total / stream.x.shape[:2].numel()
+    norms = kron_weight(*mlp.factor_pairs()[1]).double().square().sum(1)
+    return norms * (square - mean.square()), norms * slope
+
+
+def interleave(contribution, n1, n2):
+    """An order of hidden units in which those that contribute most share no factor.
+
+    Unit j of c_fc takes column j // n2 of A and column j % n2 of B. The n1 strongest units come to the first column of B,
+    the next n1 to the second, and so on: so each has a column of A for itself, and a B of a one and zeros would prune
+    the others.
+
+    Returns:
+        [n1*n2], the old index of each unit in its new place.
+    """
+    return contribution.argsort(descending=True).view(n2, n1).T.reshape(-1)
+
+
+@dataclass
+class Fit:
+    """What calibration did to one matrix: relative errors of the weights, ‖W − Ŵ‖ / ‖W‖, and of what they make of real
+    text, ‖Y − X̂ Ŵ − b‖ over the same without any weights; by Van Loan's sum, and by the calibrated one."""
+
+    layer: int
+    name: str
+    n_factors: int
+    weight_error_before: float
+    weight_error: float
+    output_error_before: float
+    output_error: float
+
+
+def fit_matrix(moments, W, bias, weights, A, B, approximate, fixed_B):
+    """Fit A, B and return them with their bias and (relative errors of the weights before and after, and of the output).
+
+    The matrix W [m, n] and its bias [n] are the dense model's; A and B have the shapes that are wanted.
+    """
+    problem = Problem(moments, W, weights)
+    plain = approximate(W, *A.shape[1:], len(A))
+    A, B = fit(problem, *(plain if fixed_B else start(problem, approximate, *A.shape[1:], len(A))), fixed_B=fixed_B)
+    new_bias = problem.bias(kron_weight(A, B))
+    matrices = kron_weight(*plain), kron_weight(A, B).to(W.dtype)
+    errors = [((W - V).norm() / W.norm()).item() for V in matrices]
+    return A, B, new_bias, (*errors, *(problem.error(V, b) ** 0.5 for V, b in zip(matrices, (bias, new_bias))))
+
+
+@torch.no_grad()
+def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, refine_steps=0):
+    """The KronyGPT of another shape whose blocks do to real text what those of a model do.
+
+    It goes through the blocks in order. c_fc is fitted to the dense model's pre-activations, with each hidden unit's
+    column weighted by what an error costs; c_proj to what brings the residual stream back to that of the dense model.
+    The hidden units come in a new order first (interleave), which changes nothing in the dense model. All biases are
+    fitted, too.
+
+    For N tokens, width C and L layers it takes about L N (110 C² + 16 C T) floating point operations with a context of
+    T, of which 48 C² are moments and 44 C² forward passes of the MLPs, and memory for 8 N C bytes of hidden states and
+    some 400 C² of moments.
+
+    Args:
+        model: a KronyGPT, dense or not.
+        tokens: (windows, T), on the model's device.
+        dim_1, dim_2, factors: the new shape, as in KronyGPTConfig.
+        approximate: function (W [m, n], dim_1, dim_2, n_factors) -> A, B of one matrix, to start from: van_loan.
+        fixed_B: keep the B that approximate gives, and fit A alone.
+        refine_steps: gradient steps on each block behind the closed form.
+
+    Returns:
+        (new model, [Fit])
+
+    Raises:
+        ModelError: the shape does not fit the model.
+    """
+    from tqdm import tqdm
+
+    new = copy.deepcopy(model.refactored(dim_1, dim_2, factors, approximate))  # which shares tensors with the model
+    dense, compressed = Stream(model, tokens), Stream(new, tokens)
+    fits = []
+    for layer in tqdm(range(model.config.n_layer), "calibrating", unit="block", leave=False,
+                      disable=not sys.stderr.isatty()):
+        dense.attend(layer)
+        compressed.attend(layer)
+        mlp, target = new.transformer.h[layer].mlp, model.transformer.h[layer].mlp
+        W, W_proj = (kron_weight(*pair) for pair in target.factor_pairs())
+        contribution, sensitivity = hidden_statistics(dense, layer)
+        order = interleave(contribution, mlp.c_fc_0.shape[2], mlp.c_fc_1.shape[2])
+        W, b, W_proj = W[:, order], target.c_fc_bias[order], W_proj[order]
+
+        def take(name, moments, *matrix):
+            A, B, bias = (getattr(mlp, name + part) for part in ("_0", "_1", "_bias"))
+            *fitted, errors = fit_matrix(moments, *matrix, A, B, approximate, fixed_B)
+            for p, value in zip((A, B, bias), fitted):
+                p.copy_(value)
+            fits.append(Fit(layer, name, len(A), *errors))
+
+        moments = Moments()
+        for rows in batches(dense.x):
+            moments.add(compressed.mlp_input(layer, rows), dense.mlp_input(layer, rows) @ W + b)
+        take("c_fc", moments, W, b, sensitivity[order])
+        dense.transform(layer)
+        moments = Moments()
+        for rows in batches(dense.x):
+            z = kron_linear(compressed.mlp_input(layer, rows), mlp.c_fc_0, mlp.c_fc_1, mlp.c_fc_bias)
+            moments.add(F.gelu(z, approximate="tanh"), (dense.x[rows] - compressed.x[rows]).flatten(0, 1))
+        take("c_proj", moments, W_proj, target.c_proj_bias, None)
+        if refine_steps:
+            refine(dense, compressed, layer, refine_steps)
+        compressed.transform(layer)
+    return new, fits
+
+
+def refine(dense, compressed, layer, steps):
+    """Gradient steps on the MLP of one block, towards the dense model's hidden states behind it (AA-SVD, arXiv
+    2604.02119, does this for low rank): `dense` is behind the block, `compressed` in front of its MLP."""
+    mlp = compressed.model.transformer.h[layer].mlp
+    trained = [p.requires_grad_() for p in mlp.parameters()]
+    optimizer = torch.optim.Adam(trained, lr=REFINE_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(layer)
+    n_rows = max(1, REFINE_TOKENS // dense.x.shape[1])
+    for _ in range(steps):
+        rows = torch.randint(len(dense.x), (n_rows,), generator=generator).to(dense.x.device)
+        x, y = compressed.mlp_input(layer, rows), (dense.x[rows] - compressed.x[rows]).flatten(0, 1)
+        with torch.enable_grad():
+            loss = (mlp(x) - y).square().mean() / y.var()
+            gradients = torch.autograd.grad(loss, trained)
+        for p, gradient in zip(trained, gradients):
+            p.grad = gradient
+        optimizer.step()
+        schedule.step()
