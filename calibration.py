@@ -11,12 +11,15 @@ one matrix after the other, and gives the next one the errors of those before to
 import copy
 import math
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from model import kron_linear, kron_weight
+import checkpoint
+from data import DataError, even_starts, load_tokens, windows
+from model import kron_linear, kron_weight, pick_device
 
 RIDGE = 1e-3  # pull towards the trained weights, as a share of the mean second moment of an input
 STEPS = 30  # of alternating least squares, at most
@@ -25,7 +28,7 @@ LARGEST_SYSTEM = 4096  # unknowns in a column up to which a normal matrix is fac
 CG_STEPS = 10  # iterations of conjugate gradients in a half step
 TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
 ROUNDING = 1e-12  # what counts as nothing beside 1 in float64
-REFINE_RATE = 2e-3  # learning rate of the refinement, at its beginning
+REFINE_RATE = 1e-3  # learning rate of the refinement, at its beginning
 REFINE_TOKENS = 4096  # in a gradient step of the refinement
 
 
@@ -313,7 +316,7 @@ def interleave(contribution, n1, n2):
 @dataclass
 class Fit:
     """What calibration did to one matrix: relative errors of the weights, ‖W − Ŵ‖ / ‖W‖, and of what they make of real
-    text, ‖Y − X̂ Ŵ − b‖ over the same without any weights; by Van Loan's sum, and by the calibrated one."""
+    text, ‖Y − X̂ Ŵ − b‖ over ‖Y‖ without its mean; by the uncalibrated sum, and by the fitted one."""
 
     layer: int
     name: str
@@ -324,18 +327,30 @@ class Fit:
     output_error: float
 
 
-def fit_matrix(moments, W, bias, weights, A, B, approximate, fixed_B):
-    """Fit A, B and return them with their bias and (relative errors of the weights before and after, and of the output).
+def fit_matrix(mlp, name, moments, W, bias, weights, approximate, fixed_B):
+    """Fit c_fc or c_proj of an MLP to the moments of its inputs and targets.
 
-    The matrix W [m, n] and its bias [n] are the dense model's; A and B have the shapes that are wanted.
+    Args:
+        mlp: a KronyMLP, whose factors and bias of this name are set.
+        moments: Moments of X̂ and Y.
+        W, bias: [m, n] and [n], the dense model's.
+        weights: [n], what an error in each column costs, or None.
+        approximate, fixed_B: as in calibrate().
+
+    Returns:
+        The relative errors of the weights, uncalibrated and calibrated, and those of the output.
     """
+    factors = [getattr(mlp, name + part) for part in ("_0", "_1")]
+    r, dim_1, dim_2 = factors[0].shape
     problem = Problem(moments, W, weights)
-    plain = approximate(W, *A.shape[1:], len(A))
-    A, B = fit(problem, *(plain if fixed_B else start(problem, approximate, *A.shape[1:], len(A))), fixed_B=fixed_B)
+    plain = approximate(W, dim_1, dim_2, r)
+    A, B = fit(problem, *(plain if fixed_B else start(problem, approximate, dim_1, dim_2, r)), fixed_B=fixed_B)
     new_bias = problem.bias(kron_weight(A, B))
-    matrices = kron_weight(*plain), kron_weight(A, B).to(W.dtype)
-    errors = [((W - V).norm() / W.norm()).item() for V in matrices]
-    return A, B, new_bias, (*errors, *(problem.error(V, b) ** 0.5 for V, b in zip(matrices, (bias, new_bias))))
+    for p, value in zip((*factors, getattr(mlp, name + "_bias")), (A, B, new_bias)):
+        p.copy_(value)
+    matrices = kron_weight(*plain), kron_weight(*factors)
+    return (*(((W - V).norm() / W.norm()).item() for V in matrices),
+            *(problem.error(V, b) ** 0.5 for V, b in zip(matrices, (bias, new_bias))))
 
 
 @torch.no_grad()
@@ -380,23 +395,18 @@ def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, 
         order = interleave(contribution, mlp.c_fc_0.shape[2], mlp.c_fc_1.shape[2])
         W, b, W_proj = W[:, order], target.c_fc_bias[order], W_proj[order]
 
-        def take(name, moments, *matrix):
-            A, B, bias = (getattr(mlp, name + part) for part in ("_0", "_1", "_bias"))
-            *fitted, errors = fit_matrix(moments, *matrix, A, B, approximate, fixed_B)
-            for p, value in zip((A, B, bias), fitted):
-                p.copy_(value)
-            fits.append(Fit(layer, name, len(A), *errors))
-
         moments = Moments()
         for rows in batches(dense.x):
             moments.add(compressed.mlp_input(layer, rows), dense.mlp_input(layer, rows) @ W + b)
-        take("c_fc", moments, W, b, sensitivity[order])
+        errors = fit_matrix(mlp, "c_fc", moments, W, b, sensitivity[order], approximate, fixed_B)
+        fits.append(Fit(layer, "c_fc", len(mlp.c_fc_0), *errors))
         dense.transform(layer)
         moments = Moments()
         for rows in batches(dense.x):
             z = kron_linear(compressed.mlp_input(layer, rows), mlp.c_fc_0, mlp.c_fc_1, mlp.c_fc_bias)
             moments.add(F.gelu(z, approximate="tanh"), (dense.x[rows] - compressed.x[rows]).flatten(0, 1))
-        take("c_proj", moments, W_proj, target.c_proj_bias, None)
+        errors = fit_matrix(mlp, "c_proj", moments, W_proj, target.c_proj_bias, None, approximate, fixed_B)
+        fits.append(Fit(layer, "c_proj", len(mlp.c_proj_0), *errors))
         if refine_steps:
             refine(dense, compressed, layer, refine_steps)
         compressed.transform(layer)
@@ -422,3 +432,41 @@ def refine(dense, compressed, layer, steps):
             p.grad = gradient
         optimizer.step()
         schedule.step()
+
+
+def save_calibrated(model, dataset, n_tokens, path, config, device, *shape, **options):
+    """Calibrate a model on a data set's training split, show what that does to each matrix, and write the checkpoint.
+
+    Args:
+        model: a KronyGPT on the CPU.
+        dataset: its name under data/.
+        n_tokens: how many are used, from windows spread evenly over the split.
+        path: of the .pt file.
+        config: the options to keep in it.
+        device: the name of one, or nothing.
+        shape, options: what calibrate() takes behind the tokens.
+
+    Raises:
+        DataError: fewer tokens than a window has, or than the inputs of a matrix are.
+    """
+    checkpoint.check_is_file(path)
+    context, hidden = model.config.block_size, model.config.n_hidden
+    if n_tokens < max(context, hidden):
+        raise DataError(f"{n_tokens} calibration tokens are too few: a window has {context}, and a matrix up to {hidden} "
+                        "inputs, each of which needs tokens to be told from the others")
+    tokens = load_tokens(dataset, "train", model.config.vocab_size, context)
+    where = pick_device(device)
+    text, _ = windows(tokens, even_starts(len(tokens), context, n_tokens // context), context, model.config.vocab_size,
+                      where)
+    start = time.perf_counter()
+    new, fits = calibrate(model.to(where), text, *shape, **options)
+    seconds = time.perf_counter() - start
+    print("relative errors of the weights ‖W - Ŵ‖/‖W‖ and of what comes out on real text, uncalibrated → fitted"
+          f"{', behind which each block was refined' if options.get('refine_steps') else ''}\n"
+          f"{'layer':>5}  {'matrix':<6}  {'factors':>7}  {'weights':>17}  {'output':>17}")
+    for f in fits:
+        print(f"{f.layer:>5}  {f.name:<6}  {f.n_factors:>7}  {f.weight_error_before:>7.4f} → {f.weight_error:>7.4f}  "
+              f"{f.output_error_before:>7.4f} → {f.output_error:>7.4f}")
+    config = dict(config, calibrate=dataset, calibration_tokens=text.numel(), **options)
+    checkpoint.save_compressed(model.cpu(), new.cpu(), path, config,
+                               f"calibrating on {text.numel():,} tokens took {seconds:.0f} s")

@@ -58,6 +58,12 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
         raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
+def check_is_file(path):
+    """Raise CheckpointError where a checkpoint cannot be written, before work is done for it."""
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} is a directory: name a .pt file to write")
+
+
 def save_refactored(model, dim_1, dim_2, factors, approximate, path, config):
     """Write the checkpoint of a model with other Kronecker factors, show what that costs, and load it again.
 
@@ -72,8 +78,7 @@ def save_refactored(model, dim_1, dim_2, factors, approximate, path, config):
         ModelError: the shape does not fit the model.
         CheckpointError: what was read back is not what was written.
     """
-    if Path(path).is_dir():
-        raise CheckpointError(f"{path} is a directory: name a .pt file to write")
+    check_is_file(path)
     start = time.perf_counter()
     new = model.refactored(dim_1, dim_2, factors, approximate)
     seconds = time.perf_counter() - start
@@ -83,6 +88,15 @@ def save_refactored(model, dim_1, dim_2, factors, approximate, path, config):
             W = kron_weight(*old_pair).detach()
             error = ((W - kron_weight(*pair)).norm() / W.norm()).item()
             print(f"{layer:>5}  {name:<6}  {len(pair[0]):>7}  {error:>18.4f}  {1 - error**2:>11.1%}")
+    save_compressed(model, new, path, config, f"the factors took {seconds:.1f} s")
+
+
+def save_compressed(model, new, path, config, remark):
+    """Write the checkpoint of a new model made from another, show how much smaller it is, and load it again.
+
+    Raises:
+        CheckpointError: what was read back is not what was written.
+    """
     old_counts, counts = model.count_parameters(), new.count_parameters()
     for name, what in (("mlp", "in the MLPs"), ("total", "in all")):
         print(f"parameters {what}: {old_counts[name]:,} → {counts[name]:,} ({counts[name] / old_counts[name]:.1%})")
@@ -90,7 +104,7 @@ def save_refactored(model, dim_1, dim_2, factors, approximate, path, config):
     again, _ = load(str(path))
     if not all(torch.equal(p, q) for p, q in zip(new.state_dict().values(), again.state_dict().values())):
         raise CheckpointError(f"{path} does not hold what was written to it")
-    print(f"wrote {path} ({os.path.getsize(path) / 2**20:.0f} MiB), and verified it; the factors took {seconds:.1f} s")
+    print(f"wrote {path} ({os.path.getsize(path) / 2**20:.0f} MiB), and verified it; {remark}")
 
 
 def load(source, dropout=0.0):

@@ -1,0 +1,244 @@
+"""calibration.py against plain dense least squares, numpy's SVD and the model's own losses."""
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import kron_sum, run_here
+
+import calibration
+import checkpoint
+from calibration import Moments, Problem, calibrate, fit, half_step, interleave, reduced_rank, start
+from kron_decompose import van_loan
+from model import KronyGPT, KronyGPTConfig, ModelError
+
+
+def random_problem(m=12, n=20, tokens=200, weighted=True, seed=0, ridge=1e-3):
+    """Correlated inputs with a mean, targets of W with noise; the data and their Problem."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(tokens, m, generator=generator) @ torch.randn(m, m, generator=generator) + 3
+    W = torch.randn(m, n, generator=generator)
+    Y = X @ W + torch.randn(tokens, n, generator=generator) + 5
+    moments = Moments()
+    for part in range(0, tokens, 64):
+        moments.add(X[part:part + 64], Y[part:part + 64])
+    weights = torch.rand(n, generator=generator) + 0.1 if weighted else None
+    return X.double(), Y.double(), W, Problem(moments, W, weights, ridge)
+
+
+def test_moments_are_those_of_numpy():
+    X, Y, _, problem = random_problem()
+    covariance = np.cov(torch.cat((X, Y), 1).T.numpy(), bias=True)
+    np.testing.assert_allclose(problem.G, covariance[:12, :12], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(problem.C, covariance[:12, 12:], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(problem.variance, covariance.diagonal()[12:], rtol=1e-5)
+
+
+def test_moments_keep_their_digits_beside_a_large_mean():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(1000, 3, generator=generator)
+    moments = Moments()
+    for part in X.split(100):
+        moments.add(part + 1000, part[:, :2] - 500)
+    np.testing.assert_allclose(moments.centred()[2], np.cov(X.T.numpy(), bias=True), atol=1e-4)
+
+
+def test_error_and_bias_are_those_of_the_data():
+    X, Y, _, problem = random_problem()
+    W = torch.randn(12, 20, dtype=torch.double)
+    best = (Y - X @ W).mean(0)
+    np.testing.assert_allclose(problem.bias(W), best, rtol=1e-4, atol=1e-4)
+    for bias in (None, torch.ones(20)):
+        residual = (Y - X @ W - (best if bias is None else bias)).square().mean(0)
+        expected = (problem.weights * residual).sum() / (problem.weights * Y.var(0, correction=0)).sum()
+        assert problem.error(W, bias) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_weights_that_meet_no_input_stay():
+    X = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    X[:, 2] = 0
+    W = torch.arange(12.0).view(4, 3)
+    moments = Moments()
+    moments.add(X, -X @ W)
+    A, B = fit(Problem(moments, W), W[None], torch.ones(1, 1, 1), fixed_B=True)
+    torch.testing.assert_close(A[0, 2].float(), W[2])
+    torch.testing.assert_close(A[0, 0].float(), -W[0], rtol=1e-2, atol=1e-2)
+
+
+def test_hidden_statistics_are_those_of_a_plain_computation(small_model):
+    tokens = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))
+    stream = calibration.Stream(small_model, tokens)
+    with torch.no_grad():
+        stream.attend(0)
+        contribution, sensitivity = calibration.hidden_statistics(stream, 0)
+    block = small_model.transformer.h[0]
+    with torch.no_grad():
+        x = small_model.transformer.wte(tokens) + small_model.transformer.wpe(torch.arange(32))
+        x = block.ln_2(x + block.attn(block.ln_1(x))).flatten(0, 1)
+        z = x @ kron_sum(block.mlp.c_fc_0, block.mlp.c_fc_1) + block.mlp.c_fc_bias
+        W = kron_sum(block.mlp.c_proj_0, block.mlp.c_proj_1)
+        h, shifted = (torch.nn.functional.gelu(v, approximate="tanh") for v in (z, z + 1e-3))
+    added = h[:, :, None] * W  # (tokens, 4C, C)
+    np.testing.assert_allclose(contribution, added.var(0, correction=0).sum(1), rtol=1e-3)
+    np.testing.assert_allclose(sensitivity, ((shifted - h) / 1e-3).square().mean(0) * W.square().sum(1), rtol=1e-2)
+
+
+def dense_half_step(problem, A, B, weights):
+    """The best A by one dense least-squares problem over all its elements at once, with the ridge as further rows."""
+    root = torch.linalg.cholesky(problem.ridged_G).T  # ‖Y − XW‖² + ridge ‖W − W0‖² = ‖root W − target‖² + constant
+    target = torch.linalg.solve_triangular(root.T, problem.ridged_C, upper=False)
+    columns = []
+    for element in range(A.numel()):
+        unit = torch.zeros_like(A).view(-1)
+        unit[element] = 1
+        columns.append((root @ kron_sum(unit.view_as(A), B) * weights.sqrt()).reshape(-1))
+    solution = np.linalg.lstsq(torch.stack(columns, 1).numpy(), (target * weights.sqrt()).reshape(-1).numpy(), rcond=None)
+    return torch.from_numpy(solution[0]).view_as(A)
+
+
+@pytest.mark.parametrize("dim_1, dim_2, r", [(4, 5, 1), (4, 5, 3), (12, 5, 1), (1, 4, 2), (3, 20, 1), (6, 1, 2)])
+def test_half_step_is_the_dense_least_squares_solution(dim_1, dim_2, r, monkeypatch):
+    _, _, W, problem = random_problem()
+    A, B = (side.double() for side in van_loan(W, dim_1, dim_2, r))
+    u, v = problem.separable_weights(dim_2, 20 // dim_2)
+    expected = dense_half_step(problem, A, B, (u[:, None] * v).view(-1))
+    found = half_step(problem.ridged_G, problem.ridged_C, A, B, v)
+    torch.testing.assert_close(kron_sum(found, B), kron_sum(expected, B), rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(calibration, "LARGEST_SYSTEM", 0)
+    monkeypatch.setattr(calibration, "CG_STEPS", 200)
+    found = half_step(problem.ridged_G, problem.ridged_C, A, B, v)
+    torch.testing.assert_close(kron_sum(found, B), kron_sum(expected, B), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("largest_system", [4096, 0])
+@pytest.mark.parametrize("dim_1, dim_2, r", [(4, 5, 1), (4, 5, 3), (12, 10, 1), (3, 4, 2)])
+def test_the_objective_never_rises(dim_1, dim_2, r, largest_system, monkeypatch):
+    monkeypatch.setattr(calibration, "LARGEST_SYSTEM", largest_system)
+    monkeypatch.setattr(calibration, "TOLERANCE", -1.0)
+    _, _, _, problem = random_problem()
+    u, v = problem.separable_weights(dim_2, 20 // dim_2)
+    weights = (u[:, None] * v).view(-1)
+    pair = start(problem, van_loan, dim_1, dim_2, r)
+    values = [problem.objective(kron_sum(*pair), weights)]
+    for _ in range(10):
+        pair = fit(problem, *pair, steps=1)
+        values.append(problem.objective(kron_sum(*pair), weights))
+    assert all(b <= a * (1 + 1e-9) for a, b in pairwise(values)), values
+    assert values[-1] < 0.9999 * values[0]
+
+
+@pytest.mark.parametrize("m, n", [(12, 20), (20, 12)])
+@pytest.mark.parametrize("r", [1, 4])
+def test_reduced_rank_is_the_optimum(m, n, r):
+    _, _, _, problem = random_problem(m, n)
+    root = torch.linalg.cholesky(problem.ridged_G).T.numpy()
+    target = np.linalg.solve(root.T, problem.ridged_C.numpy())
+    best = np.linalg.svd(target * problem.weights.sqrt().numpy(), compute_uv=False)[r:]
+    for A_is_column in (True, False):
+        A, B = reduced_rank(problem, r, A_is_column)
+        distance = (root @ kron_sum(A, B).numpy() - target) * problem.weights.sqrt().numpy()
+        assert np.square(distance).sum() == pytest.approx(np.square(best).sum(), rel=1e-6)
+        assert A.shape == ((r, m, 1) if A_is_column else (r, 1, n))
+
+
+def test_alternating_least_squares_reaches_the_closed_form_of_low_rank():
+    _, _, W, problem = random_problem(weighted=False)
+    exact = kron_sum(*reduced_rank(problem, 3, True))
+    A, B = (side.double() for side in van_loan(W, 12, 1, 3))
+    for _ in range(300):
+        A = half_step(problem.ridged_G, problem.ridged_C, A, B, torch.ones(20, dtype=torch.double))
+        G, C = problem.ridged_G, problem.ridged_C  # swapping the sides of a low rank changes no index
+        B = half_step(G, C, B, A, torch.ones(1, dtype=torch.double))
+    torch.testing.assert_close(kron_sum(A, B), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_strongest_units_share_no_factor():
+    order = interleave(torch.tensor([1.0, 9, 2, 8, 3, 7]), 3, 2)
+    assert order.view(3, 2)[:, 0].tolist() == [1, 3, 5] and sorted(order.tolist()) == list(range(6))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small dense model after some training on a pattern, and the pattern's tokens."""
+    torch.manual_seed(0)
+    model = KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=32))
+    generator = torch.Generator().manual_seed(0)
+    step = torch.randint(1, 6, (64, 1), generator=generator)
+    tokens = (torch.randint(32, (64, 1), generator=generator) + step * torch.arange(17)) % 32
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    return model.eval(), tokens
+
+
+@torch.no_grad()
+def loss(model, tokens):
+    return model.eval()(tokens[:, :-1], tokens[:, 1:]).item()
+
+
+@pytest.mark.parametrize("shape", [(32, 32, [1, 1]), (16, 16, [2, 3]), (32, 1, [8, 8]), (16, 128, [1, 1])])
+def test_calibration_keeps_more_of_the_model(trained, shape):
+    model, tokens = trained
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    plain = loss(model.refactored(*shape, van_loan), tokens)
+    new, fits = calibrate(model, tokens[:, :-1], *shape, van_loan)
+    refined, _ = calibrate(model, tokens[:, :-1], *shape, van_loan, refine_steps=50)
+    dense = loss(model, tokens)
+    assert loss(new, tokens) - dense < 0.6 * (plain - dense)
+    assert loss(refined, tokens) < loss(new, tokens)
+    assert [f.n_factors for f in fits] == [r for r in shape[2] for _ in "ab"]
+    assert all(f.output_error < f.output_error_before for f in fits)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()), "the dense model was changed"
+
+
+def test_dense_shape_keeps_the_function(trained):
+    model, tokens = trained
+    new, fits = calibrate(model, tokens[:, :-1], 32, 128, [1, 1], van_loan)
+    assert max(f.output_error for f in fits) < 0.02 and max(f.weight_error for f in fits) < 0.1
+    assert loss(new, tokens) == pytest.approx(loss(model, tokens), abs=2e-3)
+
+
+def test_shape_that_does_not_fit(trained):
+    model, tokens = trained
+    with pytest.raises(ModelError, match="dim_1=7"):
+        calibrate(model, tokens[:, :-1], 7, 32, [1, 1], van_loan)
+
+
+def make_data(tokens):
+    directory = Path("data/pattern")
+    directory.mkdir(parents=True)
+    for split in ("train", "val"):
+        tokens.numpy().astype(np.uint16).tofile(directory / f"{split}.bin")
+    directory.joinpath("meta.json").write_text(json.dumps(dict(
+        vocab_size=256, tokenizer="bytes", tokens={}, documents={}, source="a test")))
+
+
+def test_script_calibrates(trained, workdir):
+    model, tokens = trained
+    checkpoint.save("dense.pt", model)
+    make_data(tokens)
+    args = ["32", "32", "1", "--init_from=dense.pt", "--calibrate=pattern", "--calibration_tokens=1024",
+            "--refine_steps=2"]
+    done = run_here("kron_decompose.py", *args, "--out=a.pt")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^ +\d  c_(?:fc|proj) +1  +[\d.]+ → +[\d.]+  +[\d.]+ → +[\d.]+$", done.stdout, re.M)) == 4
+    new, rest = checkpoint.load("a.pt")
+    assert new.config.sides == (32, 32, 1, 4) and rest["config"]["calibrate"] == "pattern"
+    run_here("kron_decompose.py", *args, "--out=b.pt")
+    assert (workdir / "a.pt").read_bytes() == (workdir / "b.pt").read_bytes()
+
+
+@pytest.mark.parametrize("option, said", [
+    ("--calibrate=nothing", "data/nothing"), ("--calibration_tokens=5", "too few"), ("--refine_steps=-1", "refine_steps"),
+    ("--device=abacus", "abacus")])
+def test_wrong_options(trained, workdir, option, said):
+    checkpoint.save("dense.pt", trained[0])
+    make_data(trained[1])
+    done = run_here("kron_decompose.py", "32", "32", "1", "--init_from=dense.pt", "--calibrate=pattern",
+                    "--calibration_tokens=1024", "--out=a.pt", option)
+    assert done.returncode == 2 and said in done.stderr and not (workdir / "a.pt").exists(), done.stderr
