@@ -63,7 +63,7 @@ def test_weights_that_meet_no_input_stay():
     W = torch.arange(12.0).view(4, 3)
     moments = Moments()
     moments.add(X, -X @ W)
-    A, B = fit(Problem(moments, W), W[None], torch.ones(1, 1, 1), fixed_B=True)
+    A, _ = fit(Problem(moments, W), W[None], torch.ones(1, 1, 1), fixed_B=True)
     torch.testing.assert_close(A[0, 2].float(), W[2])
     torch.testing.assert_close(A[0, 0].float(), -W[0], rtol=1e-2, atol=1e-2)
 
