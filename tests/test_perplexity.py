@@ -1,6 +1,7 @@
 """perplexity.py beside a plain loop over windows with transformers' GPT-2."""
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +245,41 @@ def test_no_network_gets_one_line_that_names_the_way_around(name, option, gpt2_d
     assert said.returncode == 1
     assert f"cannot load {name} from nobody/nothing" in said.stderr and option in said.stderr
     assert said.stderr.count("\n") == 1
+
+
+def test_perplexity_is_that_of_lm_evaluation_harness(gpt2_dir, workdir):
+    """Word and byte perplexity of a local text task. The harness scores every token, with one behind its text for the
+    first, and its windows share one token: that is our stride of context - 1 on the text with that token in front. (The
+    length of this text is a multiple, because the harness gives a last window that is short more context.)"""
+    pytest.importorskip("lm_eval.models.huggingface", reason="lm-evaluation-harness is not installed (lm-eval[hf])")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    text = ("so many short words in a row " * 20)[:10 * (CONTEXT - 1)]
+    Path("text.jsonl").write_text(json.dumps(dict(text=text)) + "\n")
+    Path("tasks").mkdir()
+    Path("tasks/local.yaml").write_text(f"""task: local
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {workdir}/text.jsonl
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list:
+  - metric: word_perplexity
+  - metric: byte_perplexity
+""")
+    assert run_here("kron_to_gpt.py", gpt2_dir, "exported").returncode == 0
+    first = ord("\n")
+    theirs = HFLM(pretrained="exported", device="cpu", max_length=CONTEXT - 1, prefix_token_id=first, add_bos_token=False)
+    results = simple_evaluate(theirs, tasks=["local"], task_manager=TaskManager(include_path="tasks"),
+                              bootstrap_iters=0)["results"]["local"]
+    Path("behind.txt").write_text(chr(first) + text)
+    ours = measure("exported", "behind.txt", f"--stride={CONTEXT - 1}")["behind.txt"]
+    assert ours["tokens_scored"] == len(text)
+    assert math.exp(ours["loss"]) == pytest.approx(results["byte_perplexity,none"], rel=1e-5)
+    words = len(re.split(r"\s+", text))  # as the harness counts them
+    assert math.exp(ours["loss"] * len(text) / words) == pytest.approx(results["word_perplexity,none"], rel=1e-4)
