@@ -313,6 +313,62 @@ def interleave(contribution, n1, n2):
     return contribution.argsort(descending=True).view(n2, n1).T.reshape(-1)
 
 
+@torch.no_grad()
+def contributions(model, tokens):
+    """How much hidden units and dimensions of the residual stream contribute on real text.
+
+    Returns:
+        hidden [n_layer, 4C], as in hidden_statistics(); and embd [C], the variance that each dimension gives to the
+        pre-activations of all MLPs: that of the MLP's input times the squared norm of its row in c_fc.
+    """
+    stream, hidden, embd = Stream(model, tokens), [], 0
+    for layer, block in enumerate(model.transformer.h):
+        stream.attend(layer)
+        hidden.append(hidden_statistics(stream, layer)[0])
+        moments = torch.stack([torch.stack((x.mean(0), x.square().mean(0)))
+                               for x in (stream.mlp_input(layer, rows) for rows in batches(stream.x))]).double().mean(0)
+        embd = embd + (moments[1] - moments[0].square()) * kron_weight(*block.mlp.factor_pairs()[0]).square().sum(1)
+        stream.transform(layer)
+    return torch.stack(hidden), embd
+
+
+@torch.no_grad()
+def norms(model):
+    """What contributions() returns, by the weights alone: squared norms of the rows of c_fc (embd), and the product of
+    those of each hidden unit's column in c_fc and row in c_proj."""
+    pairs = [[kron_weight(*pair).square() for pair in block.mlp.factor_pairs()] for block in model.transformer.h]
+    return torch.stack([fc.sum(0) * proj.sum(1) for fc, proj in pairs]), sum(fc.sum(1) for fc, _ in pairs)
+
+
+@torch.no_grad()
+def reordered(model, hidden=None, embd=None):
+    """The same function as a dense KronyGPT with its units in another order.
+
+    Args:
+        hidden: [n_layer, 4C], the old index of each hidden unit in its new place, or None.
+        embd: [C], that of each dimension of the residual stream, or None.
+    """
+    config = model.config
+    dense = model.refactored(config.n_embd, config.n_hidden, [1] * config.n_layer,
+                             lambda W, *_: (W[None], W.new_ones(1, 1, 1)))
+    state_dict = dense.state_dict()
+    last, first = [], []  # names of what has the residual stream as its last dimension, and as the one that is written
+    for layer in range(config.n_layer):
+        h = f"transformer.h.{layer}."
+        if hidden is not None:
+            for name, axis in (("c_fc_0", 2), ("c_fc_bias", 0), ("c_proj_0", 1)):
+                state_dict[h + "mlp." + name] = state_dict[h + "mlp." + name].index_select(axis, hidden[layer])
+        last += [h + name for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.c_attn.weight",
+                                       "attn.c_proj.bias", "mlp.c_proj_0", "mlp.c_proj_bias")]
+        first += [(h + "attn.c_proj.weight", 0), (h + "mlp.c_fc_0", 1)]
+    if embd is not None:
+        last += [f"transformer.{name}" for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")]
+        for name, axis in (*((name, -1) for name in last), *first):
+            state_dict[name] = state_dict[name].index_select(axis, embd)
+        state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
+    return dense.from_state_dict(dense.model_args(), state_dict)
+
+
 @dataclass
 class Fit:
     """What calibration did to one matrix: relative errors of the weights, ‖W − Ŵ‖ / ‖W‖, and of what they make of real
@@ -354,13 +410,12 @@ def fit_matrix(mlp, name, moments, W, bias, weights, approximate, fixed_B):
 
 
 @torch.no_grad()
-def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, refine_steps=0):
+def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, reorder=True, refine_steps=0):
     """The KronyGPT of another shape whose blocks do to real text what those of a model do.
 
     It goes through the blocks in order. c_fc is fitted to the dense model's pre-activations, with each hidden unit's
     column weighted by what an error costs; c_proj to what brings the residual stream back to that of the dense model.
-    The hidden units come in a new order first (interleave), which changes nothing in the dense model. All biases are
-    fitted, too.
+    A new order of the hidden units changes nothing in the dense model. All biases are fitted, too.
 
     For N tokens, width C and L layers it takes about L N (110 C² + 16 C T) floating point operations with a context of
     T, of which 48 C² are moments and 44 C² forward passes of the MLPs, and memory for 8 N C bytes of hidden states and
@@ -372,6 +427,7 @@ def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, 
         dim_1, dim_2, factors: the new shape, as in KronyGPTConfig.
         approximate: function (W [m, n], dim_1, dim_2, n_factors) -> A, B of one matrix, to start from: van_loan.
         fixed_B: keep the B that approximate gives, and fit A alone.
+        reorder: put the hidden units into the order of interleave() first.
         refine_steps: gradient steps on each block behind the closed form.
 
     Returns:
@@ -383,6 +439,7 @@ def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, 
     from tqdm import tqdm
 
     new = copy.deepcopy(model.refactored(dim_1, dim_2, factors, approximate))  # which shares tensors with the model
+    _, n1, _, n2 = new.config.sides
     dense, compressed = Stream(model, tokens), Stream(new, tokens)
     fits = []
     for layer in tqdm(range(model.config.n_layer), "calibrating", unit="block", leave=False,
@@ -392,7 +449,7 @@ def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, 
         mlp, target = new.transformer.h[layer].mlp, model.transformer.h[layer].mlp
         W, W_proj = (kron_weight(*pair) for pair in target.factor_pairs())
         contribution, sensitivity = hidden_statistics(dense, layer)
-        order = interleave(contribution, mlp.c_fc_0.shape[2], mlp.c_fc_1.shape[2])
+        order = interleave(contribution, n1, n2) if reorder else slice(None)
         W, b, W_proj = W[:, order], target.c_fc_bias[order], W_proj[order]
 
         moments = Moments()
@@ -434,32 +491,40 @@ def refine(dense, compressed, layer, steps):
         schedule.step()
 
 
-def save_calibrated(model, dataset, n_tokens, path, config, device, *shape, **options):
-    """Calibrate a model on a data set's training split, show what that does to each matrix, and write the checkpoint.
+def calibration_text(dataset, n_tokens, config, device):
+    """(windows, block_size) tokens of a data set's training split, from windows spread evenly over it.
 
     Args:
-        model: a KronyGPT on the CPU.
         dataset: its name under data/.
-        n_tokens: how many are used, from windows spread evenly over the split.
-        path: of the .pt file.
-        config: the options to keep in it.
+        n_tokens: how many.
+        config: the KronyGPTConfig that they are for.
         device: the name of one, or nothing.
-        shape, options: what calibrate() takes behind the tokens.
 
     Raises:
         DataError: fewer tokens than a window has, or than the inputs of a matrix are.
     """
-    checkpoint.check_is_file(path)
-    context, hidden = model.config.block_size, model.config.n_hidden
+    context, hidden = config.block_size, config.n_hidden
     if n_tokens < max(context, hidden):
         raise DataError(f"{n_tokens} calibration tokens are too few: a window has {context}, and a matrix up to {hidden} "
                         "inputs, each of which needs tokens to be told from the others")
-    tokens = load_tokens(dataset, "train", model.config.vocab_size, context)
-    where = pick_device(device)
-    text, _ = windows(tokens, even_starts(len(tokens), context, n_tokens // context), context, model.config.vocab_size,
-                      where)
+    tokens = load_tokens(dataset, "train", config.vocab_size, context)
+    starts = even_starts(len(tokens), context, n_tokens // context)
+    return windows(tokens, starts, context, config.vocab_size, pick_device(device))[0]
+
+
+def save_calibrated(model, text, path, config, *shape, **options):
+    """Calibrate a model, show what that does to each matrix, and write the checkpoint.
+
+    Args:
+        model: a KronyGPT.
+        text: (windows, T) tokens, on the device to use.
+        path: of the .pt file.
+        config: the options to keep in it.
+        shape, options: what calibrate() takes behind the tokens.
+    """
+    checkpoint.check_is_file(path)
     start = time.perf_counter()
-    new, fits = calibrate(model.to(where), text, *shape, **options)
+    new, fits = calibrate(model.to(text.device), text, *shape, **options)
     seconds = time.perf_counter() - start
     print("relative errors of the weights ‖W - Ŵ‖/‖W‖ and of what comes out on real text, uncalibrated → fitted"
           f"{', behind which each block was refined' if options.get('refine_steps') else ''}\n"
@@ -467,6 +532,5 @@ def save_calibrated(model, dataset, n_tokens, path, config, device, *shape, **op
     for f in fits:
         print(f"{f.layer:>5}  {f.name:<6}  {f.n_factors:>7}  {f.weight_error_before:>7.4f} → {f.weight_error:>7.4f}  "
               f"{f.output_error_before:>7.4f} → {f.output_error:>7.4f}")
-    config = dict(config, calibrate=dataset, calibration_tokens=text.numel(), **options)
     checkpoint.save_compressed(model.cpu(), new.cpu(), path, config,
                                f"calibrating on {text.numel():,} tokens took {seconds:.0f} s")

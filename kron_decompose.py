@@ -171,10 +171,11 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     path = out or f"checkpoints/{'calibrated' if calibrate else 'VL'}_{dim_1}_{dim_2}_{n_factors.replace(',', '-')}.pt"
     config = dict(init_from=init_from)
     if calibrate:
-        from calibration import save_calibrated
+        from calibration import calibration_text, save_calibrated
 
-        save_calibrated(model, calibrate, calibration_tokens, path, config, device, dim_1, dim_2, factors, van_loan,
-                        refine_steps=refine_steps)
+        config |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens, refine_steps=refine_steps)
+        text = calibration_text(calibrate, calibration_tokens, model.config, device)
+        save_calibrated(model, text, path, config, dim_1, dim_2, factors, van_loan, refine_steps=refine_steps)
     else:
         checkpoint.save_refactored(model, dim_1, dim_2, factors, van_loan, path, config)
     print(f"next: python train.py config/train_gpt2.py --init_from={path}")

@@ -5,6 +5,12 @@
     python prune.py --keep=4            # one in four
     python prune.py --dim=hidden        # hidden units: c_fc's columns and c_proj's rows
     python prune.py --epsilon=0.01      # let the others learn
+    python prune.py --dim=hidden --select=norm                                      # the units of the largest weights
+    python prune.py --dim=hidden --select=contribution --refit=True --calibrate=openwebtext
+
+What is kept is every second unit, or with --select=norm or contribution the ones that matter most, by the weights or by
+what they add on real text; they come to the even places first, which changes nothing in the model. --refit fits what is
+kept by least squares to what all units did on real text.
 
 What is kept is A; B = [1, 0]ᵀ puts it into the even rows, so that the model starts as the pruned one and is trained on
 from there as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 4 n_embd / N) along the hidden side.
@@ -18,6 +24,11 @@ out: str | None = None  # the file to write, in the place of checkpoints/prune_.
 dim = "embd"  # the side along which units are dropped: embd or hidden
 keep = 2  # one in so many is kept
 offset = 0  # which one of them: 0 for even, 1 for odd
+select = "even"  # what is kept: even (those at the offset), odd, or the largest by norm or contribution
+refit = False  # fit what is kept to real text, by least squares
+calibrate: str | None = None  # the data set under data/ of that text
+calibration_tokens = 32768  # how many of its tokens
+device = ""  # of the calibration: cuda, cpu, ...: what there is if left out
 epsilon = 0.0  # what stands in B in the place of the zeros; the gradient of a zero is not zero, but its effect is
 
 
@@ -44,26 +55,61 @@ def prune_matrix(W, dim_1, dim_2, n_factors, offset=0, epsilon=0.0):
     return W[row::m2, column::n2].contiguous()[None], B
 
 
-def main():
-    from functools import partial
+def select_units(model, text):
+    """The model with its strongest units in the places that are kept."""
+    from calibration import contributions, interleave, norms, reordered
 
-    import checkpoint
+    hidden, embd = contributions(model.to(text.device), text) if select == "contribution" else norms(model)
+    if dim == "embd":
+        return reordered(model, embd=interleave(embd, len(embd) // keep, keep))
+    return reordered(model, hidden=[interleave(scores, len(scores) // keep, keep) for scores in hidden])
 
+
+def check_options():
     if dim not in ("embd", "hidden"):
         raise UsageError(f"--dim is embd or hidden, not {dim}")
     if keep < 2 or not 0 <= offset < keep:
         raise UsageError(f"--keep is at least 2 and --offset from 0 to keep - 1, not {keep} and {offset}")
     if not math.isfinite(epsilon):
         raise UsageError(f"--epsilon is a finite number, not {epsilon}")
+    if select not in ("even", "odd", "norm", "contribution"):
+        raise UsageError(f"--select is even, odd, norm or contribution, not {select}")
+    if offset and select != "even":
+        raise UsageError(f"--offset goes with --select=even, not {select}")
+    if (refit or select == "contribution") and not calibrate:
+        raise UsageError("--refit and --select=contribution need text: name a data set with --calibrate")
+
+
+def main():
+    from functools import partial
+
+    import checkpoint
+
+    check_options()
     model, _ = checkpoint.load(init_from)
     dim_1, dim_2 = model.config.n_embd, model.config.n_hidden
     if (dim_1 if dim == "embd" else dim_2) % keep:
         raise UsageError(f"--keep={keep} does not divide the {dim_1 if dim == 'embd' else dim_2} units of --dim={dim}")
     dim_1, dim_2 = (dim_1 // keep, dim_2) if dim == "embd" else (dim_1, dim_2 // keep)
-    path = out or f"checkpoints/prune_{dim_1}_{dim_2}{f'_offset{offset}' if offset else ''}.pt"
-    approximate = partial(prune_matrix, offset=offset, epsilon=epsilon)
-    checkpoint.save_refactored(model, dim_1, dim_2, [1] * model.config.n_layer, approximate, path,
-                               config=dict(init_from=init_from, dim=dim, keep=keep, offset=offset, epsilon=epsilon))
+    kept = 1 if select == "odd" else offset
+    remarks = (f"offset{kept}" * bool(kept), select * (select in ("norm", "contribution")), "refit" * refit)
+    path = out or "_".join(("checkpoints/prune", str(dim_1), str(dim_2), *filter(None, remarks))) + ".pt"
+    approximate = partial(prune_matrix, offset=kept, epsilon=epsilon)
+    config = dict(init_from=init_from, dim=dim, keep=keep, offset=kept, epsilon=epsilon, select=select, refit=refit,
+                  calibrate=calibrate, calibration_tokens=calibration_tokens)
+    shape = dim_1, dim_2, [1] * model.config.n_layer, approximate
+    if calibrate:
+        from calibration import calibration_text
+
+        text = calibration_text(calibrate, calibration_tokens, model.config, device)
+    if select in ("norm", "contribution"):
+        model = select_units(model, text if calibrate else None)
+    if refit:
+        from calibration import save_calibrated
+
+        save_calibrated(model, text, path, config, *shape, fixed_B=True, reorder=False)
+    else:
+        checkpoint.save_refactored(model.cpu(), *shape, path, config)
     print(f"next: python train.py config/train_gpt2_96m.py --init_from={path}")
 
 

@@ -1,4 +1,5 @@
 """calibration.py against plain dense least squares, numpy's SVD and the model's own losses."""
+import copy
 import json
 import re
 from itertools import pairwise
@@ -11,7 +12,18 @@ from conftest import kron_sum, run_here
 
 import calibration
 import checkpoint
-from calibration import Moments, Problem, calibrate, fit, half_step, interleave, reduced_rank, start
+from calibration import (
+    Moments,
+    Problem,
+    calibrate,
+    contributions,
+    fit,
+    half_step,
+    interleave,
+    reduced_rank,
+    reordered,
+    start,
+)
 from kron_decompose import van_loan
 from model import KronyGPT, KronyGPTConfig, ModelError
 
@@ -201,6 +213,74 @@ def test_dense_shape_keeps_the_function(trained):
     new, fits = calibrate(model, tokens[:, :-1], 32, 128, [1, 1], van_loan)
     assert max(f.output_error for f in fits) < 0.02 and max(f.weight_error for f in fits) < 0.1
     assert loss(new, tokens) == pytest.approx(loss(model, tokens), abs=2e-3)
+
+
+def test_another_order_is_the_same_function(small_model):
+    generator = torch.Generator().manual_seed(0)
+    hidden = [torch.randperm(256, generator=generator) for _ in range(2)]
+    embd = torch.randperm(64, generator=generator)
+    tokens = torch.randint(256, (2, 32), generator=generator)
+    before = {name: p.clone() for name, p in small_model.state_dict().items()}
+    with torch.no_grad():
+        for orders in (dict(hidden=hidden), dict(embd=embd), dict(hidden=hidden, embd=embd)):
+            other = reordered(small_model, **orders)
+            torch.testing.assert_close(other(tokens), small_model(tokens), rtol=1e-4, atol=1e-4)
+    assert torch.equal(other.transformer.wte.weight, before["transformer.wte.weight"][:, embd])
+    assert torch.equal(other.transformer.h[1].mlp.c_fc_bias, before["transformer.h.1.mlp.c_fc_bias"][hidden[1]])
+    assert all(torch.equal(p, before[name]) for name, p in small_model.state_dict().items())
+
+
+def test_contributions_find_the_units_that_matter(trained):
+    model, tokens = trained
+    hidden, embd = contributions(model, tokens[:, :-1])
+    assert hidden.shape == (2, 128) and embd.shape == (32,)
+
+    def loss_without(parameters):
+        broken = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in parameters(broken.transformer.h[0].mlp):
+                p.zero_()
+        return loss(broken, tokens)
+
+    order = hidden[0].argsort()
+    weak, strong = (loss_without(lambda mlp, units=units: [mlp.c_proj_0[0, unit] for unit in units])
+                    for units in (order[:32], order[-32:]))
+    assert weak < strong
+    order = embd.argsort()
+    weak, strong = (loss_without(lambda mlp, units=units: [mlp.c_fc_0[0, unit] for unit in units])
+                    for units in (order[:8], order[-8:]))
+    assert weak < strong
+
+
+@pytest.mark.parametrize("dim, shape", [("hidden", (32, 64, 1, 2)), ("embd", (16, 128, 2, 1))])
+def test_pruning_by_contribution_and_refitting(trained, workdir, dim, shape):
+    model, tokens = trained
+    checkpoint.save("dense.pt", model)
+    make_data(tokens)
+    calibrated = ["--calibrate=pattern", "--calibration_tokens=1024"]
+    losses = {}
+    for name, options in (("even", []), ("odd", ["--select=odd"]), ("norm", ["--select=norm"]),
+                          ("contribution", ["--select=contribution", *calibrated]),
+                          ("even, refitted", ["--refit=True", *calibrated]),
+                          ("contribution, refitted", ["--select=contribution", "--refit=True", *calibrated])):
+        done = run_here("prune.py", "--init_from=dense.pt", f"--dim={dim}", "--out=pruned.pt", *options)
+        assert done.returncode == 0, done.stderr
+        pruned = checkpoint.load("pruned.pt")[0]
+        assert pruned.config.sides == shape
+        B = pruned.transformer.h[0].mlp.c_fc_1.flatten().tolist()
+        assert B == ([0, 1] if name == "odd" else [1, 0])
+        losses[name] = loss(pruned, tokens)
+    assert losses["even, refitted"] < losses["even"] and losses["contribution, refitted"] < losses["contribution"]
+    assert losses["contribution, refitted"] < losses["odd"]
+
+
+@pytest.mark.parametrize("options, said", [
+    (["--refit=True"], "--calibrate"), (["--select=contribution"], "--calibrate"), (["--select=best"], "not best"),
+    (["--select=norm", "--offset=1"], "--offset"), (["--refit=True", "--calibrate=nothing"], "data/nothing")])
+def test_pruning_with_wrong_options(trained, workdir, options, said):
+    checkpoint.save("dense.pt", trained[0])
+    done = run_here("prune.py", "--init_from=dense.pt", "--out=pruned.pt", *options)
+    assert done.returncode == 2 and said in done.stderr and not Path("pruned.pt").exists()
 
 
 def test_shape_that_does_not_fit(trained):
