@@ -11,6 +11,7 @@ Dense GPT-2 is the member of this family with dim_1 = C, dim_2 = 4C, r = 1 and B
 import math
 import time
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -234,12 +235,32 @@ def kron_linear(x, A, B, bias, order=None):
     return y.reshape(*x.shape[:-1], n1 * n2) + bias
 
 
+class Teacher(NamedTuple):
+    """What a model learns from beside the next token, in distillation: share of the loss (1 - share is left to the cross
+    entropy) times temperature² KL(teacher ‖ student) of the softened distributions (Hinton, Vinyals and Dean, arXiv
+    1503.02531)."""
+
+    x: torch.Tensor  # (B, T, C'), the teacher's final hidden states
+    W: torch.Tensor  # (vocab_size, C'), its output matrix
+    share: float
+    temperature: float
+
+
+def divergence(logits, teacher_logits, temperature):
+    """temperature² KL(teacher ‖ student) of each token (T, 1), and its gradient by logits (T, vocab_size)."""
+    log_student, log_teacher = (F.log_softmax(values / temperature, dim=1) for values in (logits, teacher_logits))
+    teacher = log_teacher.exp()
+    kl = (teacher * log_teacher.sub_(log_student)).sum(1, keepdim=True)
+    return temperature**2 * kl, log_student.exp_().sub_(teacher).mul_(temperature)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of x W^T against targets, a chunk of tokens at a time, so that memory does not grow with
-    tokens × vocabulary. Forward computes the gradients as well, while it has the logits of a chunk."""
+    tokens × vocabulary. Forward computes the gradients as well, while it has the logits of a chunk. With a Teacher, the
+    divergence from it is part of the loss."""
 
     @staticmethod
-    def forward(ctx, x, W, targets, dtype, with_grad):
+    def forward(ctx, x, W, targets, dtype, with_grad, teacher):
         n = (targets != IGNORE_INDEX).sum().clamp(min=1)
         with_grad_x, with_grad_W = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         W_cast = W.to(dtype)
@@ -247,21 +268,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_W = None
         total = x.new_zeros((), dtype=torch.float32)
         chunk = min(len(x), max(1, LOGITS_AT_ONCE // len(W)))
+        share = teacher.share if teacher else 0.0
         buffer = x.new_empty(chunk, len(W), dtype=dtype)  # one for all chunks: fresh memory costs as much as the product
         for start in range(0, len(x), chunk):
             rows, wanted = x[start:start + chunk].to(dtype), targets[start:start + chunk, None]
             kept = wanted != IGNORE_INDEX
             wanted = wanted.clamp(min=0)
             logits = torch.mm(rows, W_cast.T, out=buffer[:len(rows)]).float()  # (chunk, vocab_size)
+            if teacher:
+                teacher_logits = teacher.x[start:start + chunk].to(dtype) @ teacher.W.to(dtype).T
+                kl, kl_grad = divergence(logits, teacher_logits.float(), teacher.temperature)
+                total += share * (kl * kept).sum()
             highest = logits.amax(dim=1, keepdim=True)
             logit = logits.gather(1, wanted) - highest
             powers = logits.sub_(highest).exp_()
             normalizer = powers.sum(dim=1, keepdim=True)
-            total += ((normalizer.log() - logit) * kept).sum()
+            total += (1 - share) * ((normalizer.log() - logit) * kept).sum()
             if not (with_grad_x or with_grad_W):
                 continue
             weight = kept / n  # the gradient is softmax - onehot, over the number of tokens
-            grad = powers.mul_(weight / normalizer).scatter_add_(1, wanted, -weight).to(dtype)
+            grad = powers.mul_(weight / normalizer).scatter_add_(1, wanted, -weight)
+            if teacher:
+                grad = grad.mul_(1 - share).add_(kl_grad.mul_(share * weight))
+            grad = grad.to(dtype)
             if with_grad_x:
                 grad_x[start:start + chunk] = grad @ W_cast
             if with_grad_W:
@@ -277,10 +306,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         scaled = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)  # in place: they are as large as W
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
-def linear_cross_entropy(x, W, targets):
+def linear_cross_entropy(x, W, targets, teacher=None):
     """Mean cross entropy in nats, a float32 scalar, of logits x W^T that are never whole in memory.
 
     Under autocast the products are in its type and everything else is in float32. It can be differentiated once.
@@ -290,11 +319,12 @@ def linear_cross_entropy(x, W, targets):
         x: (T, C).
         W: (vocab_size, C).
         targets: (T,), IGNORE_INDEX where not scored; if none is, the loss is 0.
+        teacher: a Teacher for distillation, with x (T, C'); its logits are never whole in memory either.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
-        return ChunkedCrossEntropy.apply(x, W, targets, dtype, torch.is_grad_enabled())
+        return ChunkedCrossEntropy.apply(x, W, targets, dtype, torch.is_grad_enabled(), teacher)
 
 
 class KronyMLP(nn.Module):
@@ -455,13 +485,15 @@ class KronyGPT(nn.Module):
             cache.seen = end
         return self.transformer.ln_f(x)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, teacher=None):
         """Logits (B, T, vocab_size) of idx (B, T), or with targets (B, T) the mean cross entropy over those that are
-        not IGNORE_INDEX."""
+        not IGNORE_INDEX, mixed with the divergence from a Teacher."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
-        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        if teacher is not None:
+            teacher = teacher._replace(x=teacher.x.flatten(0, 1))
+        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), teacher)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):

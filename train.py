@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py      # on eight GPUs
     torchrun --nnodes=2 --node_rank=0 --master_addr=... --nproc_per_node=8 train.py ...     # on two nodes
     python train.py config/train_gpt2.py --init_from=resume               # where it stopped
+    python train.py config/train_gpt2.py --teacher=gpt2                   # learn from GPT-2's predictions as well
 
 Writes ckpt.pt (the latest), best.pt (the lowest validation loss) and log.jsonl to out_dir. Ctrl-C or SIGTERM finishes
 the step, saves and exits; a second one exits at once. A run that was stopped or killed, at whatever moment, goes on with
@@ -56,6 +57,10 @@ decay_lr = True  # cosine decay after the warm-up; False keeps the rate constant
 warmup_iters = 200  # steps of linear warm-up
 lr_decay_iters: int | None = None  # step at which the lowest rate is reached; max_iters if left out
 min_lr: float | None = None  # the lowest rate; learning_rate / 10 if left out
+# distillation
+teacher: str | None = None  # a model to learn from as well: a checkpoint, a Hugging Face directory or a hub name
+distill = 0.5  # share of the loss that is the divergence from the teacher
+temperature = 1.0  # divides the logits of both in it
 # the machine
 device = ""  # cuda, cpu, ...: what there is if left out
 dtype = ""  # float32 or bfloat16; bfloat16 on a GPU that has it, else float32, if left out
@@ -97,6 +102,10 @@ def check_options(world_size):
     for name in ("beta1", "beta2"):
         if not 0 <= globals()[name] < 1:
             raise UsageError(f"--{name} is at least 0 and below 1, not {globals()[name]}")
+    if not 0 <= distill <= 1:
+        raise UsageError(f"--distill is from 0 to 1, not {distill}")
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"--temperature is above 0, not {temperature}")
     if block_size is not None and block_size < 1:
         raise UsageError(f"--block_size is at least 1, not {block_size}")
     if gradient_accumulation_steps % world_size:
@@ -141,6 +150,17 @@ def make_model(vocab_size):
     if (block_size or 1) > model.config.block_size:
         raise UsageError(f"--block_size={block_size} is more than the model's context of {model.config.block_size}")
     return model, rest if init_from == "resume" else {}
+
+
+def load_teacher(config, context):
+    """The model to learn from, whose tokens are those of a KronyGPTConfig."""
+    import checkpoint
+
+    source, _ = checkpoint.load(teacher)
+    if source.config.vocab_size != config.vocab_size or source.config.block_size < context:
+        raise UsageError(f"--teacher={teacher} has a vocabulary of {source.config.vocab_size} and a context of "
+                         f"{source.config.block_size}, and the run needs {config.vocab_size} and at least {context}")
+    return source.eval().requires_grad_(False)
 
 
 def is_log_line(line):
@@ -198,7 +218,7 @@ def main():
 
     import checkpoint
     from data import batch_starts, even_starts, load_meta, load_tokens, step_seed, windows
-    from model import autocast_to, matmul_flops, pick_device
+    from model import Teacher, autocast_to, matmul_flops, pick_device
 
     # processes and the machine
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -222,6 +242,7 @@ def main():
     if factors_only:
         model.freeze_all_but_factors()
     model.to(where)
+    guide = load_teacher(model.config, context).to(where) if teacher else None
     optimizer = model.configure_optimizers(learning_rate, weight_decay, (beta1, beta2), factor_lr_scale)
     if rest.get("optimizer"):
         try:
@@ -271,6 +292,11 @@ def main():
         if world_size > 1:
             dist.all_reduce(pair)
         return (pair[0] / pair[1]).item()
+
+    @torch.no_grad()
+    def lesson(x):
+        """What the teacher says of a batch."""
+        return None if guide is None else Teacher(guide.hidden(x), guide.lm_head.weight, distill, temperature)
 
     @torch.no_grad()
     def evaluate(split):
@@ -354,7 +380,7 @@ def main():
             is_last = micro_step == micro_steps - 1
             with runner.no_sync() if world_size > 1 and not is_last else nullcontext():  # gradients are reduced once
                 with autocast:
-                    loss = runner(x, y) / micro_steps
+                    loss = runner(x, y, lesson(x)) / micro_steps
                 loss.backward()
             total += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)

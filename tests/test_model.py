@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import IGNORE_INDEX, KronyGPT, KronyGPTConfig, ModelError, check_is_gpt2, kron_linear, kron_weight
+from model import (
+    IGNORE_INDEX,
+    KronyGPT,
+    KronyGPTConfig,
+    ModelError,
+    Teacher,
+    check_is_gpt2,
+    kron_linear,
+    kron_weight,
+)
 
 # Sides m1, n1, m2, n2 of A and B: each equal to 1 in turn and together, then narrow and wide ones.
 SIDES = [*product((1, 3), (1, 4), (1, 2), (1, 5)), (2, 2, 2, 2), (8, 32, 1, 1), (1, 1, 8, 32), (4, 32, 2, 1), (16, 2, 2, 16),
@@ -226,6 +235,24 @@ def test_the_loss_in_chunks_has_the_gradients_of_cross_entropy(monkeypatch):
     loss = model(idx, targets)
     expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss / 4, parameters), torch.autograd.grad(expected / 4, parameters),
+                               rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("share, temperature", [(0.5, 1.0), (0.3, 2.5), (1.0, 2.0), (0.0, 1.0)])
+def test_distillation_is_cross_entropy_and_divergence(share, temperature, monkeypatch):
+    monkeypatch.setattr("model.LOGITS_AT_ONCE", 200)  # three tokens of 64 logits
+    model = tiny(dim_1=16, dim_2=64)
+    idx, targets = random_tokens(2, 16, vocab_size=64), random_tokens(2, 16, vocab_size=64).flip(0)
+    targets[0, 3:9] = IGNORE_INDEX
+    x, W = torch.randn(2, 16, 5), torch.randn(64, 5)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss = model(idx, targets, Teacher(x, W, share, temperature))
+    logits, kept = model(idx).flatten(0, 1), targets.flatten() != IGNORE_INDEX
+    soft = F.kl_div(F.log_softmax(logits[kept] / temperature, 1), F.softmax((x @ W.T).flatten(0, 1)[kept] / temperature, 1),
+                    reduction="batchmean")
+    expected = (1 - share) * F.cross_entropy(logits[kept], targets.flatten()[kept]) + share * temperature**2 * soft
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(loss / 4, parameters), torch.autograd.grad(expected / 4, parameters),
                                rtol=1e-4, atol=1e-6)
 

@@ -300,3 +300,27 @@ def test_accumulation_must_be_shared_out_evenly(tokens, monkeypatch):
     said = run_here("train.py", *RUN)
     assert said.returncode == 2
     assert "--gradient_accumulation_steps=2 cannot be shared out evenly among 3 processes" in said.stderr
+
+
+def test_distillation_goes_on_where_it_stopped_and_pulls_towards_the_teacher(tokens):
+    run_train("--out_dir=teacher", "--max_iters=60", "--eval_interval=60")
+    taught = ["--teacher=teacher/best.pt", "--distill=0.9", "--temperature=2", "--seed=3"]
+    run_train("--out_dir=whole", *taught)
+    run_train("--out_dir=parts", *taught, "--max_iters=10", "--lr_decay_iters=20")
+    run_train("--out_dir=parts", *taught, "--init_from=resume", "--lr_decay_iters=20")
+    run_train("--out_dir=alone", "--seed=3")
+    whole, parts, alone, teacher = (checkpoint.load(f"{name}/ckpt.pt")[0] for name in ("whole", "parts", "alone", "teacher"))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters()))
+    x = torch.from_numpy(tokens[:160]).view(10, 16)
+    with torch.no_grad():
+        taught, untaught, target = (torch.log_softmax(model(x), -1) for model in (whole, alone, teacher))
+    assert (target.exp() * (target - taught)).sum() < (target.exp() * (target - untaught)).sum()
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--teacher=nothing.pt"], "nothing.pt"), (["--distill=1.5"], "--distill"), (["--temperature=0"], "--temperature"),
+    (["--teacher=short/best.pt"], "a context of 8")])
+def test_teachers_that_do_not_fit(tokens, options, message):
+    run_train("--out_dir=short", "--block_size=8", "--max_iters=1")
+    said = run_here("train.py", *RUN, "--out_dir=new", *options)
+    assert said.returncode == 2 and message in said.stderr and not Path("new").exists()
