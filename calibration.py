@@ -52,6 +52,14 @@ class Moments:
             total += part
         self.count += len(X)
 
+    def reordered(self, inputs=slice(None), targets=slice(None)):
+        """The moments of X[:, inputs] and Y[:, targets]."""
+        new = copy.copy(self)
+        (x, y), (sum_x, sum_y, G, C, yy) = self.origin, self.sums
+        new.origin = x[inputs], y[targets]
+        new.sums = [sum_x[inputs], sum_y[targets], G[inputs][:, inputs], C[inputs][:, targets], yy[targets]]
+        return new
+
     def centred(self):
         """(mean_x [m], mean_y [n], G [m, m], C [m, n], variance of Y [n]), where G and C are averages over the tokens
         of the products of what is left of X and Y without their means."""

@@ -1,30 +1,42 @@
 """Compare ways to compress one model: start, train, export and score each, then one table and two pictures.
 
     python compare.py config/compare_demo.py
+    python compare.py config/compare_bytes.py --seeds=1,2,3 --steps=300
 
-A start is a name and the command that makes its checkpoint, a line each in --starts:
+A start is a name and the command that makes its checkpoint, a line each in --starts; options for its training stand
+behind a bar:
 
     Van Loan (256, 256, 1): kron_decompose.py 256 256 1
-    even rows kept: prune.py
+    even rows kept, distilled: prune.py | --teacher=gpt2
 
-Each is scored as it stands, trained by --train_config with the same batches, converted to a Hugging Face model and
-scored again, all by the scripts that a person would run. Results go to out_dir: results.json, table.md, pareto.png
-(parameters against perplexity) and loss.png (loss against steps).
+Each is scored as it stands, trained by --train_config with the same batches, once for each seed, and scored again, all by
+the scripts that a person would run; with the first seed it is also converted to a Hugging Face model, which is what is
+scored then. Results go to out_dir: results.json, table.md, pareto.png (loss against parameters) and loss.png (loss
+against steps), written anew behind each pass through the starts. What is done already is not done again, so that a
+comparison that was stopped, or got another start or seed, goes on where it was.
 """
 import json
+import math
 import re
 import shlex
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from configurator import UsageError, run
+from files import replacing
 
 base = "out/demo/base/best.pt"  # the dense model: a checkpoint, a Hugging Face directory or a hub name
 starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # a line each: name: script and its arguments
 train_config = "config/demo_train.py"  # how each start is trained
+steps: int | None = None  # optimizer steps of each training; those of train_config if left out
+seeds = "1337"  # of the batches, a comma list: every start is trained once with each
 dataset = "pydocs"  # what they are trained and scored on: data/<dataset>
 out_dir = "out/demo"  # where everything goes
+
+SAME_SIZE = 1.1  # starts whose MLPs differ by less than this factor share a panel of loss.png
 
 
 class StepError(Exception):
@@ -34,22 +46,53 @@ class StepError(Exception):
 
 
 def call(script, *args):
-    """Run one of the scripts, with its output shown."""
+    """Run one of the scripts, with its output shown; returns the seconds that it took."""
     print(f"\n$ python {script} {shlex.join(args)}", flush=True)
+    begin = time.perf_counter()
     if subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *args]).returncode:
         raise StepError(f"{script} failed; see above")
+    return time.perf_counter() - begin
 
 
 def parse_starts():
-    """[(name, script, arguments)] of the option."""
+    """[(name, [script, arguments ...], [options of train.py])] of the option."""
     parsed = []
     for line in filter(None, map(str.strip, starts.splitlines())):
-        name, _, command = line.rpartition(":")
+        command, _, training = line.partition("|")
+        name, _, command = command.rpartition(":")
         words = shlex.split(command)
         if not (name and words and words[0] in ("kron_decompose.py", "prune.py")):
             raise UsageError(f"--starts: a start is `name: kron_decompose.py ...` or `name: prune.py ...`, not {line!r}")
-        parsed.append((name, words[0], words[1:]))
+        parsed.append((name, words, shlex.split(training)))
     return parsed
+
+
+def parse_seeds():
+    try:
+        return list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
+    except ValueError:
+        raise UsageError(f"--seeds is a whole number or a comma list of them, not {seeds}") from None
+
+
+def once(path, key, make, *args):
+    """What make(*args) returns, kept in a JSON file: where it is there already, made from the same key, it is read."""
+    try:
+        kept = json.loads(path.read_text())
+        if kept["key"] == key:
+            return kept["result"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass  # not made yet, or damaged
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = make(*args)
+    with replacing(path, "w") as file:
+        json.dump(dict(key=key, result=result), file, indent=2)
+    return result
+
+
+def age(source):
+    """When a file or the newest one of a directory was written; 0 for a name on the hub."""
+    path = Path(source)
+    return max((p.stat().st_mtime for p in (path, *path.rglob("*")) if p.is_file()), default=0)
 
 
 def score(source, path):
@@ -58,90 +101,156 @@ def score(source, path):
     return json.loads(path.read_text())[dataset]
 
 
-def count(source):
-    """Parameters of a model: in all and in its MLPs."""
+def describe(source):
+    """A model's parameters, in all and in its MLPs, and its shape."""
     import checkpoint
 
-    counts = checkpoint.load(str(source))[0].count_parameters()
-    return dict(parameters=counts["total"], mlp_parameters=counts["mlp"])
+    model, _ = checkpoint.load(str(source))
+    counts, config = model.count_parameters(), model.config
+    return dict(parameters=counts["total"], mlp_parameters=counts["mlp"],
+                shape=[config.dim_1, config.dim_2, *config.factors])
 
 
-def compare_start(name, script, args):
-    """Make, score, train, export and score one start; returns its row. Speed is that of the factored model, which the
+def score_base(path):
+    result = score(base, path)
+    return dict(**describe(base), before=result["loss"], tokens_per_second=result["tokens_per_second"])
+
+
+def make_start(folder, command):
+    """Make and score one start; returns what does not depend on the seed. Speed is that of the factored model, which the
     exported one, with its sums written out, does not have."""
-    folder = Path(out_dir, re.sub(r"\W+", "_", name).strip("_"))
-    folder.mkdir(parents=True, exist_ok=True)
-    call(script, *args, f"--init_from={base}", f"--out={folder / 'start.pt'}")
-    before = score(folder / "start.pt", folder / "before.json")
-    call("train.py", train_config, f"--init_from={folder / 'start.pt'}", f"--dataset={dataset}", f"--out_dir={folder}")
-    call("kron_to_gpt.py", str(folder / "best.pt"), str(folder / "hf"))
-    after = score(folder / "hf", folder / "after.json")
+    path = folder / "start.pt"
+    seconds = call(*command, f"--init_from={base}", f"--out={path}")
+    before = score(path, folder / "before.json")
+    return dict(**describe(path), before=before["loss"], tokens_per_second=before["tokens_per_second"], seconds=seconds)
+
+
+def train_start(folder, begin, training, seed, is_exported):
+    """Train and score one start with one seed, in a folder of its own. Returns the loss, seconds and [(step, loss)]."""
+    train_steps = [f"--max_iters={steps}"] if steps else []
+    seconds = call("train.py", train_config, f"--init_from={begin}", f"--dataset={dataset}", f"--out_dir={folder}",
+                   f"--seed={seed}", "--overwrite=True", *train_steps, *training)
+    source = folder / "best.pt"
+    if is_exported:
+        source = folder / "hf"
+        call("kron_to_gpt.py", str(folder / "best.pt"), str(source))
+    after = score(source, folder / "after.json")
     curve = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return dict(name=name, **count(folder / "best.pt"), before=before["perplexity"], after=after["perplexity"],
-                tokens_per_second=before["tokens_per_second"],
+    return dict(after=after["loss"], seconds=seconds,
                 curve=[(entry["step"], entry["val_loss"]) for entry in curve if "val_loss" in entry])
 
 
+def taken_back(rows, row):
+    """The shares of the loss added by the first start of the same shape that another takes back, before and after
+    training: over the dense base's, and over that of a dense start that was trained as long."""
+    rival = next((other for other in rows[1:] if other["shape"] == row.get("shape")), row)
+    trained = next((other for other in rows[1:] if other["mlp_parameters"] == rows[0]["mlp_parameters"]), None)
+    if rival is row:
+        return ""
+    before = (rival["before"] - row["before"]) / (rival["before"] - rows[0]["before"])
+    if trained is None:
+        return f"{before:.0%}"
+    losses = [statistics.mean(r["after"] for r in other["runs"]) for other in (trained, rival, row)]
+    return f"{before:.0%} → {(losses[1] - losses[2]) / (losses[1] - losses[0]):.0%}"
+
+
 def table(rows):
-    """The results as a Markdown table."""
-    lines = ["| model | parameters | in MLPs | perplexity before training | after training | tokens/s |",
-             "|---|---:|---:|---:|---:|---:|"]
+    """The results as a Markdown table; losses in nats per token, ± the standard deviation over seeds."""
+    lines = ["| model | parameters | in MLPs | loss before training | loss after | perplexity after | taken back | "
+             "start, s | training, s | tokens/s |", "|---|" + "---:|" * 9]
     for row in rows:
-        cells = [f"{row[key]:.3f}" if key in row else "" for key in ("before", "after")]
-        lines.append(f"| {row['name']} | {row['parameters']:,} | {row['mlp_parameters']:,} | {' | '.join(cells)} | "
-                     f"{row['tokens_per_second']:,.0f} |")
-    return "\n".join(lines) + "\n"
+        cells = [row["name"], f"{row['parameters']:,}", f"{row['mlp_parameters'] / rows[0]['mlp_parameters']:.1%}",
+                 f"{row['before']:.3f}"]
+        if runs := row.get("runs"):
+            losses = [r["after"] for r in runs]
+            spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+            cells += [f"{statistics.mean(losses):.3f}{spread}", f"{math.exp(statistics.mean(losses)):.3f}",
+                      taken_back(rows, row), f"{row['seconds']:.0f}", f"{statistics.median(r['seconds'] for r in runs):.0f}"]
+        else:
+            cells += [""] * 5
+        lines.append("| " + " | ".join([*cells, f"{row['tokens_per_second']:,.0f}"]) + " |")
+    n_seeds = sorted({len(row["runs"]) for row in rows[1:]})
+    return "\n".join(lines) + (
+        f"\n\nHeld-out text of {dataset}; {' or '.join(map(str, n_seeds))} seed{'s' * (n_seeds != [1])} each. Taken back: "
+        "the share of the loss that the first start of the same shape adds to the dense model, before → after training "
+        "(there, to the dense model trained as long).\n")
 
 
 def draw(rows):
     """pareto.png and loss.png."""
-    import math
-
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import StrMethodFormatter
 
     dense, compressed = rows[0], rows[1:]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.axhline(dense["after"], color="0.6", linestyle=":", zorder=0)
-    axes.plot(dense["parameters"] / 1e6, dense["after"], "k*", markersize=14, label=dense["name"])
+    markers = "osD^vPX*hd"
+    styles = {row["name"]: dict(color=f"C{i % 10}", marker=markers[(i + i // 10) % 10], markersize=7)
+              for i, row in enumerate(compressed)}
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    for axes, title in ((left, "before training"), (right, "after training")):
+        axes.plot(dense["parameters"] / 1e6, dense["before"], "k*", markersize=14, label=dense["name"])
+        axes.set(xlabel="parameters (millions)", ylabel=f"loss on held-out {dataset} (nats per token)", title=title)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.15)
     for row in compressed:
-        x = row["parameters"] / 1e6
-        line, = axes.plot(x, row["after"], "o", markersize=9, label=row["name"])
-        axes.plot(x, row["before"], "o", markersize=9, markerfacecolor="none", color=line.get_color())
-        axes.annotate("", (x, row["after"]), (x, row["before"]),
-                      arrowprops=dict(arrowstyle="->", color=line.get_color(), shrinkA=6, shrinkB=6))
-    axes.set(yscale="log", xlabel="parameters (millions)", ylabel=f"perplexity on held-out {dataset}",
-             title="Parameters against perplexity: before (open) and after training")
-    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis_formatter(StrMethodFormatter("{x:g}"))
-    axes.margins(x=0.15)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+        x, losses = row["parameters"] / 1e6, [r["after"] for r in row["runs"]]
+        left.plot(x, row["before"], linestyle="", label=row["name"], **styles[row["name"]])
+        right.errorbar(x, statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else None, linestyle="",
+                       capsize=4, **styles[row["name"]])
+    left.set_yscale("log")
+    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if left.get_ylim()[0] <= t <= left.get_ylim()[1]]
+    left.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    left.set_yticks([], minor=True)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(Path(out_dir, "pareto.png"), dpi=120)
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.axhline(math.log(dense["after"]), color="k", linestyle=":", label=dense["name"])
-    for row in compressed:
-        axes.plot(*zip(*row["curve"]), "o-", markersize=4, label=row["name"])
-    axes.set(xlabel="steps", ylabel="validation loss (nats per token)", title="Validation loss in training")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    sizes = []  # of rows of about the same size
+    for row in sorted(compressed, key=lambda row: row["mlp_parameters"]):
+        if sizes and row["mlp_parameters"] < SAME_SIZE * sizes[-1][0]["mlp_parameters"]:
+            sizes[-1].append(row)
+        else:
+            sizes.append([row])
+    sizes = [group for group in sizes if group[0]["mlp_parameters"] < dense["mlp_parameters"]]
+    figure, panels = plt.subplots(1, len(sizes), figsize=(1 + 5 * len(sizes), 5), layout="constrained", sharey=True,
+                                  squeeze=False)
+    for axes, group in zip(panels[0], sizes):
+        axes.axhline(dense["before"], color="k", linestyle=":", label=dense["name"])
+        for row in group:
+            curves = [dict(r["curve"]) for r in row["runs"]]
+            common = sorted(set.intersection(*map(set, curves)))
+            axes.plot(common, [statistics.mean(c[step] for c in curves) for step in common],
+                      **{**styles[row["name"]], "markersize": 4}, label=row["name"])
+        share = group[0]["mlp_parameters"] / dense["mlp_parameters"]
+        axes.set(xlabel="steps", title=f"{share:.0%} of the MLP parameters")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    panels[0][0].set(yscale="log", ylabel="validation loss (nats per token)")
     figure.savefig(Path(out_dir, "loss.png"), dpi=120)
 
 
 def main():
-    todo = parse_starts()
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    dense = score(base, Path(out_dir, "base.json"))
-    rows = [dict(name="dense base", **count(base), after=dense["perplexity"],
-                 tokens_per_second=dense["tokens_per_second"])]
-    rows += [compare_start(*start) for start in todo]
-    Path(out_dir, "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-    Path(out_dir, "table.md").write_text(table(rows))
-    draw(rows)
+    todo, numbers = parse_starts(), parse_seeds()
+    folder = Path(out_dir)
+    settings = dict(base=[base, age(base)], dataset=[dataset, age(Path("data", dataset))])
+    training_settings = dict(settings, config=Path(train_config).read_text(), steps=steps)
+    rows = [dict(once(folder / "base.json", settings, score_base, folder / "base_score.json"), name="dense base")]
+    for seed in numbers:
+        for name, command, training in todo:
+            place = folder / re.sub(r"\W+", "_", name).strip("_")
+            result = once(place / "start.json", dict(settings, command=command), make_start, place, command)
+            row = next((row for row in rows if row["name"] == name), None)
+            if row is None:
+                rows.append(row := dict(result, name=name, runs=[]))
+            key = dict(training_settings, start=age(place / "start.pt"), training=training, seed=seed,
+                       is_exported=seed == numbers[0])
+            row["runs"].append(once(place / f"seed_{seed}.json", key, train_start, place / f"seed_{seed}",
+                                    place / "start.pt", training, seed, seed == numbers[0]))
+        for path, text in (("results.json", json.dumps(rows, indent=2) + "\n"), ("table.md", table(rows))):
+            with replacing(folder / path, "w") as file:
+                file.write(text)
+        draw(rows)
     print(f"\n{table(rows)}\nin {out_dir}/: table.md, results.json, pareto.png, loss.png")
 
 

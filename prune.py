@@ -5,6 +5,7 @@
     python prune.py --keep=4            # one in four
     python prune.py --dim=hidden        # hidden units: c_fc's columns and c_proj's rows
     python prune.py --epsilon=0.01      # let the others learn
+    python prune.py --dim=layer         # whole blocks, every other one, as DistilGPT2 began → checkpoints/layers_2_0.pt
     python prune.py --dim=hidden --select=norm                                      # the units of the largest weights
     python prune.py --dim=hidden --select=contribution --refit=True --calibrate=openwebtext
 
@@ -16,12 +17,13 @@ What is kept is A; B = [1, 0]ᵀ puts it into the even rows, so that the model s
 from there as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 4 n_embd / N) along the hidden side.
 """
 import math
+import re
 
 from configurator import UsageError, run
 
 init_from = "gpt2"  # what is pruned: a hub name, a Hugging Face directory or a checkpoint
 out: str | None = None  # the file to write, in the place of checkpoints/prune_....pt
-dim = "embd"  # the side along which units are dropped: embd or hidden
+dim = "embd"  # what is dropped: units of the side embd or hidden of the MLPs, or whole blocks: layer
 keep = 2  # one in so many is kept
 offset = 0  # which one of them: 0 for even, 1 for odd
 select = "even"  # what is kept: even (those at the offset), odd, or the largest by norm or contribution
@@ -30,6 +32,8 @@ calibrate: str | None = None  # the data set under data/ of that text
 calibration_tokens = 32768  # how many of its tokens
 device = ""  # of the calibration: cuda, cpu, ...: what there is if left out
 epsilon = 0.0  # what stands in B in the place of the zeros; the gradient of a zero is not zero, but its effect is
+
+BLOCK = re.compile(r"transformer\.h\.\d+\.")
 
 
 def prune_matrix(W, dim_1, dim_2, n_factors, offset=0, epsilon=0.0):
@@ -65,9 +69,27 @@ def select_units(model, text):
     return reordered(model, hidden=[interleave(scores, len(scores) // keep, keep) for scores in hidden])
 
 
+def without_layers(model):
+    """The model with one block in `keep`. The start of DistilGPT2 (V. Sanh et al., DistilBERT, arXiv 1910.01108)."""
+    kept = range(offset, model.config.n_layer, keep)
+    model_args = dict(model.model_args(), n_layer=len(kept), factors=[model.config.factors[layer] for layer in kept])
+    names = {f"transformer.h.{old}.": f"transformer.h.{new}." for new, old in enumerate(kept)}
+    state_dict = {}
+    for name, p in model.state_dict().items():
+        block = BLOCK.match(name)
+        if not block:
+            state_dict[name] = p
+        elif block[0] in names:
+            state_dict[names[block[0]] + name[block.end():]] = p
+    return model.from_state_dict(model_args, state_dict)
+
+
 def check_options():
-    if dim not in ("embd", "hidden"):
-        raise UsageError(f"--dim is embd or hidden, not {dim}")
+    if dim not in ("embd", "hidden", "layer"):
+        raise UsageError(f"--dim is embd, hidden or layer, not {dim}")
+    if dim == "layer" and (select != "even" or refit or epsilon):
+        raise UsageError("--dim=layer drops whole blocks: it goes with --keep and --offset, not with --select, --refit or "
+                         "--epsilon")
     if keep < 2 or not 0 <= offset < keep:
         raise UsageError(f"--keep is at least 2 and --offset from 0 to keep - 1, not {keep} and {offset}")
     if not math.isfinite(epsilon):
@@ -87,6 +109,15 @@ def main():
 
     check_options()
     model, _ = checkpoint.load(init_from)
+    if dim == "layer":
+        if offset >= model.config.n_layer:
+            raise UsageError(f"--offset={offset} leaves no block of {model.config.n_layer}")
+        path = out or f"checkpoints/layers_{keep}_{offset}.pt"
+        checkpoint.check_is_file(path)
+        config = dict(init_from=init_from, dim=dim, keep=keep, offset=offset)
+        checkpoint.save_compressed(model, without_layers(model), path, config,
+                                   f"its blocks are {', '.join(map(str, range(offset, model.config.n_layer, keep)))}")
+        return print(f"next: python train.py config/train_gpt2.py --init_from={path}")
     dim_1, dim_2 = model.config.n_embd, model.config.n_hidden
     if (dim_1 if dim == "embd" else dim_2) % keep:
         raise UsageError(f"--keep={keep} does not divide the {dim_1 if dim == 'embd' else dim_2} units of --dim={dim}")
