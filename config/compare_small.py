@@ -1,8 +1,7 @@
 # Starts at a quarter and at half of the MLP parameters, for the base of `make demo`, which config/demo_base.py trains:
 # 4 layers, 128 wide, over bytes. The first start is the base itself, (C, 4C, 1).
 base = "out/demo/base/best.pt"
-train_config = "config/demo_train.py"
-steps = 300
+train_config = "config/compare_small_train.py"
 dataset = "pydocs"
 out_dir = "out/compare_small"
 
