@@ -499,14 +499,18 @@ def refine(dense, compressed, layer, steps):
         schedule.step()
 
 
-def calibration_text(dataset, n_tokens, config, device):
-    """(windows, block_size) tokens of a data set's training split, from windows spread evenly over it.
+def calibration_text(dataset, n_tokens, config, device, split="train"):
+    """Windows spread evenly over a split of a data set.
 
     Args:
         dataset: its name under data/.
-        n_tokens: how many.
+        n_tokens: how many tokens.
         config: the KronyGPTConfig that they are for.
         device: the name of one, or nothing.
+        split: train or val.
+
+    Returns:
+        (windows, block_size) tokens, and the ones that follow them.
 
     Raises:
         DataError: fewer tokens than a window has, or than the inputs of a matrix are.
@@ -515,9 +519,9 @@ def calibration_text(dataset, n_tokens, config, device):
     if n_tokens < max(context, hidden):
         raise DataError(f"{n_tokens} calibration tokens are too few: a window has {context}, and a matrix up to {hidden} "
                         "inputs, each of which needs tokens to be told from the others")
-    tokens = load_tokens(dataset, "train", config.vocab_size, context)
+    tokens = load_tokens(dataset, split, config.vocab_size, context)
     starts = even_starts(len(tokens), context, n_tokens // context)
-    return windows(tokens, starts, context, config.vocab_size, pick_device(device))[0]
+    return windows(tokens, starts, context, config.vocab_size, pick_device(device))
 
 
 def save_calibrated(model, text, path, config, *shape, **options):

@@ -2,6 +2,7 @@
 
     python kron_decompose.py                            # the shapes that make an 82M model of GPT-2
     python kron_decompose.py --budget=96M               # ... of another size
+    python kron_decompose.py --budget=96M --calibrate=openwebtext  # the best of them → checkpoints/best_96M.pt
     python kron_decompose.py dim_1 dim_2 n_factors      # → checkpoints/VL_{dim_1}_{dim_2}_{n_factors}.pt
     python kron_decompose.py 768 768 1
     python kron_decompose.py 256 64 16,16,10,10,10,10,10,10,10,10,10,10     # a number of factors for each layer
@@ -11,7 +12,8 @@ dim_1 divides n_embd, dim_2 divides 4 n_embd: they are the sides of A in c_fc, a
 
 Van Loan's decomposition is nearest to the weights. With --calibrate it is only where the factors start from: they are then
 fitted to what the weights do to text of a data set, one matrix after the other, which keeps far more of what the model
-has learnt. This takes minutes, and a GPU helps.
+has learnt. This takes minutes, and a GPU helps. With --calibrate and no shape, the shapes within the budget are ranked by
+the error that each would make on the text, the best ones tried on held-out text, and the best one of these is written.
 """
 from configurator import UsageError, run
 
@@ -21,12 +23,12 @@ calibrate: str | None = None  # a data set under data/, to whose text the factor
 calibration_tokens = 32768  # how many of its tokens
 refine_steps = 150  # gradient steps on each block behind the closed form of the calibration; 0 for none
 device = ""  # of the calibration: cuda, cpu, ...: what there is if left out
-budget = "82M"  # parameters in all, for the table of shapes
+budget = "82M"  # parameters in all, for the table of shapes and the search among them
 
 GPT2_SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
 NEARLY_EXACT = 1e-3  # share of the largest eigenvalue that all those left out must reach for float32 to tell them apart
 OVERSAMPLING = 8  # vectors beyond those asked for
-BUDGET_SLACK = 0.99  # the table leaves out what uses less than this share of the budget
+SHOWN = 20  # shapes of the ranking that are printed
 
 
 def rearrange(W, dim_1, dim_2):
@@ -107,35 +109,16 @@ def parse_number(text):
         raise UsageError(f"--budget takes a number of parameters such as 82M, not {text}") from None
 
 
-def print_table(config, limit):
-    """Print the shapes with which a model of this config stays within a number of parameters."""
-    import torch
-
-    from model import KronyGPT, multiply_adds
-
-    C, hidden = config.n_embd, config.n_hidden
-    with torch.device("meta"):
-        counts = KronyGPT(config).count_parameters()
-    rest = counts["total"] - counts["factors"]
-    rows = []
-    for dim_1 in (d for d in range(1, C + 1) if C % d == 0):
-        for dim_2 in (d for d in range(1, hidden + 1) if hidden % d == 0):
-            sides = dim_1, dim_2, C // dim_1, hidden // dim_2
-            m1, n1, m2, n2 = sides
-            per_factor = 2 * config.n_layer * (m1 * n1 + m2 * n2)
-            r = min((limit - rest) // per_factor, m1 * n1, m2 * n2)
-            total = rest + r * per_factor
-            if r < 1 or total < BUDGET_SLACK * limit:
-                continue
-            macs = sum(min(multiply_adds(s, r).values()) for s in (sides, (n1, m1, n2, m2)))
-            rank = min(C, r * min(m1, n1) * min(m2, n2))
-            rows.append((total, dim_1, dim_2, r, macs / (2 * C * hidden), rank))
-    if not rows:
-        raise UsageError(f"no shapes come to {limit:,} parameters: without its MLP matrices the model has {rest:,}, "
-                         f"with them {counts['total']:,}")
-    print("  parameters  dim_1  dim_2  factors  multiply-adds of an MLP  rank, at most")
-    for total, dim_1, dim_2, r, macs, rank in sorted(rows):
-        print(f"{total:>12,}  {dim_1:>5}  {dim_2:>5}  {r:>7}  {macs:>16.2f} × dense  {rank:>13}")
+def print_shapes(shapes):
+    """Print a table of budget.Shapes; with the predicted errors where they are known."""
+    is_ranked = shapes[0].quick_error is not None
+    print(f"{'parameters':>12}  dim_1  dim_2  factors  multiply-adds of an MLP  rank, at most"
+          f"{'  error, one block  error, a few' if is_ranked else ''}")
+    for s in shapes:
+        errors = "".join(f"  {error:>{width}.4f}" for error, width in ((s.quick_error, 16), (s.error, 12))
+                         if error is not None)
+        print(f"{s.parameters:>12,}  {s.dim_1:>5}  {s.dim_2:>5}  {s.n_factors:>7}  {s.multiply_adds:>16.2f} × dense  "
+              f"{s.rank:>13}{errors}")
 
 
 def parse_shape(dim_1, dim_2, n_factors, n_layer):
@@ -148,36 +131,63 @@ def parse_shape(dim_1, dim_2, n_factors, n_layer):
                          f"{dim_1} {dim_2} {n_factors}") from None
 
 
+def find_shape(model, text, limit):
+    """Search the shapes within a number of parameters for the one that keeps most of a model, and say what was found.
+
+    Returns:
+        dim_1, dim_2 and the factors of each layer.
+    """
+    from budget import search
+    from calibration import calibration_text
+
+    held_out = calibration_text(calibrate, calibration_tokens, model.config, device, split="val")
+    shapes, candidates = search(model, text, held_out, limit, van_loan)
+    print(f"the best {min(SHOWN, len(shapes))} of {len(shapes)} shapes by the error that they put into the residual stream")
+    print_shapes(shapes[:SHOWN])
+    print("calibrated on the whole model, without refinement:\n  loss on held-out text  shape")
+    for c in candidates:
+        factors = c.factors[0] if len(set(c.factors)) == 1 else ",".join(map(str, c.factors))
+        print(f"{c.loss:>23.4f}  {c.dim_1} {c.dim_2} {factors}")
+    return candidates[0].dim_1, candidates[0].dim_2, candidates[0].factors
+
+
 def main(dim_1=None, dim_2=None, n_factors=None):
     limit = parse_number(budget)
     if refine_steps < 0:
         raise UsageError(f"--refine_steps is at least 0, not {refine_steps}")
     if dim_1 and not n_factors:
         raise UsageError("give all three of dim_1 dim_2 n_factors, or none of them for the table of shapes")
-    if not dim_1 and init_from in GPT2_SIZES:
+    if not dim_1 and not calibrate and init_from in GPT2_SIZES:
+        from budget import shapes_within
         from model import GPT2_HEAD_DIM, KronyGPTConfig
 
         n_layer, n_embd = GPT2_SIZES[init_from]
-        return print_table(KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // GPT2_HEAD_DIM), limit)
+        config = KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // GPT2_HEAD_DIM)
+        return print_shapes(shapes_within(config, limit))
 
     import checkpoint
-    from model import KronyGPTConfig
 
     model, _ = checkpoint.load(init_from)
-    if not dim_1:
-        dense = dict(model.model_args(), dim_1=None, dim_2=None, factors=1)
-        return print_table(KronyGPTConfig(**dense), limit)
-    dim_1, dim_2, factors = parse_shape(dim_1, dim_2, n_factors, model.config.n_layer)
-    path = out or f"checkpoints/{'calibrated' if calibrate else 'VL'}_{dim_1}_{dim_2}_{n_factors.replace(',', '-')}.pt"
+    if not dim_1 and not calibrate:
+        from budget import shapes_within
+
+        return print_shapes(shapes_within(model.config, limit))
+    name = f"{dim_1}_{dim_2}_{n_factors.replace(',', '-')}" if dim_1 else budget
+    path = out or f"checkpoints/{('calibrated' if calibrate else 'VL') if dim_1 else 'best'}_{name}.pt"
+    if dim_1:
+        shape = parse_shape(dim_1, dim_2, n_factors, model.config.n_layer)
     config = dict(init_from=init_from)
     if calibrate:
         from calibration import calibration_text, save_calibrated
 
         config |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens, refine_steps=refine_steps)
-        text = calibration_text(calibrate, calibration_tokens, model.config, device)
-        save_calibrated(model, text, path, config, dim_1, dim_2, factors, van_loan, refine_steps=refine_steps)
+        checkpoint.check_is_file(path)
+        text, _ = calibration_text(calibrate, calibration_tokens, model.config, device)
+        if not dim_1:
+            shape = find_shape(model.to(text.device), text, limit)
+        save_calibrated(model, text, path, config, *shape, van_loan, refine_steps=refine_steps)
     else:
-        checkpoint.save_refactored(model, dim_1, dim_2, factors, van_loan, path, config)
+        checkpoint.save_refactored(model, *shape, van_loan, path, config)
     print(f"next: python train.py config/train_gpt2.py --init_from={path}")
 
 

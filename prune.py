@@ -132,7 +132,7 @@ def main():
     if calibrate:
         from calibration import calibration_text
 
-        text = calibration_text(calibrate, calibration_tokens, model.config, device)
+        text, _ = calibration_text(calibrate, calibration_tokens, model.config, device)
     if select in ("norm", "contribution"):
         model = select_units(model, text if calibrate else None)
     if refit:
