@@ -205,6 +205,7 @@ def draw(rows):
     left.set_yticks([], minor=True)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(Path(out_dir, "pareto.png"), dpi=120)
+    plt.close(figure)
 
     sizes = []  # of rows of about the same size
     for row in sorted(compressed, key=lambda row: row["mlp_parameters"]):
@@ -228,6 +229,7 @@ def draw(rows):
         axes.legend(fontsize="small")
     panels[0][0].set(yscale="log", ylabel="validation loss (nats per token)")
     figure.savefig(Path(out_dir, "loss.png"), dpi=120)
+    plt.close(figure)
 
 
 def main():

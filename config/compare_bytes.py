@@ -15,8 +15,8 @@ SVD (256, 1, 51): kron_decompose.py 256 1 51
 calibrated (256, 1, 51): kron_decompose.py 256 1 51 --calibrate=pydocs
 a quarter of the hidden units, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pydocs
 one block in four: prune.py --dim=layer --keep=4
-calibrated (256, 1, 51), distilled: kron_decompose.py 256 1 51 --calibrate=pydocs | --teacher={base}
-calibrated (256, 1, 51), distilled, equal time: kron_decompose.py 256 1 51 --calibrate=pydocs | --teacher={base} --max_iters=215
+distilled (256, 1, 51), equal steps: kron_decompose.py 256 1 51 --calibrate=pydocs | --teacher={base}
+distilled (256, 1, 51), equal time: kron_decompose.py 256 1 51 --calibrate=pydocs | --teacher={base} --max_iters=215
 budget search, a quarter: kron_decompose.py --budget=1.718M --calibrate=pydocs
 even rows kept: prune.py
 Van Loan (256, 512, 1): kron_decompose.py 256 512 1

@@ -15,8 +15,8 @@ SVD (128, 1, 25): kron_decompose.py 128 1 25
 calibrated (128, 1, 25): kron_decompose.py 128 1 25 --calibrate=pydocs
 a quarter of the hidden units, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pydocs
 one block in four: prune.py --dim=layer --keep=4
-calibrated (128, 1, 25), distilled: kron_decompose.py 128 1 25 --calibrate=pydocs | --teacher={base}
-calibrated (128, 1, 25), distilled, equal time: kron_decompose.py 128 1 25 --calibrate=pydocs | --teacher={base} --max_iters=215
+distilled (128, 1, 25), equal steps: kron_decompose.py 128 1 25 --calibrate=pydocs | --teacher={base}
+distilled (128, 1, 25), equal time: kron_decompose.py 128 1 25 --calibrate=pydocs | --teacher={base} --max_iters=215
 budget search, a quarter: kron_decompose.py --budget=0.4495M --calibrate=pydocs
 even rows kept: prune.py
 Van Loan (128, 256, 1): kron_decompose.py 128 256 1

@@ -146,6 +146,7 @@ ROWS |= {command: (command, words) for command, words in {
     "prepare_pydocs.py --val_fraction=0": "--val_fraction",
     "prepare_pydocs.py --val_fraction=2": "--val_fraction",
     "compare.py --starts=nonsense": "--starts: a start is",
+    "compare.py --seeds=x": "--seeds is a whole number or a comma list",
     "bench.py everything": "bench.py takes models, layer, tokenize and",
     "bench.py --shapes=1": "shapes are written",
 }.items()}

@@ -313,6 +313,33 @@ def test_script_calibrates(trained, workdir):
     assert (workdir / "a.pt").read_bytes() == (workdir / "b.pt").read_bytes()
 
 
+def test_script_searches_a_budget_and_writes_the_best(trained, workdir):
+    model, tokens = trained
+    checkpoint.save("dense.pt", model)
+    make_data(tokens)
+    args = ["--init_from=dense.pt", "--budget=26K", "--calibrate=pattern", "--calibration_tokens=1024"]
+    done = run_here("kron_decompose.py", *args, "--refine_steps=0")
+    assert done.returncode == 0, done.stderr
+    tried = re.findall(r"^ +(\d\.\d{4})  (\d+) (\d+) ([\d,]+)$", done.stdout, re.M)
+    assert len(tried) >= 3 and tried == sorted(tried, key=lambda row: float(row[0]))
+    new, _ = checkpoint.load("checkpoints/best_26K.pt")
+    assert 0.95 * 26_000 < sum(p.numel() for p in new.parameters()) <= 26_000
+    assert [str(new.config.dim_1), str(new.config.dim_2)] == list(tried[0][1:3])
+    x, y = calibration.calibration_text("pattern", 1024, model.config, "cpu", split="val")
+    with torch.no_grad():
+        logp = new(x).log_softmax(-1).gather(2, y[:, :, None])
+    assert -logp.mean().item() == pytest.approx(float(tried[0][0]), abs=1e-4)
+
+
+def test_no_shape_for_a_budget_is_one_line(trained, workdir):
+    checkpoint.save("dense.pt", trained[0])
+    make_data(trained[1])
+    for options in ([], ["--calibrate=pattern", "--calibration_tokens=1024"]):
+        done = run_here("kron_decompose.py", "--init_from=dense.pt", "--budget=1K", *options)
+        assert done.returncode == 2 and "no shapes come to 1,000" in done.stderr and done.stderr.count("\n") == 1
+    assert not Path("checkpoints").exists()
+
+
 @pytest.mark.parametrize("option, said", [
     ("--calibrate=nothing", "data/nothing"), ("--calibration_tokens=5", "too few"), ("--refine_steps=-1", "refine_steps"),
     ("--device=abacus", "abacus")])

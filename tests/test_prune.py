@@ -5,6 +5,8 @@ import torch
 from conftest import run_here
 from transformers import GPT2LMHeadModel
 
+import checkpoint
+
 
 def pruned(W, axis, keep, offset, epsilon):
     """W with epsilon times the kept row (column) in the place of each one that is dropped."""
@@ -48,6 +50,19 @@ def test_default_is_that_of_krony_pt(gpt2_dir, workdir):
     assert torch.equal(found["transformer.wte.weight"], dense["transformer.wte.weight"])
 
 
+@pytest.mark.parametrize("options, name, kept", [
+    ([], "layers_2_0", [0]), (["--offset=1"], "layers_2_1", [1]), (["--keep=3"], "layers_3_0", [0])])
+def test_blocks_are_dropped_as_from_transformers_model(options, name, kept, gpt2_dir, workdir):
+    said = run_here("prune.py", f"--init_from={gpt2_dir}", "--dim=layer", *options)
+    assert said.returncode == 0, said.stderr
+    reference = GPT2LMHeadModel.from_pretrained(gpt2_dir).eval()
+    reference.transformer.h = torch.nn.ModuleList(reference.transformer.h[layer] for layer in kept)
+    model, _ = checkpoint.load(f"checkpoints/{name}.pt")
+    idx = torch.randint(256, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(idx), reference(idx, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_error_and_energy_are_printed_as_numpy_counts_them(gpt2_dir, workdir):
     said = run_here("prune.py", f"--init_from={gpt2_dir}")
     W = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()["transformer.h.1.mlp.c_fc.weight"].numpy()
@@ -61,12 +76,14 @@ def test_error_and_energy_are_printed_as_numpy_counts_them(gpt2_dir, workdir):
     ("--keep=1", "--keep is at least 2"),
     ("--offset=2", "--offset from 0 to keep - 1"),
     ("--offset=-1", "--offset from 0 to keep - 1"),
-    ("--dim=heads", "--dim is embd or hidden"),
+    ("--dim=heads", "--dim is embd, hidden or layer"),
+    ("--dim=layer --keep=4 --offset=3", "--offset=3 leaves no block of 2"),
+    ("--dim=layer --epsilon=0.1", "--dim=layer drops whole blocks"),
     ("--keep=half", "--keep takes a whole number"),
     ("--init_from=nothing.pt", "no checkpoint nothing.pt"),
 ])
 def test_wrong_options_get_one_line_and_write_nothing(option, message, gpt2_dir, workdir):
-    said = run_here("prune.py", f"--init_from={gpt2_dir}", option)
+    said = run_here("prune.py", f"--init_from={gpt2_dir}", *option.split())
     assert said.returncode == 2
     assert message in said.stderr and said.stderr.count("\n") == 1
     assert not any(workdir.iterdir())
