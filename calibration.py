@@ -141,9 +141,15 @@ def half_step(G, C, A, B, weights):
             return project(G @ kron_weight(X.view(r, m1, n1), B))
 
         return conjugate_gradients(normal_product, project(C), A.reshape(r * m1, n1)).view(r, m1, n1)
-    blocks = G.view(m1, m2, m1, m2).permute(0, 2, 1, 3).reshape(m1 * m1, m2 * m2)
-    products = torch.einsum("fij,j,gkj->ikfg", B, weights, B).reshape(m2 * m2, r * r)
-    M = (blocks @ products).view(m1, m1, r, r).permute(2, 0, 3, 1).reshape(r * m1, r * m1)
+    if r * m2 * (n2 + m1 * m1) < m1 * m1 * n2 * (m2 + r):  # by multiply-adds
+        blocks = G.view(m1, m2, m1, m2).permute(0, 2, 1, 3).reshape(m1 * m1, m2 * m2)
+        products = torch.einsum("fij,j,gkj->ikfg", B, weights, B).reshape(m2 * m2, r * r)
+        M = (blocks @ products).view(m1, m1, r, r).permute(2, 0, 3, 1).reshape(r * m1, r * m1)
+    else:  # one column of B after the other: products [m2*m2, r*r] of many factors are too large to store
+        M = G.new_zeros(m1, r, m1 * r)
+        for column, weight in zip(B.unbind(2), weights):  # (r, m2)
+            M += (weight * column) @ (G.view(-1, m2) @ column.T).view(m1, m2, m1 * r)
+        M = M.view(m1, r, m1, r).permute(1, 0, 3, 2).reshape(r * m1, r * m1)
     M.diagonal().add_(ROUNDING * M.diagonal().mean())  # factors that are alike leave it without an inverse
     return torch.cholesky_solve(project(C), torch.linalg.cholesky(M)).view(r, m1, n1)
 
@@ -244,7 +250,7 @@ def start(problem, van_loan, dim_1, dim_2, r):
     """Where alternating least squares set out from: Van Loan's sum for the least-squares solution, with rows and columns
     scaled by the size of what they meet."""
     m2, n2 = problem.W.shape[0] // dim_1, problem.W.shape[1] // dim_2
-    solution = torch.linalg.solve(problem.ridged_G, problem.ridged_C)
+    solution = torch.cholesky_solve(problem.ridged_C, torch.linalg.cholesky(problem.ridged_G))
     sizes = problem.ridged_G.diagonal().view(dim_1, m2)
     s, t = sizes.mean(1).sqrt(), (sizes.mean(0) / sizes.mean()).sqrt()
     u, v = (w.clamp(min=ROUNDING).sqrt() for w in problem.separable_weights(dim_2, n2))

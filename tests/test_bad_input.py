@@ -82,7 +82,7 @@ ROWS |= {command: (command, words) for command, words in {
     "kron_decompose.py --budget=1K": "no shapes come to 1,000 parameters",
     "prune.py --init_from=good.pt --keep=1": "--keep is at least 2",
     "prune.py --init_from=good.pt --keep=3": "--keep=3 does not divide",
-    "prune.py --init_from=good.pt --dim=width": "--dim is embd or hidden",
+    "prune.py --init_from=good.pt --dim=width": "--dim is embd, hidden or layer",
     "prune.py --init_from=good.pt --out=folder": "folder is a directory",
     "kron_to_gpt.py good.pt good.pt": "good.pt",
     "perplexity.py good.pt tiny many": "n_batches is a whole number",
