@@ -29,7 +29,7 @@ CG_STEPS = 10  # iterations of conjugate gradients in a half step
 TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
 ROUNDING = 1e-12  # what counts as nothing beside 1 in float64
 REFINE_RATE = 1e-3  # learning rate of the refinement, at its beginning
-REFINE_TOKENS = 4096  # in a gradient step of the refinement
+REFINE_TOKENS = 1024  # in a gradient step of the refinement
 
 
 class Moments:

@@ -7,9 +7,9 @@ out_dir = "out/compare_bytes"
 
 starts = f"""
 dense, trained on: kron_decompose.py 256 1024 1
-Van Loan (256, 256, 1): kron_decompose.py 256 256 1
+Van Loan (256, 256, 1): kron_decompose.py 256 256 1 | --learning_rate=6e-4
 calibrated (256, 256, 1): kron_decompose.py 256 256 1 --calibrate=pydocs
-Van Loan (128, 32, 16): kron_decompose.py 128 32 16
+Van Loan (128, 32, 16): kron_decompose.py 128 32 16 | --learning_rate=6e-4
 calibrated (128, 32, 16): kron_decompose.py 128 32 16 --calibrate=pydocs
 SVD (256, 1, 51): kron_decompose.py 256 1 51
 calibrated (256, 1, 51): kron_decompose.py 256 1 51 --calibrate=pydocs
@@ -18,8 +18,8 @@ one block in four: prune.py --dim=layer --keep=4
 distilled (256, 1, 51), equal steps: kron_decompose.py 256 1 51 --calibrate=pydocs | --teacher={base}
 distilled (256, 1, 51), equal time: kron_decompose.py 256 1 51 --calibrate=pydocs | --teacher={base} --max_iters=215
 budget search, a quarter: kron_decompose.py --budget=1.718M --calibrate=pydocs
-even rows kept: prune.py
-Van Loan (256, 512, 1): kron_decompose.py 256 512 1
+even rows kept: prune.py | --learning_rate=6e-4
+Van Loan (256, 512, 1): kron_decompose.py 256 512 1 | --learning_rate=6e-4
 calibrated (256, 512, 1): kron_decompose.py 256 512 1 --calibrate=pydocs
 SVD (256, 1, 102): kron_decompose.py 256 1 102
 calibrated (256, 1, 102): kron_decompose.py 256 1 102 --calibrate=pydocs

@@ -1,10 +1,10 @@
-# What each start of config/compare_small.py gets: 300 steps of 1,024 bytes.
-batch_size = 8
+# What each start of config/compare_small.py gets: 300 steps of 512 bytes.
+batch_size = 4
 gradient_accumulation_steps = 1
 max_iters = 300
 learning_rate = 1e-3
 warmup_iters = 20
 beta2 = 0.99
-eval_interval = 100
+eval_interval = 150
 eval_iters = 10
 log_interval = 100
