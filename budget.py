@@ -7,10 +7,9 @@ import sys
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn import functional as F
 
-from calibration import Moments, Problem, Stream, batches, calibrate, fit, hidden_statistics, interleave, start
-from model import KronyGPT, kron_linear, kron_weight, multiply_adds
+from calibration import HiddenStatistics, Moments, Problem, Stream, batches, calibrate, fit, interleave, start
+from model import KronyGPT, kron_weight, multiply_adds
 
 SLACK = 0.99  # shapes that use less than this share of the budget are left out
 PROBED_LAYERS = 3  # blocks on which shapes are ranked
@@ -79,7 +78,7 @@ class Probe:
     proj: Moments
     W: torch.Tensor  # [C, 4C] of c_fc
     W_proj: torch.Tensor  # [4C, C]
-    contribution: torch.Tensor  # [4C], see hidden_statistics()
+    contribution: torch.Tensor  # [4C], see HiddenStatistics
     sensitivity: torch.Tensor  # [4C]
     variance: float  # of the residual stream behind the block, summed over its dimensions
 
@@ -105,20 +104,17 @@ def probe(model, text, layers):
     stream, probes = Stream(model, text), []
     for layer, block in enumerate(model.transformer.h):
         stream.attend(layer)
-        if layer in layers:
-            W, W_proj = (kron_weight(*pair) for pair in block.mlp.factor_pairs())
-            fc, proj = Moments(), Moments()
-            for rows in batches(stream.x):
-                x = stream.mlp_input(layer, rows)
-                z = kron_linear(x, *block.mlp.factor_pairs()[0], block.mlp.c_fc_bias)
-                h = F.gelu(z, approximate="tanh")
-                fc.add(x, z)
-                proj.add(h, kron_linear(h, *block.mlp.factor_pairs()[1], block.mlp.c_proj_bias))
-            statistics = hidden_statistics(stream, layer)
-        stream.transform(layer)
-        if layer in layers:
-            variance = stream.x.flatten(0, 1).var(0).sum().item()
-            probes.append(Probe(fc, proj, W, W_proj, *statistics, variance))
+        if layer not in layers:
+            stream.transform(layer)
+            continue
+        fc, proj, statistics = Moments(), Moments(), HiddenStatistics(block.mlp)
+        for _, x, z, h, y in stream.mlp(layer):
+            fc.add(x, z)
+            proj.add(h, y)
+            statistics.add(z, h)
+        W, W_proj = (kron_weight(*pair) for pair in block.mlp.factor_pairs())
+        variance = stream.x.flatten(0, 1).var(0).sum().item()
+        probes.append(Probe(fc, proj, W, W_proj, statistics.contribution(), statistics.sensitivity(), variance))
     return probes
 
 

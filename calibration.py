@@ -276,11 +276,28 @@ class Stream:
         """What the MLP of a block sees, (tokens, C)."""
         return self.model.transformer.h[layer].ln_2(self.x[rows]).flatten(0, 1)
 
-    def transform(self, layer):
-        """Go through a block's MLP."""
-        block = self.model.transformer.h[layer]
+    def mlp(self, layer):
+        """Go through a block's MLP, a batch after the other.
+
+        Yields:
+            rows: slice of the windows of a batch, which get the MLP's output behind the yield;
+            x (tokens, C), z (tokens, 4C), h (tokens, 4C), y (tokens, C): the MLP's input, its pre-activations,
+                activations and output.
+        """
+        mlp = self.model.transformer.h[layer].mlp
+        fc, proj = mlp.factor_pairs()
         for rows in batches(self.x):
-            self.x[rows] += block.mlp(block.ln_2(self.x[rows]))
+            x = self.mlp_input(layer, rows)
+            z = kron_linear(x, *fc, mlp.c_fc_bias)
+            h = F.gelu(z, approximate="tanh")
+            y = kron_linear(h, *proj, mlp.c_proj_bias)
+            yield rows, x, z, h, y
+            self.x[rows] += y.view_as(self.x[rows])
+
+    def transform(self, layer):
+        """Go through a block's MLP, all at once."""
+        for _ in self.mlp(layer):
+            pass
 
 
 def batches(x):
@@ -295,23 +312,27 @@ def gelu_slope(z):
         return torch.autograd.grad(F.gelu(z, approximate="tanh").sum(), z)[0]
 
 
-def hidden_statistics(stream, layer):
-    """How much the hidden units of a block matter on real text.
+class HiddenStatistics:
+    """How much the hidden units of an MLP matter on real text."""
 
-    Returns:
-        contribution [4C]: the variance of what each unit adds to the residual stream, which is that of its activation
-            times the squared norm of its row in c_proj;
-        sensitivity [4C]: what a squared error in its pre-activation costs there, E[gelu'²] times the squared norm.
-    """
-    mlp = stream.model.transformer.h[layer].mlp
-    total = torch.zeros(3, stream.model.config.n_hidden, dtype=torch.float64, device=stream.x.device)
-    for rows in batches(stream.x):
-        z = kron_linear(stream.mlp_input(layer, rows), *mlp.factor_pairs()[0], mlp.c_fc_bias)
-        h = F.gelu(z, approximate="tanh")
-        total += torch.stack((h.sum(0), h.square().sum(0), gelu_slope(z).square().sum(0)))
-    mean, square, slope = total / stream.x.shape[:2].numel()
-    norms = kron_weight(*mlp.factor_pairs()[1]).double().square().sum(1)
-    return norms * (square - mean.square()), norms * slope
+    def __init__(self, mlp):
+        self.norms = kron_weight(*mlp.factor_pairs()[1]).double().square().sum(1)  # of the rows of c_proj
+        self.sums, self.count = self.norms.new_zeros(3, len(self.norms)), 0
+
+    def add(self, z, h):
+        """Take in pre-activations z and activations h (tokens, 4C)."""
+        self.sums += torch.stack((h.sum(0), h.square().sum(0), gelu_slope(z).square().sum(0)))
+        self.count += len(z)
+
+    def contribution(self):
+        """[4C], the variance of what each unit adds to the residual stream, which is that of its activation times the
+        squared norm of its row in c_proj."""
+        mean, square, _ = self.sums / self.count
+        return self.norms * (square - mean.square())
+
+    def sensitivity(self):
+        """[4C], what a squared error in each unit's pre-activation costs there, E[gelu'²] times the squared norm."""
+        return self.norms * self.sums[2] / self.count
 
 
 def interleave(contribution, n1, n2):
@@ -332,17 +353,19 @@ def contributions(model, tokens):
     """How much hidden units and dimensions of the residual stream contribute on real text.
 
     Returns:
-        hidden [n_layer, 4C], as in hidden_statistics(); and embd [C], the variance that each dimension gives to the
+        hidden [n_layer, 4C], as in HiddenStatistics; and embd [C], the variance that each dimension gives to the
         pre-activations of all MLPs: that of the MLP's input times the squared norm of its row in c_fc.
     """
     stream, hidden, embd = Stream(model, tokens), [], 0
     for layer, block in enumerate(model.transformer.h):
         stream.attend(layer)
-        hidden.append(hidden_statistics(stream, layer)[0])
-        moments = torch.stack([torch.stack((x.mean(0), x.square().mean(0)))
-                               for x in (stream.mlp_input(layer, rows) for rows in batches(stream.x))]).double().mean(0)
-        embd = embd + (moments[1] - moments[0].square()) * kron_weight(*block.mlp.factor_pairs()[0]).square().sum(1)
-        stream.transform(layer)
+        statistics, sums = HiddenStatistics(block.mlp), 0
+        for _, x, z, h, _ in stream.mlp(layer):
+            statistics.add(z, h)
+            sums = sums + torch.stack((x.sum(0), x.square().sum(0))).double()
+        mean, square = sums / statistics.count
+        hidden.append(statistics.contribution())
+        embd = embd + (square - mean.square()) * kron_weight(*block.mlp.factor_pairs()[0]).square().sum(1)
     return torch.stack(hidden), embd
 
 
@@ -431,8 +454,8 @@ def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, 
     column weighted by what an error costs; c_proj to what brings the residual stream back to that of the dense model.
     A new order of the hidden units changes nothing in the dense model. All biases are fitted, too.
 
-    For N tokens, width C and L layers it takes about L N (110 C² + 16 C T) floating point operations with a context of
-    T, of which 48 C² are moments and 44 C² forward passes of the MLPs, and memory for 8 N C bytes of hidden states and
+    For N tokens, width C and L layers it takes about L N (96 C² + 16 C T) floating point operations with a context of
+    T, of which 50 C² are moments and 28 C² forward passes of the MLPs, and memory for 8 N C bytes of hidden states and
     some 400 C² of moments.
 
     Args:
@@ -462,16 +485,16 @@ def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, 
         compressed.attend(layer)
         mlp, target = new.transformer.h[layer].mlp, model.transformer.h[layer].mlp
         W, W_proj = (kron_weight(*pair) for pair in target.factor_pairs())
-        contribution, sensitivity = hidden_statistics(dense, layer)
-        order = interleave(contribution, n1, n2) if reorder else slice(None)
+        moments, statistics = Moments(), HiddenStatistics(target)
+        for rows, _, z, h, _ in dense.mlp(layer):
+            moments.add(compressed.mlp_input(layer, rows), z)
+            statistics.add(z, h)
+        order = interleave(statistics.contribution(), n1, n2) if reorder else slice(None)
         W, b, W_proj = W[:, order], target.c_fc_bias[order], W_proj[order]
 
-        moments = Moments()
-        for rows in batches(dense.x):
-            moments.add(compressed.mlp_input(layer, rows), dense.mlp_input(layer, rows) @ W + b)
-        errors = fit_matrix(mlp, "c_fc", moments, W, b, sensitivity[order], approximate, fixed_B)
+        errors = fit_matrix(mlp, "c_fc", moments.reordered(targets=order), W, b, statistics.sensitivity()[order],
+                            approximate, fixed_B)
         fits.append(Fit(layer, "c_fc", len(mlp.c_fc_0), *errors))
-        dense.transform(layer)
         moments = Moments()
         for rows in batches(dense.x):
             z = kron_linear(compressed.mlp_input(layer, rows), mlp.c_fc_0, mlp.c_fc_1, mlp.c_fc_bias)

@@ -80,22 +80,28 @@ def test_weights_that_meet_no_input_stay():
     torch.testing.assert_close(A[0, 0].float(), -W[0], rtol=1e-2, atol=1e-2)
 
 
-def test_hidden_statistics_are_those_of_a_plain_computation(small_model):
+def test_hidden_statistics_and_the_stream_are_those_of_a_plain_computation(small_model):
     tokens = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))
     stream = calibration.Stream(small_model, tokens)
     with torch.no_grad():
         stream.attend(0)
-        contribution, sensitivity = calibration.hidden_statistics(stream, 0)
+        statistics = calibration.HiddenStatistics(small_model.transformer.h[0].mlp)
+        for _, _, z, h, _ in stream.mlp(0):
+            statistics.add(z, h)
     block = small_model.transformer.h[0]
     with torch.no_grad():
         x = small_model.transformer.wte(tokens) + small_model.transformer.wpe(torch.arange(32))
-        x = block.ln_2(x + block.attn(block.ln_1(x))).flatten(0, 1)
+        hidden = x + block.attn(block.ln_1(x))
+        x = block.ln_2(hidden).flatten(0, 1)
         z = x @ kron_sum(block.mlp.c_fc_0, block.mlp.c_fc_1) + block.mlp.c_fc_bias
         W = kron_sum(block.mlp.c_proj_0, block.mlp.c_proj_1)
         h, shifted = (torch.nn.functional.gelu(v, approximate="tanh") for v in (z, z + 1e-3))
     added = h[:, :, None] * W  # (tokens, 4C, C)
-    np.testing.assert_allclose(contribution, added.var(0, correction=0).sum(1), rtol=1e-3)
-    np.testing.assert_allclose(sensitivity, ((shifted - h) / 1e-3).square().mean(0) * W.square().sum(1), rtol=1e-2)
+    np.testing.assert_allclose(statistics.contribution(), added.var(0, correction=0).sum(1), rtol=1e-3)
+    slope = (shifted - h) / 1e-3
+    np.testing.assert_allclose(statistics.sensitivity(), slope.square().mean(0) * W.square().sum(1), rtol=1e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(stream.x, hidden + block.mlp(block.ln_2(hidden)), rtol=1e-4, atol=1e-4)
 
 
 def dense_half_step(problem, A, B, weights):
