@@ -176,6 +176,15 @@ def table(rows):
         "(there, to the dense model trained as long).\n")
 
 
+def use_log_scale(axes):
+    """A logarithmic axis of losses, with ticks that are plain numbers."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if low <= t <= high]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_yticks([], minor=True)
+
+
 def draw(rows):
     """pareto.png and loss.png."""
     import matplotlib
@@ -190,7 +199,8 @@ def draw(rows):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for axes, title in ((left, "before training"), (right, "after training")):
-        axes.plot(dense["parameters"] / 1e6, dense["before"], "k*", markersize=14, label=dense["name"])
+        axes.plot(dense["parameters"] / 1e6, dense["before"], "k*", markersize=14,
+                  label=dense["name"] if axes is left else None)
         axes.set(xlabel="parameters (millions)", ylabel=f"loss on held-out {dataset} (nats per token)", title=title)
         axes.grid(alpha=0.3)
         axes.margins(x=0.15)
@@ -199,10 +209,7 @@ def draw(rows):
         left.plot(x, row["before"], linestyle="", label=row["name"], **styles[row["name"]])
         right.errorbar(x, statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else None, linestyle="",
                        capsize=4, **styles[row["name"]])
-    left.set_yscale("log")
-    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if left.get_ylim()[0] <= t <= left.get_ylim()[1]]
-    left.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    left.set_yticks([], minor=True)
+    use_log_scale(left)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(Path(out_dir, "pareto.png"), dpi=120)
     plt.close(figure)
@@ -227,7 +234,8 @@ def draw(rows):
         axes.set(xlabel="steps", title=f"{share:.0%} of the MLP parameters")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    panels[0][0].set(yscale="log", ylabel="validation loss (nats per token)")
+    use_log_scale(panels[0][0])
+    panels[0][0].set_ylabel("validation loss (nats per token)")
     figure.savefig(Path(out_dir, "loss.png"), dpi=120)
     plt.close(figure)
 
