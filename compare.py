@@ -221,7 +221,7 @@ def draw(rows):
         else:
             sizes.append([row])
     sizes = [group for group in sizes if group[0]["mlp_parameters"] < dense["mlp_parameters"]]
-    figure, panels = plt.subplots(1, len(sizes), figsize=(1 + 5 * len(sizes), 5), layout="constrained", sharey=True,
+    figure, panels = plt.subplots(1, len(sizes), figsize=(1 + 6 * len(sizes), 6), layout="constrained", sharey=True,
                                   squeeze=False)
     for axes, group in zip(panels[0], sizes):
         axes.axhline(dense["before"], color="k", linestyle=":", label=dense["name"])
@@ -233,7 +233,7 @@ def draw(rows):
         share = group[0]["mlp_parameters"] / dense["mlp_parameters"]
         axes.set(xlabel="steps", title=f"{share:.0%} of the MLP parameters")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     use_log_scale(panels[0][0])
     panels[0][0].set_ylabel("validation loss (nats per token)")
     figure.savefig(Path(out_dir, "loss.png"), dpi=120)
