@@ -1,6 +1,6 @@
 # `make demo`: Van Loan at two sizes, calibrated at one of them, and Krony-PT's pruning, beside the dense base of
-# config/demo_base.py. The first start
-# is the base itself, (C, 4C, 1), so that what further training alone brings is seen as well.
+# config/demo_base.py. The first start is the base itself, (C, 4C, 1), so that what further training alone brings is seen
+# as well.
 base = "out/demo/base/best.pt"
 train_config = "config/demo_train.py"
 dataset = "pydocs"
