@@ -22,6 +22,7 @@ IGNORE_INDEX = -100  # a target with this value is not scored (the default of F.
 COPY = 64  # multiply-adds that take as long as writing one number to memory; 32 to 500 choose alike
 WIDE = 16  # columns from which a batch of small products beats one large product on a transposed copy
 LOGITS_AT_ONCE = 2**24  # numbers in the logits of one chunk of the loss (64 MiB in float32)
+LONG_ENOUGH = 0.02  # seconds of a matrix product that tell how fast the machine is
 GPT2_HEAD_DIM = 64  # n_embd / n_head in GPT-2 small, medium, large and xl
 
 
@@ -58,13 +59,18 @@ def autocast_to(device, dtype):
 
 def matmul_flops(device, dtype):
     """Floating point operations per second of a large matrix product on this device: what "mfu" is a share of."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
+    largest = 8192 if device.type == "cuda" else 2048
+    n = 256
+    while True:
+        a = torch.ones(n, n, device=device, dtype=getattr(torch, dtype))
+        best = math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the device
+            best = min(best, time.perf_counter() - start)
+        if n == largest or best > LONG_ENOUGH:  # bfloat16 at 2048 takes minutes on some CPUs
+            break
+        n *= 2
     return 2 * n**3 / best
 
 
