@@ -30,6 +30,17 @@ TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
 ROUNDING = 1e-12  # what counts as nothing beside 1 in float64
 REFINE_RATE = 1e-3  # learning rate of the refinement, at its beginning
 REFINE_TOKENS = 1024  # in a gradient step of the refinement
+GRAM_COLUMNS = 512  # of a strip of XᵀX
+
+
+def gram(X):
+    """XᵀX [m, m] for X (T, m), strip by strip from the diagonal on: what is left of it is a mirror image."""
+    G = X.new_empty(X.shape[1], X.shape[1])
+    for begin in range(0, len(G), GRAM_COLUMNS):
+        strip = slice(begin, begin + GRAM_COLUMNS)
+        G[strip, begin:] = X[:, strip].T @ X[:, begin:]
+        G[begin + GRAM_COLUMNS:, strip] = G[strip, begin + GRAM_COLUMNS:].T
+    return G
 
 
 class Moments:
@@ -48,7 +59,7 @@ class Moments:
             m, n = X.shape[1], Y.shape[1]
             self.sums = [X.new_zeros(shape, dtype=torch.float64) for shape in (m, n, (m, m), (m, n), n)]
         X, Y = X - self.origin[0], Y - self.origin[1]
-        for total, part in zip(self.sums, (X.sum(0), Y.sum(0), X.T @ X, X.T @ Y, Y.square().sum(0))):
+        for total, part in zip(self.sums, (X.sum(0), Y.sum(0), gram(X), X.T @ Y, Y.square().sum(0))):
             total += part
         self.count += len(X)
 
@@ -454,9 +465,11 @@ def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, 
     column weighted by what an error costs; c_proj to what brings the residual stream back to that of the dense model.
     A new order of the hidden units changes nothing in the dense model. All biases are fitted, too.
 
-    For N tokens, width C and L layers it takes about L N (96 C² + 16 C T) floating point operations with a context of
-    T, of which 50 C² are moments and 28 C² forward passes of the MLPs, and memory for 8 N C bytes of hidden states and
-    some 400 C² of moments.
+    For N tokens, width C and L layers it takes about L N (67 C² + 8 C T + 1.5 M) floating point operations with a context
+    of T, where M is what a token costs in an MLP of the new shape, from 4 C² at (C, C, 1) to 16 C²: 35 C² are moments and
+    16 C² each the attention of both models and the dense MLP. Refinement takes another L S (3 M) for S tokens in all its
+    steps, and least squares with many factors can take minutes a matrix. Memory: 8 N C bytes of hidden states and some
+    400 C² of moments.
 
     Args:
         model: a KronyGPT, dense or not.

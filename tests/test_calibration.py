@@ -49,6 +49,13 @@ def test_moments_are_those_of_numpy():
     np.testing.assert_allclose(problem.variance, covariance.diagonal()[12:], rtol=1e-5)
 
 
+def test_gram_in_strips_is_the_whole_product(monkeypatch):
+    monkeypatch.setattr(calibration, "GRAM_COLUMNS", 4)
+    for m in (3, 4, 11):
+        X = torch.randn(7, m, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(calibration.gram(X), X.T @ X)
+
+
 def test_moments_keep_their_digits_beside_a_large_mean():
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(1000, 3, generator=generator)
