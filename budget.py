@@ -132,7 +132,10 @@ def uneven_factors(probes, van_loan, shape, n_layer):
     Args:
         probes: one for each layer.
     """
-    steps = sorted({max(1, round(share * shape.n_factors)) for share in SHARES})
+    C, hidden = probes[0].W.shape
+    sides = shape.dim_1 * shape.dim_2
+    most = min(sides, C * hidden // sides)  # which reach every matrix
+    steps = sorted({min(most, max(1, round(share * shape.n_factors))) for share in SHARES})
     curves = [[probe.error(van_loan, shape.dim_1, shape.dim_2, r, QUICK_STEPS) for r in steps] for probe in probes]
     factors, chosen, left = [steps[0]] * n_layer, [0] * n_layer, n_layer * (shape.n_factors - steps[0])
     while left:
@@ -148,7 +151,7 @@ def uneven_factors(probes, van_loan, shape, n_layer):
 
 @dataclass
 class Candidate:
-    """A shape that was calibrated on the whole model, and its loss on held-out text in nats per token."""
+    """A shape that was calibrated on the whole model, and its loss on other text in nats per token."""
 
     dim_1: int
     dim_2: int
@@ -160,14 +163,14 @@ def search(model, text, held_out, limit, van_loan):
     """The member of the family that keeps most of a model within a budget.
 
     Ranks all shapes by the predicted error on the middle block, the best of them on a few blocks with more care,
-    calibrates the best of these on the whole model without refinement, and compares their losses on held-out text; then
+    calibrates the best of these on the whole model without refinement, and compares their losses on other text; then
     it tries uneven factors for the winner. (Swift-SVD, arXiv 2604.01609, chooses the ranks of low rank by predicted
     loss.)
 
     Args:
         model: a KronyGPT, dense or not, on the device of the text.
         text: (windows, T) tokens to calibrate on.
-        held_out: (x, y), (windows, T) each, whose loss decides.
+        held_out: (x, y), (windows, T) each, other text, whose loss decides.
         limit: number of parameters in all.
         van_loan: as in calibrate().
 

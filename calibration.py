@@ -85,13 +85,14 @@ class Problem:
     Args:
         moments: Moments of X̂ and Y.
         W: [m, n], the trained weights, towards which a ridge pulls.
-        weights: [n], what an error in each column costs; alike if left out.
+        weights: [n], what an error in each column costs, of which none counts as nothing; alike if left out.
         ridge: share of the mean second moment of an input.
     """
 
     def __init__(self, moments, W, weights=None, ridge=RIDGE):
         self.mean_x, self.mean_y, self.G, self.C, self.variance = moments.centred()
-        self.weights = torch.ones_like(self.variance) if weights is None else weights.double() / weights.mean().double()
+        weights = torch.ones_like(self.variance) if weights is None else weights.double()
+        self.weights = (weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)).clamp(min=ROUNDING)
         self.W = W.double()
         self.penalty = ridge * self.G.diagonal().mean()
         self.ridged_G = self.G + self.penalty * torch.eye(len(self.G), dtype=torch.float64, device=W.device)
@@ -108,6 +109,7 @@ class Problem:
         residual = self.squared_errors(W)
         if bias is not None:
             residual = residual + (self.mean_y - self.mean_x @ W - bias.double()).square()
+        residual = residual.clamp(min=0)  # which the rounding of the moments can miss
         return ((self.weights * residual).sum() / (self.weights * self.variance).sum()).item()
 
     def objective(self, W, weights):
@@ -264,7 +266,7 @@ def start(problem, van_loan, dim_1, dim_2, r):
     solution = torch.cholesky_solve(problem.ridged_C, torch.linalg.cholesky(problem.ridged_G))
     sizes = problem.ridged_G.diagonal().view(dim_1, m2)
     s, t = sizes.mean(1).sqrt(), (sizes.mean(0) / sizes.mean()).sqrt()
-    u, v = (w.clamp(min=ROUNDING).sqrt() for w in problem.separable_weights(dim_2, n2))
+    u, v = (w.sqrt() for w in problem.separable_weights(dim_2, n2))
     A, B = van_loan(solution * (s[:, None] * t).view(-1, 1) * (u[:, None] * v).view(-1), dim_1, dim_2, r)
     return A / s[:, None] / u, B / t[:, None] / v
 
@@ -347,11 +349,11 @@ class HiddenStatistics:
 
 
 def interleave(contribution, n1, n2):
-    """An order of hidden units in which those that contribute most share no factor.
+    """An order of hidden units in which those that contribute most share no column of A.
 
     Unit j of c_fc takes column j // n2 of A and column j % n2 of B. The n1 strongest units come to the first column of B,
-    the next n1 to the second, and so on: so each has a column of A for itself, and a B of a one and zeros would prune
-    the others.
+    the next n1 to the second, and so on: so each of them has a column of A for itself, and a B of a one and zeros would
+    prune the others.
 
     Returns:
         [n1*n2], the old index of each unit in its new place.
@@ -468,8 +470,8 @@ def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, 
     For N tokens, width C and L layers it takes about L N (67 C² + 8 C T + 1.5 M) floating point operations with a context
     of T, where M is what a token costs in an MLP of the new shape, from 4 C² at (C, C, 1) to 16 C²: 35 C² are moments and
     16 C² each the attention of both models and the dense MLP. Refinement takes another L S (3 M) for S tokens in all its
-    steps, and least squares with many factors can take minutes a matrix. Memory: 8 N C bytes of hidden states and some
-    400 C² of moments.
+    steps, and least squares with many factors can take minutes a matrix. Memory: 8 N C bytes of hidden states and
+    about 650 C² for moments and what is made of them.
 
     Args:
         model: a KronyGPT, dense or not.
@@ -541,15 +543,16 @@ def refine(dense, compressed, layer, steps):
         schedule.step()
 
 
-def calibration_text(dataset, n_tokens, config, device, split="train"):
-    """Windows spread evenly over a split of a data set.
+def calibration_text(dataset, n_tokens, config, device, between=False):
+    """Windows spread evenly over the training split of a data set.
 
     Args:
         dataset: its name under data/.
         n_tokens: how many tokens.
         config: the KronyGPTConfig that they are for.
         device: the name of one, or nothing.
-        split: train or val.
+        between: those halfway between these windows, for choices that calibration should not have seen the text of; one
+            less of them.
 
     Returns:
         (windows, block_size) tokens, and the ones that follow them.
@@ -561,8 +564,9 @@ def calibration_text(dataset, n_tokens, config, device, split="train"):
     if n_tokens < max(context, hidden):
         raise DataError(f"{n_tokens} calibration tokens are too few: a window has {context}, and a matrix up to {hidden} "
                         "inputs, each of which needs tokens to be told from the others")
-    tokens = load_tokens(dataset, split, config.vocab_size, context)
-    starts = even_starts(len(tokens), context, n_tokens // context)
+    tokens = load_tokens(dataset, "train", config.vocab_size, context)
+    n = n_tokens // context
+    starts = even_starts(len(tokens), context, max(3, 2 * n - 1))[1::2] if between else even_starts(len(tokens), context, n)
     return windows(tokens, starts, context, config.vocab_size, pick_device(device))
 
 

@@ -11,9 +11,10 @@ behind a bar:
 
 Each is scored as it stands, trained by --train_config with the same batches, once for each seed, and scored again, all by
 the scripts that a person would run; with the first seed it is also converted to a Hugging Face model, which is what is
-scored then. Results go to out_dir: results.json, table.md, pareto.png (loss against parameters) and loss.png (loss
-against steps), written anew behind each pass through the starts. What is done already is not done again, so that a
-comparison that was stopped, or got another start or seed, goes on where it was.
+scored then. With --learning_rates=1e-4,3e-4 the first seed tries them all, and each start goes on with its own best one.
+Results go to out_dir: results.json, table.md, pareto.png (loss against parameters) and loss.png (loss against steps),
+written anew after each pass through the starts. What is done already is not done again, so that a comparison that was
+stopped, or got another start, seed or learning rate, goes on where it was.
 """
 import json
 import math
@@ -33,6 +34,7 @@ starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # a line each: n
 train_config = "config/demo_train.py"  # how each start is trained
 steps: int | None = None  # optimizer steps of each training; those of train_config if left out
 seeds = "1337"  # of the batches, a comma list: every start is trained once with each
+learning_rates = ""  # a comma list, of which each start takes its best with the first seed; train_config's if left out
 dataset = "pydocs"  # what they are trained and scored on: data/<dataset>
 out_dir = "out/demo"  # where everything goes
 
@@ -56,15 +58,26 @@ def call(script, *args):
 
 def parse_starts():
     """[(name, [script, arguments ...], [options of train.py])] of the option."""
-    parsed = []
+    parsed = {}  # by folder
     for line in filter(None, map(str.strip, starts.splitlines())):
         command, _, training = line.partition("|")
         name, _, command = command.rpartition(":")
-        words = shlex.split(command)
+        try:
+            words, training = shlex.split(command), shlex.split(training)
+        except ValueError as error:
+            raise UsageError(f"--starts: {error} in {line!r}") from None
         if not (name and words and words[0] in ("kron_decompose.py", "prune.py")):
             raise UsageError(f"--starts: a start is `name: kron_decompose.py ...` or `name: prune.py ...`, not {line!r}")
-        parsed.append((name, words, shlex.split(training)))
-    return parsed
+        if folder_name(name) in parsed:
+            raise UsageError(f"--starts: another start has the name {name!r}, or one like it")
+        parsed[folder_name(name)] = name, words, training
+    if not parsed:
+        raise UsageError("--starts names no start")
+    return list(parsed.values())
+
+
+def folder_name(name):
+    return re.sub(r"\W+", "_", name).strip("_")
 
 
 def parse_seeds():
@@ -72,6 +85,17 @@ def parse_seeds():
         return list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     except ValueError:
         raise UsageError(f"--seeds is a whole number or a comma list of them, not {seeds}") from None
+
+
+def parse_rates():
+    """The learning rates to try; [None] for that of train_config."""
+    try:
+        rates = list(dict.fromkeys(float(rate) for rate in learning_rates.split(","))) if learning_rates else [None]
+    except ValueError:
+        rates = [0]
+    if not all(rate is None or rate > 0 for rate in rates):
+        raise UsageError(f"--learning_rates is a number above 0 or a comma list of them, not {learning_rates}")
+    return rates
 
 
 def once(path, key, make, *args):
@@ -127,9 +151,14 @@ def make_start(folder, command):
 
 def train_start(folder, begin, training, seed, is_exported):
     """Train and score one start with one seed, in a folder of its own. Returns the loss, seconds and [(step, loss)]."""
+    import checkpoint
+
     train_steps = [f"--max_iters={steps}"] if steps else []
     seconds = call("train.py", train_config, f"--init_from={begin}", f"--dataset={dataset}", f"--out_dir={folder}",
                    f"--seed={seed}", "--overwrite=True", *train_steps, *training)
+    _, last = checkpoint.load(str(folder / "ckpt.pt"))
+    if last["iter_num"] < last["config"]["max_iters"]:
+        raise StepError(f"train.py was stopped after {last['iter_num']} of {last['config']['max_iters']} steps")
     source = folder / "best.pt"
     if is_exported:
         source = folder / "hf"
@@ -145,7 +174,7 @@ def taken_back(rows, row):
     training: over the dense base's, and over that of a dense start that was trained as long."""
     rival = next((other for other in rows[1:] if other["shape"] == row.get("shape")), row)
     trained = next((other for other in rows[1:] if other["mlp_parameters"] == rows[0]["mlp_parameters"]), None)
-    if rival is row:
+    if rival is row or rival is trained:
         return ""
     before = (rival["before"] - row["before"]) / (rival["before"] - rows[0]["before"])
     if trained is None:
@@ -156,8 +185,10 @@ def taken_back(rows, row):
 
 def table(rows):
     """The results as a Markdown table; losses in nats per token, ± the standard deviation over seeds."""
-    lines = ["| model | parameters | in MLPs | loss before training | loss after | perplexity after | taken back | "
-             "start, s | training, s | tokens/s |", "|---|" + "---:|" * 9]
+    rates = sorted({rate for row in rows[1:] for rate in row["losses_by_rate"]})
+    head = ["model", "parameters", "in MLPs", "loss before training", "loss after", "perplexity after", "taken back",
+            *["learning rate"] * bool(rates), "start, s", "training, s", "tokens/s"]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         cells = [row["name"], f"{row['parameters']:,}", f"{row['mlp_parameters'] / rows[0]['mlp_parameters']:.1%}",
                  f"{row['before']:.3f}"]
@@ -165,15 +196,17 @@ def table(rows):
             losses = [r["after"] for r in runs]
             spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
             cells += [f"{statistics.mean(losses):.3f}{spread}", f"{math.exp(statistics.mean(losses)):.3f}",
-                      taken_back(rows, row), f"{row['seconds']:.0f}", f"{statistics.median(r['seconds'] for r in runs):.0f}"]
+                      taken_back(rows, row), *([f"{row['learning_rate']:g}"] if rates else []), f"{row['seconds']:.0f}",
+                      f"{statistics.median(r['seconds'] for r in runs):.0f}"]
         else:
-            cells += [""] * 5
+            cells += [""] * (len(head) - 5)
         lines.append("| " + " | ".join([*cells, f"{row['tokens_per_second']:,.0f}"]) + " |")
     n_seeds = sorted({len(row["runs"]) for row in rows[1:]})
+    tried = f" Learning rate: the best of {', '.join(f'{rate:g}' for rate in rates)} with the first seed." if rates else ""
     return "\n".join(lines) + (
         f"\n\nHeld-out text of {dataset}; {' or '.join(map(str, n_seeds))} seed{'s' * (n_seeds != [1])} each. Taken back: "
         "the share of the loss that the first start of the same shape adds to the dense model, before → after training "
-        "(there, to the dense model trained as long).\n")
+        f"(there, to the dense model trained as long).{tried}\n")
 
 
 def use_log_scale(axes):
@@ -220,7 +253,7 @@ def draw(rows):
             sizes[-1].append(row)
         else:
             sizes.append([row])
-    sizes = [group for group in sizes if group[0]["mlp_parameters"] < dense["mlp_parameters"]]
+    sizes = [group for group in sizes if group[0]["mlp_parameters"] < dense["mlp_parameters"]] or sizes
     figure, panels = plt.subplots(1, len(sizes), figsize=(1 + 6 * len(sizes), 6), layout="constrained", sharey=True,
                                   squeeze=False)
     for axes, group in zip(panels[0], sizes):
@@ -241,22 +274,30 @@ def draw(rows):
 
 
 def main():
-    todo, numbers = parse_starts(), parse_seeds()
+    todo, numbers, rates = parse_starts(), parse_seeds(), parse_rates()
     folder = Path(out_dir)
     settings = dict(base=[base, age(base)], dataset=[dataset, age(Path("data", dataset))])
     training_settings = dict(settings, config=Path(train_config).read_text(), steps=steps)
     rows = [dict(once(folder / "base.json", settings, score_base, folder / "base_score.json"), name="dense base")]
     for seed in numbers:
         for name, command, training in todo:
-            place = folder / re.sub(r"\W+", "_", name).strip("_")
+            place = folder / folder_name(name)
             result = once(place / "start.json", dict(settings, command=command), make_start, place, command)
             row = next((row for row in rows if row["name"] == name), None)
             if row is None:
                 rows.append(row := dict(result, name=name, runs=[]))
-            key = dict(training_settings, start=age(place / "start.pt"), training=training, seed=seed,
-                       is_exported=seed == numbers[0])
-            row["runs"].append(once(place / f"seed_{seed}.json", key, train_start, place / f"seed_{seed}",
-                                    place / "start.pt", training, seed, seed == numbers[0]))
+            is_first, runs = seed == numbers[0], {}
+            for rate in rates if is_first else [row["learning_rate"]]:
+                options = [f"--learning_rate={rate}", *training] if rate else training
+                where = place / (f"rate_{rate}_seed_{seed}" if rate else f"seed_{seed}")
+                key = dict(training_settings, start=age(place / "start.pt"), training=options, seed=seed,
+                           is_exported=is_first)
+                runs[rate] = once(Path(f"{where}.json"), key, train_start, where, place / "start.pt", options, seed,
+                                  is_first)
+            best = min(runs, key=lambda rate: runs[rate]["after"])
+            if is_first:
+                row |= dict(learning_rate=best, losses_by_rate={rate: run["after"] for rate, run in runs.items() if rate})
+            row["runs"].append(runs[best])
         for path, text in (("results.json", json.dumps(rows, indent=2) + "\n"), ("table.md", table(rows))):
             with replacing(folder / path, "w") as file:
                 file.write(text)

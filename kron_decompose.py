@@ -13,7 +13,7 @@ dim_1 divides n_embd, dim_2 divides 4 n_embd: they are the sides of A in c_fc, a
 Van Loan's decomposition is nearest to the weights. With --calibrate it is only where the factors start from: they are then
 fitted to what the weights do to text of a data set, one matrix after the other, which keeps far more of what the model
 has learnt. This takes minutes, and a GPU helps. With --calibrate and no shape, the shapes within the budget are ranked by
-the error that each would make on the text, the best ones tried on held-out text, and the best one of these is written.
+the error that each would make on the text, the best ones tried on other text of it, and the best one of these is written.
 """
 from configurator import UsageError, run
 
@@ -140,14 +140,14 @@ def find_shape(model, text, limit):
     from budget import search
     from calibration import calibration_text
 
-    held_out = calibration_text(calibrate, calibration_tokens, model.config, device, split="val")
+    held_out = calibration_text(calibrate, calibration_tokens, model.config, device, between=True)
     shapes, candidates = search(model, text, held_out, limit, van_loan)
     print(f"the best {min(SHOWN, len(shapes))} of {len(shapes)} shapes by the error that they put into the residual stream")
     print_shapes(shapes[:SHOWN])
-    print("calibrated on the whole model, without refinement:\n  loss on held-out text  shape")
+    print("calibrated on the whole model, without refinement:\n  loss on other text  shape")
     for c in candidates:
         factors = c.factors[0] if len(set(c.factors)) == 1 else ",".join(map(str, c.factors))
-        print(f"{c.loss:>23.4f}  {c.dim_1} {c.dim_2} {factors}")
+        print(f"{c.loss:>20.4f}  {c.dim_1} {c.dim_2} {factors}")
     return candidates[0].dim_1, candidates[0].dim_2, candidates[0].factors
 
 

@@ -269,7 +269,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, W, targets, dtype, with_grad, teacher):
         n = (targets != IGNORE_INDEX).sum().clamp(min=1)
         with_grad_x, with_grad_W = (with_grad and needed for needed in ctx.needs_input_grad[:2])
-        W_cast = W.to(dtype)
+        W_cast, teacher_W = W.to(dtype), teacher.W.to(dtype) if teacher else None
         grad_x = torch.empty_like(x) if with_grad_x else None
         grad_W = None
         total = x.new_zeros((), dtype=torch.float32)
@@ -282,7 +282,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             wanted = wanted.clamp(min=0)
             logits = torch.mm(rows, W_cast.T, out=buffer[:len(rows)]).float()  # (chunk, vocab_size)
             if teacher:
-                teacher_logits = teacher.x[start:start + chunk].to(dtype) @ teacher.W.to(dtype).T
+                teacher_logits = teacher.x[start:start + chunk].to(dtype) @ teacher_W.T
                 kl, kl_grad = divergence(logits, teacher_logits.float(), teacher.temperature)
                 total += share * (kl * kept).sum()
             highest = logits.amax(dim=1, keepdim=True)

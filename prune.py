@@ -98,8 +98,11 @@ def check_options():
         raise UsageError(f"--select is even, odd, norm or contribution, not {select}")
     if offset and select != "even":
         raise UsageError(f"--offset goes with --select=even, not {select}")
-    if (refit or select == "contribution") and not calibrate:
+    needs_text = refit or select == "contribution"
+    if needs_text and not calibrate:
         raise UsageError("--refit and --select=contribution need text: name a data set with --calibrate")
+    if calibrate and not needs_text:
+        raise UsageError("--calibrate is for --refit=True or --select=contribution")
 
 
 def main():
@@ -129,6 +132,7 @@ def main():
     config = dict(init_from=init_from, dim=dim, keep=keep, offset=kept, epsilon=epsilon, select=select, refit=refit,
                   calibrate=calibrate, calibration_tokens=calibration_tokens)
     shape = dim_1, dim_2, [1] * model.config.n_layer, approximate
+    checkpoint.check_is_file(path)
     if calibrate:
         from calibration import calibration_text
 

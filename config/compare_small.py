@@ -4,8 +4,9 @@ base = "out/demo/base/best.pt"
 train_config = "config/compare_small_train.py"
 dataset = "pydocs"
 out_dir = "out/compare_small"
+learning_rates = "3e-4,1e-3,3e-3"
 
-starts = """
+starts = f"""
 dense, trained on: kron_decompose.py 128 512 1
 Van Loan (128, 128, 1): kron_decompose.py 128 128 1
 calibrated (128, 128, 1): kron_decompose.py 128 128 1 --calibrate=pydocs
@@ -15,6 +16,7 @@ SVD (128, 1, 25): kron_decompose.py 128 1 25
 calibrated (128, 1, 25): kron_decompose.py 128 1 25 --calibrate=pydocs
 a quarter of the hidden units, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pydocs
 one block in four: prune.py --dim=layer --keep=4
+distilled (128, 1, 25), equal steps: kron_decompose.py 128 1 25 --calibrate=pydocs | --teacher={base}
 budget search, a quarter: kron_decompose.py --budget=0.4495M --calibrate=pydocs
 even rows kept: prune.py
 Van Loan (128, 256, 1): kron_decompose.py 128 256 1

@@ -1,8 +1,7 @@
-# What each start of config/compare_small.py gets: 300 steps of 512 bytes.
+# What each start of config/compare_small.py gets: 300 steps of 512 bytes, each at its own learning rate.
 batch_size = 4
 gradient_accumulation_steps = 1
 max_iters = 300
-learning_rate = 1e-3
 warmup_iters = 20
 beta2 = 0.99
 eval_interval = 150

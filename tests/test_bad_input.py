@@ -147,6 +147,8 @@ ROWS |= {command: (command, words) for command, words in {
     "prepare_pydocs.py --val_fraction=2": "--val_fraction",
     "compare.py --starts=nonsense": "--starts: a start is",
     "compare.py --seeds=x": "--seeds is a whole number or a comma list",
+    "compare.py --learning_rates=1e-4,0": "--learning_rates is a number above 0",
+    "compare.py --starts=": "names no start",
     "bench.py everything": "bench.py takes models, layer, tokenize and",
     "bench.py --shapes=1": "shapes are written",
 }.items()}

@@ -67,6 +67,9 @@ def test_uneven_factors_come_to_the_same_in_all_and_go_where_they_help(dense):
     shape = budget.Shape(16, 1, 8, 0, 0.0, 0)
     factors = budget.uneven_factors(probes, van_loan, shape, 2)
     assert sum(factors) == 16 and factors[0] < factors[1]
+    shape.n_factors = 14
+    factors = budget.uneven_factors(probes, van_loan, shape, 2)
+    assert sum(factors) == 28 and max(factors) <= 16  # more are none's use
 
 
 def test_the_search_gives_the_loss_of_the_models_it_tried_and_puts_the_best_first(dense):

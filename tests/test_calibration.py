@@ -1,6 +1,7 @@
 """calibration.py against plain dense least squares, numpy's SVD and the model's own losses."""
 import copy
 import json
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -228,6 +229,15 @@ def test_dense_shape_keeps_the_function(trained):
     assert loss(new, tokens) == pytest.approx(loss(model, tokens), abs=2e-3)
 
 
+def test_hidden_units_that_are_gone_cost_nothing(trained):
+    model, tokens = copy.deepcopy(trained[0]), trained[1]
+    for block in model.transformer.h:
+        block.mlp.c_proj_0.data[:, ::2] = 0  # what pruning leaves
+    for shape in ((32, 1, [16, 16]), (32, 32, [1, 1])):
+        new, fits = calibrate(model, tokens[:, :-1], *shape, van_loan)
+        assert all(0 <= f.output_error < 1 for f in fits) and math.isfinite(loss(new, tokens))
+
+
 def test_another_order_is_the_same_function(small_model):
     generator = torch.Generator().manual_seed(0)
     hidden = [torch.randperm(256, generator=generator) for _ in range(2)]
@@ -289,7 +299,8 @@ def test_pruning_by_contribution_and_refitting(trained, workdir, dim, shape):
 
 @pytest.mark.parametrize("options, said", [
     (["--refit=True"], "--calibrate"), (["--select=contribution"], "--calibrate"), (["--select=best"], "not best"),
-    (["--select=norm", "--offset=1"], "--offset"), (["--refit=True", "--calibrate=nothing"], "data/nothing")])
+    (["--select=norm", "--offset=1"], "--offset"), (["--refit=True", "--calibrate=nothing"], "data/nothing"),
+    (["--calibrate=pattern"], "--refit"), (["--dim=layer", "--calibrate=pattern"], "--refit")])
 def test_pruning_with_wrong_options(trained, workdir, options, said):
     checkpoint.save("dense.pt", trained[0])
     done = run_here("prune.py", "--init_from=dense.pt", "--out=pruned.pt", *options)
@@ -338,7 +349,7 @@ def test_script_searches_a_budget_and_writes_the_best(trained, workdir):
     new, _ = checkpoint.load("checkpoints/best_26K.pt")
     assert 0.95 * 26_000 < sum(p.numel() for p in new.parameters()) <= 26_000
     assert [str(new.config.dim_1), str(new.config.dim_2)] == list(tried[0][1:3])
-    x, y = calibration.calibration_text("pattern", 1024, model.config, "cpu", split="val")
+    x, y = calibration.calibration_text("pattern", 1024, model.config, "cpu", between=True)
     with torch.no_grad():
         logp = new(x).log_softmax(-1).gather(2, y[:, :, None])
     assert -logp.mean().item() == pytest.approx(float(tried[0][0]), abs=1e-4)

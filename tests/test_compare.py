@@ -12,6 +12,7 @@ from conftest import run_here
 
 import checkpoint
 import compare
+from configurator import UsageError
 from model import KronyGPT, KronyGPTConfig
 
 
@@ -91,11 +92,56 @@ def test_the_share_taken_back_is_against_the_same_shape_and_the_dense_model_trai
                     seconds=1, runs=[dict(after=loss, seconds=1, curve=[]) for loss in after])
 
     rows = [dict(row("base", 100, [4, 16, 1], 1.0), runs=[]), row("dense", 100, [4, 16, 1], 1.0, 0.8, 1.0),
+            row("dense, distilled", 100, [4, 16, 1], 1.0, 0.9),
             row("plain", 50, [4, 8, 1], 5.0, 1.9), row("fitted", 50, [4, 8, 1], 2.0, 1.1),
             row("other", 50, [2, 8, 1], 3.0, 1.5)]
-    assert [compare.taken_back(rows, r) for r in rows[2:]] == ["", "75% → 80%", ""]
-    del rows[1]
+    assert [compare.taken_back(rows, r) for r in rows[1:]] == ["", "", "", "75% → 80%", ""]
+    del rows[1:3]
     assert compare.taken_back(rows, rows[2]) == "75%"
+
+
+def test_each_start_goes_on_with_its_best_learning_rate(calls, monkeypatch):
+    monkeypatch.setattr(compare, "learning_rates", "1e-3,1e-2")
+    compare.main()
+    training = [call for call in calls if call[0] == "train.py"]
+    assert [sum(f"--seed={seed}" in call for call in training) for seed in (3, 1)] == [6, 3]
+    table = Path("out/table.md").read_text()
+    assert "the best of 0.001, 0.01 with the first seed" in table
+    for row in json.loads(Path("out/results.json").read_text())[1:]:
+        losses = {rate: json.loads(Path("out", row["name"], f"rate_{rate}_seed_3", "after.json").read_text())["walk"]["loss"]
+                  for rate in ("0.001", "0.01")}
+        best = min(losses, key=losses.get)
+        assert row["losses_by_rate"] == losses and row["runs"][0]["after"] == losses[best]
+        assert str(row["learning_rate"]) == best and Path("out", row["name"], f"rate_{best}_seed_1.json").exists()
+        assert re.search(rf"^\| {row['name']} .*\| {best} \|", table, re.M)
+    calls.clear()
+    compare.main()
+    assert not calls
+
+
+def test_a_training_that_was_stopped_is_no_result(calls, monkeypatch):
+    run = subprocess.run
+
+    def stop_early(command):
+        done = run(command)
+        if "train.py" in command[1]:
+            content = torch.load("out/whole/seed_3/ckpt.pt", weights_only=True)
+            torch.save(dict(content, iter_num=2), "out/whole/seed_3/ckpt.pt")
+        return done
+
+    monkeypatch.setattr(subprocess, "run", stop_early)
+    with pytest.raises(compare.StepError, match="stopped after 2 of 4 steps"):
+        compare.main()
+    assert not Path("out/whole/seed_3.json").exists()
+
+
+@pytest.mark.parametrize("starts, said", [
+    ("a: prune.py '", "No closing quotation in \"a: prune.py '\""),
+    ("a.b: prune.py\na-b: prune.py --offset=1", "another start has the name 'a-b'"), ("\n", "names no start")])
+def test_starts_that_cannot_be_told_apart_or_read(starts, said, monkeypatch):
+    monkeypatch.setattr(compare, "starts", starts)
+    with pytest.raises(UsageError, match=re.escape(said)):
+        compare.parse_starts()
 
 
 def test_a_script_that_fails_ends_the_comparison_in_one_line(calls, monkeypatch):

@@ -106,11 +106,14 @@ def test_steps_are_those_of_a_plain_loop_over_transformers(tokens, gpt2_dir):
         assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_two_processes_give_the_losses_of_one(tokens, tmp_path):
-    run_train("--out_dir=one", "--max_iters=50")
+@pytest.mark.parametrize("taught", [[], ["--teacher=teacher/best.pt"]])
+def test_two_processes_give_the_losses_of_one(tokens, taught):
+    if taught:
+        run_train("--out_dir=teacher", "--max_iters=60", "--eval_interval=60")
+    run_train("--out_dir=one", "--max_iters=50", *taught)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    said = subprocess.run([*command, *RUN, "--out_dir=two", "--max_iters=50"], capture_output=True, text=True, timeout=100,
-                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+    said = subprocess.run([*command, *RUN, "--out_dir=two", "--max_iters=50", *taught], capture_output=True, text=True,
+                          timeout=100, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert said.returncode == 0, said.stderr
     one, two = losses_of("one"), losses_of("two")
     assert list(one) == list(two) == list(range(1, 51))
