@@ -100,8 +100,8 @@ class Probe:
 
 @torch.no_grad()
 def probe(model, text, layers):
-    """The Probes of some layers of a model on (windows, T) tokens."""
-    stream, probes = Stream(model, text), []
+    """Yields the Probes of some layers of a model on (windows, T) tokens, of some 200 C² bytes each."""
+    stream = Stream(model, text)
     for layer, block in enumerate(model.transformer.h):
         stream.attend(layer)
         if layer not in layers:
@@ -114,8 +114,7 @@ def probe(model, text, layers):
             statistics.add(z, h)
         W, W_proj = (kron_weight(*pair) for pair in block.mlp.factor_pairs())
         variance = stream.x.flatten(0, 1).var(0).sum().item()
-        probes.append(Probe(fc, proj, W, W_proj, statistics.contribution(), statistics.sensitivity(), variance))
-    return probes
+        yield Probe(fc, proj, W, W_proj, statistics.contribution(), statistics.sensitivity(), variance)
 
 
 @torch.no_grad()
@@ -125,16 +124,16 @@ def loss_on(model, x, y):
     return (sum(model(x[rows], y[rows]).item() * len(x[rows]) for rows in batches(x)) / len(x))
 
 
-def uneven_factors(probes, van_loan, shape, n_layer):
+def uneven_factors(probes, van_loan, shape, config):
     """Factors for each layer that come to those of the shape in all, spent where the predicted error falls most: from
     the fewest that are tried on, the layer with the largest gain per factor gets its next share.
 
     Args:
-        probes: one for each layer.
+        probes: yields one for each layer.
+        config: the KronyGPTConfig of the model.
     """
-    C, hidden = probes[0].W.shape
-    sides = shape.dim_1 * shape.dim_2
-    most = min(sides, C * hidden // sides)  # which reach every matrix
+    n_layer, sides = config.n_layer, shape.dim_1 * shape.dim_2
+    most = min(sides, config.n_embd * config.n_hidden // sides)  # which reach every matrix
     steps = sorted({min(most, max(1, round(share * shape.n_factors))) for share in SHARES})
     curves = [[probe.error(van_loan, shape.dim_1, shape.dim_2, r, QUICK_STEPS) for r in steps] for probe in probes]
     factors, chosen, left = [steps[0]] * n_layer, [0] * n_layer, n_layer * (shape.n_factors - steps[0])
@@ -186,8 +185,7 @@ def search(model, text, held_out, limit, van_loan):
     mirrored = 1, model.config.n_hidden  # the same sums as (C, 1): low rank
     shapes = [s for s in shapes_within(model.config, limit) if (s.dim_1, s.dim_2) != mirrored]
     layers = sorted({round(i * (n_layer - 1) / max(1, PROBED_LAYERS - 1)) for i in range(PROBED_LAYERS)})
-    probes = probe(model, text, range(n_layer))
-    few = [probes[layer] for layer in layers]
+    few = list(probe(model, text, layers))
 
     def mean_error(shape, probes, steps):
         return sum(p.error(van_loan, shape.dim_1, shape.dim_2, shape.n_factors, steps) for p in probes) / len(probes)
@@ -206,7 +204,7 @@ def search(model, text, held_out, limit, van_loan):
     tried = [candidate(s.dim_1, s.dim_2, [s.n_factors] * n_layer) for s in shapes[:TRIED]]
     shape = shapes[min(range(len(tried)), key=lambda i: tried[i].loss)]
     if shape.n_factors > 1:
-        factors = uneven_factors(probes, van_loan, shape, n_layer)
+        factors = uneven_factors(probe(model, text, range(n_layer)), van_loan, shape, model.config)
         if len(set(factors)) > 1:
             tried.append(candidate(shape.dim_1, shape.dim_2, factors))
     return shapes, sorted(tried, key=lambda c: c.loss)

@@ -48,7 +48,7 @@ def test_no_shape_is_one_clear_line():
 
 def probes_of(dense):
     x = torch.randint(64, (40, 32), generator=torch.Generator().manual_seed(1))
-    return budget.probe(dense, x, range(2)), x
+    return list(budget.probe(dense, x, range(2))), x
 
 
 def test_the_error_of_a_probe_falls_to_nothing_with_all_factors(dense):
@@ -65,10 +65,10 @@ def test_uneven_factors_come_to_the_same_in_all_and_go_where_they_help(dense):
             p[0] = U[:, :2] * S[:2] @ V[:2]
     probes, _ = probes_of(dense)
     shape = budget.Shape(16, 1, 8, 0, 0.0, 0)
-    factors = budget.uneven_factors(probes, van_loan, shape, 2)
+    factors = budget.uneven_factors(probes, van_loan, shape, CONFIG)
     assert sum(factors) == 16 and factors[0] < factors[1]
     shape.n_factors = 14
-    factors = budget.uneven_factors(probes, van_loan, shape, 2)
+    factors = budget.uneven_factors(probes, van_loan, shape, CONFIG)
     assert sum(factors) == 28 and max(factors) <= 16  # more are none's use
 
 

@@ -322,6 +322,17 @@ def make_data(tokens):
         vocab_size=256, tokenizer="bytes", tokens={}, documents={}, source="a test")))
 
 
+def test_finalists_are_compared_on_other_text_than_they_are_calibrated_on(workdir):
+    make_data(torch.arange(1024))
+    Path("data/pattern/meta.json").write_text(json.dumps(dict(
+        vocab_size=50257, tokenizer="gpt2", tokens={}, documents={}, source="a test")))
+    config = KronyGPTConfig(block_size=32, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
+    x, _ = calibration.calibration_text("pattern", 320, config, "cpu")
+    between, y = calibration.calibration_text("pattern", 320, config, "cpu", between=True)
+    assert x.shape == (10, 32) and between.shape == (9, 32) and torch.equal(y, between + 1)
+    assert not set(x.flatten().tolist()) & set(between.flatten().tolist())
+
+
 def test_script_calibrates(trained, workdir):
     model, tokens = trained
     checkpoint.save("dense.pt", model)
