@@ -145,8 +145,13 @@ def configure(namespace, argv, takes_positionals=True):
             positionals.append(arg)
     changed = {name: namespace[name] for name in types if namespace[name] != defaults[name]}
     if changed and os.environ.get("RANK", "0") == "0":
-        print("options:", ", ".join(f"{name}={value}".replace("\n", "\\n") for name, value in changed.items()))
+        print("options:", ", ".join(f"{name}={in_one_line(value)}" for name, value in changed.items()))
     return positionals
+
+
+def in_one_line(value):
+    n_lines = len(str(value).strip().splitlines())
+    return f"({n_lines} lines)" if n_lines > 1 else str(value).replace("\n", "\\n")
 
 
 def option_comments(path):

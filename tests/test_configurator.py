@@ -158,6 +158,8 @@ def test_only_changed_options_are_printed(say, config):
         "options: learning_rate=0.25, top_k=3", "got x nowhere [8, 0.25, False, 'first', None, 3]"]
     assert say("x", "here").stdout == "got x here [8, 0.5, False, 'first', None, None]\n"
     assert "options:" not in say("x", "--top_k=3", env={"RANK": "1"}).stdout
+    for name, shown in (("\\n", "\\n"), ("a\nb\n", "(2 lines)")):
+        assert say("x", f"--name={name}").stdout.splitlines()[0] == f"options: name={shown}"
 
 
 def test_an_unknown_option_names_the_nearest(say, config):
