@@ -80,7 +80,7 @@ class Probe:
     W_proj: torch.Tensor  # [4C, C]
     contribution: torch.Tensor  # [4C], see HiddenStatistics
     sensitivity: torch.Tensor  # [4C]
-    variance: float  # of the residual stream behind the block, summed over its dimensions
+    variance: float  # of the residual stream after the block, summed over its dimensions
 
     def error(self, van_loan, dim_1, dim_2, r, steps):
         """The squared error that r factors of (dim_1, dim_2), fitted to this block, put into the residual stream, as a
@@ -119,7 +119,7 @@ def probe(model, text, layers):
 
 @torch.no_grad()
 def loss_on(model, x, y):
-    """Mean cross entropy in nats of tokens y (windows, T) behind x (windows, T)."""
+    """Mean cross entropy in nats of tokens y (windows, T) after x (windows, T)."""
     model.eval()
     return (sum(model(x[rows], y[rows]).item() * len(x[rows]) for rows in batches(x)) / len(x))
 

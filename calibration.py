@@ -293,7 +293,7 @@ class Stream:
         """Go through a block's MLP, a batch after the other.
 
         Yields:
-            rows: slice of the windows of a batch, which get the MLP's output behind the yield;
+            rows: slice of the windows of a batch, which get the MLP's output after the yield;
             x (tokens, C), z (tokens, 4C), h (tokens, 4C), y (tokens, C): the MLP's input, its pre-activations,
                 activations and output.
         """
@@ -480,7 +480,7 @@ def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, 
         approximate: function (W [m, n], dim_1, dim_2, n_factors) -> A, B of one matrix, to start from: van_loan.
         fixed_B: keep the B that approximate gives, and fit A alone.
         reorder: put the hidden units into the order of interleave() first.
-        refine_steps: gradient steps on each block behind the closed form.
+        refine_steps: gradient steps on each block after the closed form.
 
     Returns:
         (new model, [Fit])
@@ -523,8 +523,8 @@ def calibrate(model, tokens, dim_1, dim_2, factors, approximate, fixed_B=False, 
 
 
 def refine(dense, compressed, layer, steps):
-    """Gradient steps on the MLP of one block, towards the dense model's hidden states behind it (AA-SVD, arXiv
-    2604.02119, does this for low rank): `dense` is behind the block, `compressed` in front of its MLP."""
+    """Gradient steps on the MLP of one block, towards the dense model's hidden states after it (AA-SVD, arXiv
+    2604.02119, does this for low rank): `dense` is past the block, `compressed` in front of its MLP."""
     mlp = compressed.model.transformer.h[layer].mlp
     trained = [p.requires_grad_() for p in mlp.parameters()]
     optimizer = torch.optim.Adam(trained, lr=REFINE_RATE)
@@ -578,14 +578,14 @@ def save_calibrated(model, text, path, config, *shape, **options):
         text: (windows, T) tokens, on the device to use.
         path: of the .pt file.
         config: the options to keep in it.
-        shape, options: what calibrate() takes behind the tokens.
+        shape, options: what calibrate() takes after the tokens.
     """
     checkpoint.check_is_file(path)
     start = time.perf_counter()
     new, fits = calibrate(model.to(text.device), text, *shape, **options)
     seconds = time.perf_counter() - start
     print("relative errors of the weights ‖W - Ŵ‖/‖W‖ and of what comes out on real text, uncalibrated → fitted"
-          f"{', behind which each block was refined' if options.get('refine_steps') else ''}\n"
+          f"{', after which each block was refined' if options.get('refine_steps') else ''}\n"
           f"{'layer':>5}  {'matrix':<6}  {'factors':>7}  {'weights':>17}  {'output':>17}")
     for f in fits:
         print(f"{f.layer:>5}  {f.name:<6}  {f.n_factors:>7}  {f.weight_error_before:>7.4f} → {f.weight_error:>7.4f}  "

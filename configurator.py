@@ -119,7 +119,7 @@ def configure(namespace, argv, takes_positionals=True):
 
     Args:
         namespace: the globals of the script; its options are overwritten in place.
-        argv: the arguments behind the script's name.
+        argv: the arguments after the script's name.
         takes_positionals: whether the script has positional arguments at all.
 
     Returns:
@@ -155,7 +155,7 @@ def in_one_line(value):
 
 
 def option_comments(path):
-    """The comment behind each module-level assignment of a script: {name: comment}."""
+    """The comment after each module-level assignment of a script: {name: comment}."""
     with tokenize.open(path) as file:
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(file.readline)
                     if t.type == tokenize.COMMENT}

@@ -21,7 +21,7 @@ init_from = "gpt2"  # what is decomposed: a hub name, a Hugging Face directory o
 out: str | None = None  # the file to write, in the place of checkpoints/VL_....pt
 calibrate: str | None = None  # a data set under data/, to whose text the factors are fitted
 calibration_tokens = 32768  # how many of its tokens
-refine_steps = 400  # gradient steps on each block behind the closed form of the calibration; 0 for none
+refine_steps = 400  # gradient steps on each block after the closed form of the calibration; 0 for none
 device = ""  # of the calibration: cuda, cpu, ...: what there is if left out
 budget = "82M"  # parameters in all, for the table of shapes and the search among them
 

@@ -351,7 +351,7 @@ def main():
     signal.signal(signal.SIGINT, on_signal)
 
     def must_stop():
-        """Whether any process was told to stop: all of them stop behind the same step."""
+        """Whether any process was told to stop: all of them stop after the same step."""
         flag = torch.tensor(int(stop_signal is not None))
         if world_size > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
