@@ -38,6 +38,17 @@ def workdir(tmp_path, monkeypatch):
     return tmp_path
 
 
+class StandIn:
+    """A module with some of its names replaced: for the name of a module inside the module under test, since a function
+    replaced in the module itself is replaced for every library in the process."""
+
+    def __init__(self, module, **replaced):
+        self.__dict__.update(replaced, module=module)
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
 @torch.no_grad()
 def randomize_vectors(model):
     """Move biases from 0 and layer norms from 1, where a lost one would not show."""

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import StandIn
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import files
 from checkpoint import CheckpointError
 
 IDX = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -293,7 +295,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_alone(small_model, tmp_path, mo
         file.write(b"half of it")
         raise error
 
-    monkeypatch.setattr(torch, "save", failing_save)
+    monkeypatch.setattr(checkpoint, "torch", StandIn(torch, save=failing_save))
     with pytest.raises(shown):
         checkpoint.save(path, small_model, iter_num=2)
     assert path.read_bytes() == before
@@ -303,17 +305,17 @@ def test_a_failed_save_leaves_the_old_checkpoint_alone(small_model, tmp_path, mo
 def test_the_new_checkpoint_takes_the_name_only_when_it_is_on_disk(small_model, tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     checkpoint.save(path, small_model, iter_num=1)
-    synced, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: [synced.append(file), fsync(file)])
+    synced = []
 
     def checked_replace(new, old):
         assert synced, "renamed before it is on disk"
         assert torch.load(path, weights_only=True)["iter_num"] == 1
         assert torch.load(new, weights_only=True)["iter_num"] == 2
         assert Path(new).parent == path.parent
-        replace(new, old)
+        os.replace(new, old)
 
-    monkeypatch.setattr(os, "replace", checked_replace)
+    monkeypatch.setattr(files, "os", StandIn(os, fsync=lambda file: [synced.append(file), os.fsync(file)],
+                                             replace=checked_replace))
     checkpoint.save(path, small_model, iter_num=2)
     assert torch.load(path, weights_only=True)["iter_num"] == 2
     assert len(synced) == 2  # the file and its directory

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
+from conftest import StandIn, run_here
 
 import checkpoint
 import compare
@@ -43,7 +43,7 @@ def calls(workdir, monkeypatch):
         assert done.returncode == 0, done.stderr
         return done
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(compare, "subprocess", StandIn(subprocess, run=run))
     return called
 
 
@@ -120,7 +120,7 @@ def test_each_start_goes_on_with_its_best_learning_rate(calls, monkeypatch):
 
 
 def test_a_training_that_was_stopped_is_no_result(calls, monkeypatch):
-    run = subprocess.run
+    run = compare.subprocess.run
 
     def stop_early(command):
         done = run(command)
@@ -129,7 +129,7 @@ def test_a_training_that_was_stopped_is_no_result(calls, monkeypatch):
             torch.save(dict(content, iter_num=2), "out/whole/seed_3/ckpt.pt")
         return done
 
-    monkeypatch.setattr(subprocess, "run", stop_early)
+    monkeypatch.setattr(compare, "subprocess", StandIn(subprocess, run=stop_early))
     with pytest.raises(compare.StepError, match="stopped after 2 of 4 steps"):
         compare.main()
     assert not Path("out/whole/seed_3.json").exists()
@@ -145,7 +145,8 @@ def test_starts_that_cannot_be_told_apart_or_read(starts, said, monkeypatch):
 
 
 def test_a_script_that_fails_ends_the_comparison_in_one_line(calls, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 2))
+    monkeypatch.setattr(compare, "subprocess",
+                        StandIn(subprocess, run=lambda command: subprocess.CompletedProcess(command, 2)))
     with pytest.raises(compare.StepError, match=re.escape("perplexity.py failed; see above")):
         compare.main()
     assert not Path("out/results.json").exists()
