@@ -1,4 +1,4 @@
-"""Options for every script: its own defaults, then config files and --key=value in the order given.
+"""Options and errors of every script: its own defaults, then config files and --key=value in the order given.
 
 A script's lower-case module-level values of type bool, int, float and str are its options; an option without a
 default is annotated with its type (`budget: str | None = None`). A script ends with
@@ -8,12 +8,14 @@ default is annotated with its type (`budget: str | None = None`). A script ends 
 
 and the parameters of main() are its positional arguments. Config files are Python that assigns options, as in nanoGPT:
 
-    python train.py config/train_gpt2.py --batch_size=32 --wandb_run_name=first    # the .py may be left out
+    python train.py config/train_gpt2.py --batch_size=32 --wandb_run_name=first    # the .py is optional
     python train.py --help
 """
 import ast
 import difflib
 import inspect
+import math
+import operator
 import os
 import sys
 import tokenize
@@ -23,8 +25,39 @@ from typing import get_args
 OPTION_TYPES = (bool, int, float, str)
 
 
-class UsageError(Exception):
-    """A command line that cannot be obeyed; the message is one line that says what is wrong and what to do."""
+class UserError(Exception):
+    """An error that a person can act on: one line that says what is wrong, where, and what to do.
+
+    `status` is the script's exit status: 2 for wrong arguments and missing files, 1 for anything else.
+    """
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+def check_range(namespace, names, at_least=None, above=None, at_most=None, below=None):
+    """Raise UserError unless options are finite numbers in a range; None, an option without a value, passes.
+
+    Args:
+        namespace: the globals of a script.
+        names: of options in it, separated by spaces.
+        at_least, above, at_most, below: the bounds.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
+    for name in names.split():
+        value = namespace[name]
+        holds = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+        if value is not None and not (-math.inf < value < math.inf and all(holds[w](value, b) for w, b in bounds.items())):
+            wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items()) or "a finite number"
+            raise UserError(f"--{name} is {wanted}, not {value}")
+
+
+def check_choice(namespace, name, *choices):
+    """Raise UserError unless an option is one of some words."""
+    if namespace[name] not in choices:
+        raise UserError(f"--{name} is {', '.join(choices[:-1])} or {choices[-1]}, not {namespace[name]}")
 
 
 def option_types(namespace):
@@ -44,7 +77,7 @@ def option_types(namespace):
 def unknown_option(name, types, where=""):
     nearest = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
     hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists the options"
-    return UsageError(f"unknown option --{name}{where}: {hint}")
+    return UserError(f"unknown option --{name}{where}: {hint}")
 
 
 def parse_value(name, text, wanted):
@@ -63,29 +96,29 @@ def checked_value(name, value, wanted, where=""):
         return float(value)
     if type(value) is not wanted:
         example = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[wanted]
-        raise UsageError(f"--{name} takes {example}, not {value!r}{where}")
+        raise UserError(f"--{name} takes {example}, not {value!r}{where}")
     return value
 
 
 def read_config_file(path, namespace, types):
-    """Execute a config file over the options as they stand, and return those that it assigned."""
+    """Execute a config file with the current options as its globals, and return the options that it assigned."""
     where = f" (in {path})"
     try:
         code = compile(Path(path).read_text(), str(path), "exec")
     except FileNotFoundError:
-        raise UsageError(f"no config file {path}") from None
+        raise UserError(f"no config file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read config file {path}: {error}") from None
+        raise UserError(f"cannot read config file {path}: {error}") from None
     except SyntaxError as error:
-        raise UsageError(f"{path}, line {error.lineno}: {error.msg}") from None
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
     before = {name: namespace[name] for name in types}
-    optional = namespace.get("__annotations__", {})  # those that None is a value of
+    optional = namespace.get("__annotations__", {})  # options that may be None
     scope = dict(before, __file__=str(path), __name__="config")
     try:
         exec(code, scope)
-    except (Exception, SystemExit) as error:  # the file is the user's program: what it raises is reported as theirs
+    except (Exception, SystemExit) as error:  # an error in the user's program is the user's
         line = next((t.tb_lineno for t in iterate_traceback(error) if t.tb_frame.f_code is code), "?")
-        raise UsageError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     for name, value in scope.items():
         if name not in types and not name.startswith("_") and type(value) in OPTION_TYPES:
             raise unknown_option(name, types, where)
@@ -126,7 +159,7 @@ def configure(namespace, argv, takes_positionals=True):
         The positional arguments, a list of strings.
 
     Raises:
-        UsageError: unknown option, wrong type, missing or failing config file.
+        UserError: unknown option, wrong type, missing or failing config file.
     """
     types = option_types(namespace)
     defaults = {name: namespace[name] for name in types}
@@ -137,7 +170,7 @@ def configure(namespace, argv, takes_positionals=True):
             if name not in types:
                 raise unknown_option(name, types)
             if not equals and types[name] is not bool:
-                raise UsageError(f"--{name} needs a value: --{name}=...")
+                raise UserError(f"--{name} needs a value: --{name}=...")
             namespace[name] = parse_value(name, text, types[name]) if equals else True
         elif config := as_config_file(arg, takes_positionals):
             namespace.update(read_config_file(config, namespace, types))
@@ -189,16 +222,14 @@ def print_help(main):
 def run(main):
     """Run a script: configure its module's options, call main with the positional arguments, and exit.
 
-    Errors that a person can act on become one line on stderr: exit status 2 for wrong arguments and missing files,
-    1 for anything else. They are UsageError, OSError, and any exception that says `exit_status` (the errors of
-    model.py, data.py and checkpoint.py); everything else is a bug and keeps its traceback.
+    Errors that a person can act on become one line on stderr: UserError with its status, FileNotFoundError and its
+    kind with exit status 2, any other OSError with 1. Everything else is a bug and keeps its traceback.
     """
     argv = sys.argv[1:]
-    if "--help" in argv or "-h" in argv:
-        print_help(main)
-        sys.exit(0)
     parameters = inspect.signature(main).parameters
     try:
+        if "--help" in argv or "-h" in argv:
+            return print_help(main)
         positionals = configure(main.__globals__, argv, takes_positionals=bool(parameters))
         required = sum(p.default is inspect.Parameter.empty for p in parameters.values())
         if not required <= len(positionals) <= len(parameters):
@@ -206,17 +237,14 @@ def run(main):
             problem = f"unexpected argument {extra[0]!r}" if extra else "missing argument"
             if extra and not parameters:
                 problem = f"no config file {extra[0]}"
-            raise UsageError(f"{problem}; usage: {usage(main)}")
+            raise UserError(f"{problem}; usage: {usage(main)}")
         main(*positionals)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
-    except BrokenPipeError:  # the reader of our output has gone (`... | head`): nothing is left to say
+    except BrokenPipeError:  # the reader of our output has gone (`... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except Exception as error:
-        missing = isinstance(error, (UsageError, FileNotFoundError, NotADirectoryError, IsADirectoryError))
-        status = getattr(error, "exit_status", 2 if missing else 1)
-        if not (missing or isinstance(error, OSError) or hasattr(error, "exit_status")):
-            raise
+    except (UserError, OSError) as error:
+        is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(status)
+        sys.exit(getattr(error, "status", 2 if is_missing else 1))

@@ -9,8 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import tiktoken
+import torch
 
-from files import ASIDE, lock, remove_leftovers, replacing
+from configurator import UserError
+from files import ASIDE, atomic_write, lock, remove_leftovers
 
 DATA_DIR = Path("data")
 TOKEN_TYPE = np.uint16
@@ -20,14 +23,8 @@ BYTES_VOCAB_SIZE = 256
 CHECKED_TOKENS = 1024  # looked at, spread evenly over a split, before anything is done with it
 
 
-class DataError(ValueError):
-    """Data that cannot be used; the message is one line for the user."""
-
-    exit_status = 2
-
-
 class Tokenizer:
-    """What turns text into tokens and back."""
+    """Text to tokens and back."""
 
     def decode(self, tokens):
         return self.decode_bytes(tokens).decode(errors="replace")
@@ -40,8 +37,6 @@ class GPT2Tokenizer(Tokenizer):
     vocab_size = GPT2_VOCAB_SIZE
 
     def __init__(self):
-        import tiktoken
-
         try:
             self.encoding = tiktoken.get_encoding("gpt2")
         except OSError as error:  # requests' errors are OSErrors
@@ -75,7 +70,7 @@ def get_tokenizer(name):
     """The tokenizer that a meta.json names: "gpt2" or "bytes"."""
     tokenizers = {cls.name: cls for cls in (GPT2Tokenizer, BytesTokenizer)}
     if name not in tokenizers:
-        raise DataError(f"unknown tokenizer {name!r}: it is one of {', '.join(tokenizers)}")
+        raise UserError(f"unknown tokenizer {name!r}: it is one of {', '.join(tokenizers)}")
     return tokenizers[name]()
 
 
@@ -85,7 +80,7 @@ def tokenizer_class(vocab_size):
         return BytesTokenizer
     if vocab_size >= GPT2_VOCAB_SIZE:
         return GPT2Tokenizer
-    raise DataError(f"no tokenizer has the model's vocabulary of {vocab_size}: bytes have {BYTES_VOCAB_SIZE}, "
+    raise UserError(f"no tokenizer has the model's vocabulary of {vocab_size}: bytes have {BYTES_VOCAB_SIZE}, "
                     f"GPT-2's BPE has {GPT2_VOCAB_SIZE}")
 
 
@@ -134,7 +129,7 @@ class DatasetWriter:
             self.directory.joinpath(".lock").unlink()
             if not any(self.directory.iterdir()):
                 self.directory.rmdir()
-            self.lock.close()
+            self.lock.release()
 
     def finish(self):
         """Give the files their names; a reader in between finds counts in meta.json that are not those of the files."""
@@ -146,7 +141,7 @@ class DatasetWriter:
             os.replace(self.paths[split], self.directory / f"{split}.bin")
         meta = dict(vocab_size=self.tokenizer.vocab_size, tokenizer=self.tokenizer.name, tokens=tokens,
                     documents=self.documents, source=self.source)
-        with replacing(self.directory / "meta.json", "w") as file:
+        with atomic_write(self.directory / "meta.json", "w") as file:
             file.write(json.dumps(meta, indent=2) + "\n")
         for split in SPLITS:
             print(f"{self.directory / split}.bin: {tokens[split]:,} tokens of {self.documents[split]:,} documents")
@@ -173,7 +168,7 @@ def load_meta(name):
 
     Raises:
         FileNotFoundError: no such data set.
-        DataError: a meta.json that says nothing of use.
+        UserError: a meta.json that says nothing of use.
     """
     path = find_dataset(name) / "meta.json"
     if not path.exists():
@@ -184,7 +179,7 @@ def load_meta(name):
                 and isinstance(meta["tokens"], dict) and all(isinstance(n, int) for n in meta["tokens"].values())):
             raise TypeError("vocab_size and the numbers of tokens are whole numbers and tokenizer a string")
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data set again") from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data set again") from None
     return meta
 
 
@@ -199,24 +194,24 @@ def load_tokens(name, split, vocab_size, block_size=1):
 
     Raises:
         FileNotFoundError: no such data set or split.
-        DataError: the file is damaged or too short, or the tokens are not of this vocabulary.
+        UserError: the file is damaged or too short, or the tokens are not of this vocabulary.
     """
     path = find_dataset(name) / f"{split}.bin"
     if not path.exists():
         raise FileNotFoundError(f"no {path}: prepare the data set again")
     meta = load_meta(name)
     if meta["vocab_size"] > vocab_size or meta["tokenizer"] != tokenizer_class(vocab_size).name:
-        raise DataError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {meta['vocab_size']}, and the "
+        raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {meta['vocab_size']}, and the "
                         f"model has a vocabulary of {vocab_size}: use data and a model that belong together")
     n_bytes = path.stat().st_size
     if n_bytes % np.dtype(TOKEN_TYPE).itemsize:
-        raise DataError(f"{path} has {n_bytes} bytes, an odd number, so it is no file of uint16 tokens; prepare it again")
+        raise UserError(f"{path} has {n_bytes} bytes, an odd number, so it is no file of uint16 tokens; prepare it again")
     n_tokens = n_bytes // np.dtype(TOKEN_TYPE).itemsize
     if n_tokens != meta["tokens"].get(split, n_tokens):
-        raise DataError(f"{path} has {n_tokens:,} tokens, and meta.json counts {meta['tokens'][split]:,}: "
+        raise UserError(f"{path} has {n_tokens:,} tokens, and meta.json counts {meta['tokens'][split]:,}: "
                         "prepare the data set again")
     if n_tokens <= block_size:
-        raise DataError(f"{path} has {n_tokens} tokens, and a block takes {block_size + 1}: "
+        raise UserError(f"{path} has {n_tokens} tokens, and a block takes {block_size + 1}: "
                         "use a smaller block_size or more text")
     tokens = np.memmap(path, dtype=TOKEN_TYPE, mode="r")
     sample = np.linspace(0, n_tokens - 1, CHECKED_TOKENS).astype(np.int64)  # the others are checked when they are used
@@ -228,7 +223,7 @@ def load_tokens(name, split, vocab_size, block_size=1):
 
 def unknown_token(token, tokens, position, vocab_size):
     where = f"{getattr(tokens, 'filename', 'the data')}, position {position}"
-    return DataError(f"token {token} in {where}: the model's vocabulary ends at {vocab_size - 1}")
+    return UserError(f"token {token} in {where}: the model's vocabulary ends at {vocab_size - 1}")
 
 
 def windows(tokens, starts, block_size, vocab_size, device="cpu"):
@@ -237,10 +232,8 @@ def windows(tokens, starts, block_size, vocab_size, device="cpu"):
     A GPU is not waited for: it may still be at work on the last batch while this one is read and sent.
 
     Raises:
-        DataError: a token that the vocabulary does not have.
+        UserError: a token that the vocabulary does not have.
     """
-    import torch
-
     rows = np.stack([tokens[start:start + block_size + 1] for start in starts])
     if rows.max() >= vocab_size:
         row, column = np.argwhere(rows >= vocab_size)[0]

@@ -3,26 +3,20 @@
     python kron_to_gpt.py out/ckpt.pt               # → models/<name>/: of the file, or of its folder for ckpt.pt, best.pt
     python kron_to_gpt.py out/ckpt.pt my_model      # → my_model/
 
-The Kronecker sums are written out, so the result is a dense GPT-2 that computes the same function: it is compared with
-the checkpoint's own model before it takes its place.
+The Kronecker sums are expanded, so the result is a dense GPT-2 that computes the same function. It is compared with the
+checkpoint's model before it is moved into place.
 """
 import base64
 import os
 import tempfile
 from pathlib import Path
 
-from configurator import UsageError, run
+from configurator import UserError, run
 
-tolerance = 1e-3  # largest difference of a logit that is taken for rounding
+tolerance = 1e-3  # largest difference of a logit that counts as rounding
 seed = 1337  # of the random tokens for the comparison
 
 TOKENS_COMPARED = 256
-
-
-class ConversionError(Exception):
-    """The converted model is not the same function."""
-
-    exit_status = 1
 
 
 def make_tokenizer(vocab_size, block_size):
@@ -50,12 +44,27 @@ def make_tokenizer(vocab_size, block_size):
                                    model_max_length=block_size)
 
 
-def default_out_dir(path):
-    """models/<name of the checkpoint>, or of its folder where the file is ckpt.pt or best.pt."""
-    from checkpoint import MODELS_DIR
-
+def default_name(path):
+    """The name of a checkpoint's model: that of the file, or of its folder where the file is ckpt.pt or best.pt."""
     path = Path(path).resolve()
-    return MODELS_DIR / (path.parent.name if path.stem in ("ckpt", "best") else path.stem)
+    return path.parent.name if path.stem in ("ckpt", "best") else path.stem
+
+
+def to_transformers(model):
+    """The transformers GPT2LMHeadModel that computes the same function as a KronyGPT, with the Kronecker sums expanded."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = model.config
+    hf_model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
+        n_head=config.n_head, n_inner=None if config.n_inner == 4 * config.n_embd else config.n_inner,
+        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout))
+    state_dict = model.state_dict()
+    for name, matrix in model.matrices():
+        state_dict[f"{name}.weight"] = matrix.weight  # [in, out], as Conv1D has it
+        del state_dict[f"{name}.A"], state_dict[f"{name}.B"]
+    hf_model.load_state_dict(state_dict)
+    return hf_model.eval()
 
 
 def largest_difference(model, directory):
@@ -72,34 +81,34 @@ def largest_difference(model, directory):
 
 
 def main(ckpt, out_dir=None):
-    out_dir = Path(out_dir or default_out_dir(ckpt))
-    if out_dir.exists() and not (out_dir / "config.json").exists():
-        raise UsageError(f"{out_dir} exists and is no Hugging Face model: name another directory")
-    import checkpoint
-
-    model, _ = checkpoint.load(ckpt)
     from transformers.utils import logging
 
+    import checkpoint
+
+    out_dir = Path(out_dir or checkpoint.MODELS_DIR / default_name(ckpt))
+    if out_dir.exists() and not (out_dir / "config.json").exists():
+        raise UserError(f"{out_dir} exists and is no Hugging Face model: name another directory")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    model, _ = checkpoint.load(ckpt)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as folder:
         aside = Path(folder) / out_dir.name
         tokenizer = make_tokenizer(model.config.vocab_size, model.config.block_size)
-        exported = model.to_transformers()
+        exported = to_transformers(model)
         exported.config.bos_token_id = exported.config.eos_token_id = tokenizer.eos_token_id
         exported.generation_config.bos_token_id = exported.generation_config.eos_token_id = tokenizer.eos_token_id
         exported.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         difference = largest_difference(model, aside)
         if not difference < tolerance:
-            raise ConversionError(f"the converted model differs from {ckpt} by {difference:.1e} in a logit, more than "
-                                  f"--tolerance={tolerance}; nothing was written")
+            raise UserError(f"the converted model differs from {ckpt} by {difference:.1e} in a logit, more than "
+                            f"--tolerance={tolerance}; nothing was written", status=1)
         out_dir.mkdir(exist_ok=True)
-        for file in aside.iterdir():  # what else lies in the directory stays
+        for file in aside.iterdir():  # other files in the directory stay
             os.replace(file, out_dir / file.name)
     counts = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
-    print(f"wrote {out_dir}/: {counts[0]:,} parameters, {counts[1]:,} with the Kronecker sums written out; "
+    print(f"wrote {out_dir}/: {counts[0]:,} parameters, {counts[1]:,} with the Kronecker sums expanded; "
           f"logits differ by at most {difference:.1e}")
 
 

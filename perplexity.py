@@ -7,9 +7,9 @@
 
 ckpt is a .pt file, a Hugging Face directory, a name under models/ or a hub name; a .pt is scored as it is. Rows of a
 data set are joined by blank lines. The text is cut into windows of the model's context, one every --stride tokens
-(default: one after the other), and each window scores those of its tokens that no earlier one has scored. The first
-token of a window has nothing before it and is not scored in that window. Perplexity is exp of the mean loss over the
-tokens scored; bits per byte spreads that mean over the text's bytes.
+(default: no overlap), and each window scores the tokens that no earlier window has scored. The first token of a window has
+no context and is not scored in that window. Perplexity is exp of the mean loss over the tokens scored; bits per byte
+divides the same loss by the text's bytes.
 """
 import json
 import math
@@ -17,15 +17,15 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import UsageError, run
+from configurator import UserError, check_range, run
 
-stride: int | None = None  # tokens from a window to the next; the model's context if left out, less gives more context
-wikitext = "Salesforce/wikitext"  # hub name, or a local directory of the same layout
+stride: int | None = None  # tokens between the starts of two windows; default: the model's context
+wikitext = "Salesforce/wikitext"  # hub name, or a local directory with the same layout
 lambada = "cimec/lambada"  # hub name, or a local .jsonl
-batch_size = 4  # windows scored together
-device = ""  # cuda, cpu, ...: what there is if left out
+batch_size = 4  # windows in a batch
+device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
 dtype = "float32"  # or bfloat16, by autocast
-json_out: str | None = None  # a file for the results as JSON
+json_out: str | None = None  # file for the results as JSON
 
 PUBLISHED = ("wiki103", "wiki2", "lambada")
 OWT_BATCHES = 200
@@ -46,7 +46,7 @@ def load_rows(name):
         try:
             return [Path(path).read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
-            raise UsageError(f"{path} is not UTF-8 text: {error}") from None
+            raise UserError(f"{path} is not UTF-8 text: {error}") from None
     if path.endswith(".jsonl"):
         return read_jsonl(path)
     from datasets import load_dataset
@@ -70,7 +70,7 @@ def read_jsonl(path):
             try:
                 rows.append(json.loads(line.decode())["text"] + "")
             except (ValueError, KeyError, TypeError):
-                raise UsageError(f"{path}, line {number} is not UTF-8 JSON with a string `text`") from None
+                raise UserError(f"{path}, line {number} is not UTF-8 JSON with a string `text`") from None
     return rows
 
 
@@ -120,22 +120,22 @@ def score(model, tokens, stride, batch_size, autocast):
     import torch
     from tqdm import tqdm
 
-    from model import linear_cross_entropy
+    from loss import linear_cross_entropy
 
     config = model.config
     windows = make_windows(len(tokens), config.block_size, stride)
-    where = model.lm_head.weight.device
+    device = model.lm_head.weight.device
     total, n_scored = 0.0, 0
     progress = tqdm(total=len(tokens), unit="tok", unit_scale=True, leave=False, disable=not sys.stderr.isatty())
     for begin in range(0, len(windows), batch_size):
         batch = windows[begin:begin + batch_size]
         length = max(end - begin for begin, _, end in batch)
         idx = torch.zeros(len(batch), length, dtype=torch.long)
-        counts = torch.zeros(len(batch), length, dtype=torch.bool)  # what this window scores; the padding is behind it
+        counts = torch.zeros(len(batch), length, dtype=torch.bool)  # scored in this window; padding is at the end
         for row, (start, first, end) in enumerate(batch):
             idx[row, :end - start] = torch.from_numpy(tokens[start:end].astype("int64"))
             counts[row, first - start:end - start] = True
-        idx, counts = idx.to(where), counts[:, 1:].to(where)
+        idx, counts = idx.to(device), counts[:, 1:].to(device)
         with torch.no_grad(), autocast:
             x = model.hidden(idx)[:, :-1][counts]  # (tokens scored, C)
             loss = linear_cross_entropy(x, model.lm_head.weight, idx[:, 1:][counts])
@@ -148,19 +148,18 @@ def score(model, tokens, stride, batch_size, autocast):
 
 def main(ckpt, dataset=None, n_batches=None):
     import checkpoint
-    from model import autocast_to, pick_device
+    from device import autocast_to, pick_device
 
-    if batch_size < 1:
-        raise UsageError(f"--batch_size is at least 1, not {batch_size}")
+    check_range(globals(), "batch_size", at_least=1)
     if n_batches is not None and (not n_batches.isdecimal() or int(n_batches) < 1 or is_text(dataset)):
-        raise UsageError(f"n_batches is a whole number, and for a data set under data/ only, not {dataset} {n_batches}")
+        raise UserError(f"n_batches is a whole number, and for a data set under data/ only, not {dataset} {n_batches}")
     if json_out and not Path(json_out).parent.is_dir():
-        raise UsageError(f"no folder for --json_out={json_out}")
+        raise UserError(f"no folder for --json_out={json_out}")
     model, _ = checkpoint.load(ckpt)
     model.to(pick_device(device)).eval()
     step = model.config.block_size if stride is None else stride
     if not 1 <= step <= model.config.block_size:
-        raise UsageError(f"--stride is from 1 to the model's context of {model.config.block_size}, not {step}")
+        raise UserError(f"--stride is from 1 to the model's context of {model.config.block_size}, not {step}")
     results = {}
     print(f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13} {'tokens/s':>9}")
     for name in [dataset] if dataset else PUBLISHED:
@@ -170,9 +169,9 @@ def main(ckpt, dataset=None, n_batches=None):
             n_windows = int(n_batches or OWT_BATCHES if name == "owt" else n_batches or 0) * batch_size
             tokens, n_bytes = load_bin_tokens("openwebtext" if name == "owt" else name, n_windows, model.config)
         if len(tokens) < 2:
-            raise UsageError(f"{name} has {len(tokens)} tokens, and one is scored by those before it: give more text")
+            raise UserError(f"{name} has {len(tokens)} tokens, and one is scored by those before it: give more text")
         start = time.perf_counter()
-        total, n_scored = score(model, tokens, step, batch_size, autocast_to(device, dtype))
+        total, n_scored = score(model, tokens, step, batch_size, autocast_to(model.lm_head.weight.device, dtype))
         seconds = time.perf_counter() - start
         loss = total / n_scored
         results[name] = dict(perplexity=math.exp(loss), loss=loss, tokens_scored=n_scored,

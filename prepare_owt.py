@@ -4,7 +4,7 @@
     python prepare_owt.py --data_files='books/*.txt' --out=books    # local .txt, .jsonl or .parquet, with a `text` column
 
 The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, seed
-2357, an end-of-text token after each document. Any data set name stands for `--dataset=` in the other scripts.
+2357, an end-of-text token after each document. The other scripts take the data set by its name, `--dataset=<out>`.
 """
 import glob
 import os
@@ -12,29 +12,29 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from configurator import UsageError, run
+from configurator import UserError, check_range, run
 
-out = "openwebtext"  # the name of the data set, a directory under data/
-data_files: str | None = None  # a glob of local .txt, .jsonl or .parquet files, in the place of OpenWebText
-sample_by = "paragraph"  # what a document is in a .txt file: line, paragraph (between blank lines) or document
-val_fraction = 0.0005  # the share of the documents that is held out
+out = "openwebtext"  # name of the data set, a directory under data/
+data_files: str | None = None  # glob of local .txt, .jsonl or .parquet files; default: OpenWebText
+sample_by = "paragraph"  # a document in a .txt file: line, paragraph (between blank lines) or document (the file)
+val_fraction = 0.0005  # share of the documents in the validation split
 seed = 2357  # of the split
-threads = os.cpu_count() or 1  # that tokenize
+threads = os.cpu_count() or 1  # tokenizer threads
 
 HUB_NAME = "Skylion007/openwebtext"
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 DOCUMENTS_AT_ONCE = 2000  # read and tokenized together: bounds the memory
-DOCUMENTS_PER_TASK = 100  # given to a thread at once: with one each, the threads gain nothing over a single one
+DOCUMENTS_PER_TASK = 100  # in a thread's task: with one each, several threads are no faster than one
 
 
 def find_files():
     """The local files that data_files names, which are all of one kind."""
     files = sorted(glob.glob(data_files, recursive=True))
     if not files:
-        raise UsageError(f"no files match --data_files={data_files}")
+        raise UserError(f"no files match --data_files={data_files}")
     kinds = {Path(file).suffix for file in files}
     if len(kinds) > 1 or not kinds <= BUILDERS.keys():
-        raise UsageError(f"--data_files={data_files} matches {', '.join(sorted(kinds))}: "
+        raise UserError(f"--data_files={data_files} matches {', '.join(sorted(kinds))}: "
                          f"give files of one kind, of {', '.join(BUILDERS)}")
     return files
 
@@ -43,7 +43,7 @@ def load_documents(files):
     """The documents of local files, or of OpenWebText without any, as one datasets.Dataset with a column `text`.
 
     Raises:
-        UsageError: the local files are damaged or have no such column.
+        UserError: the local files are damaged or have no such column.
         OSError: OpenWebText could not be downloaded.
     """
     from datasets import load_dataset
@@ -59,9 +59,9 @@ def load_documents(files):
     try:
         documents = load_dataset(builder, data_files=files, split="train", **options)
     except DatasetGenerationError as error:
-        raise UsageError(f"cannot read --data_files={data_files} as UTF-8 {builder}: {error.__cause__ or error}") from None
+        raise UserError(f"cannot read --data_files={data_files} as UTF-8 {builder}: {error.__cause__ or error}") from None
     if "text" not in documents.column_names:
-        raise UsageError(f"--data_files={data_files} has the columns {', '.join(documents.column_names)}, and no `text`")
+        raise UserError(f"--data_files={data_files} has the columns {', '.join(documents.column_names)}, and no `text`")
     return documents
 
 
@@ -83,15 +83,13 @@ def main():
 
     from data import DatasetWriter, GPT2Tokenizer
 
-    if not 0 < val_fraction < 1:
-        raise UsageError(f"--val_fraction is between 0 and 1, not {val_fraction}")
-    if threads < 1:
-        raise UsageError(f"--threads is at least 1, not {threads}")
+    check_range(globals(), "val_fraction", above=0, below=1)
+    check_range(globals(), "threads", at_least=1)
     files = find_files() if data_files is not None else []
     tokenizer = GPT2Tokenizer()
     documents = load_documents(files)
     if len(documents) < 2:
-        raise UsageError(f"too few documents to hold one out: {len(documents)}; --sample_by=line makes more of a .txt")
+        raise UserError(f"too few documents to hold one out: {len(documents)}; --sample_by=line makes more of a .txt")
     parts = documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
     start = time.perf_counter()
     with DatasetWriter(out, tokenizer, source=data_files or HUB_NAME) as writer, ThreadPoolExecutor(threads) as pool:

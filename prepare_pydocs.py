@@ -12,10 +12,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from configurator import UsageError, run
+from configurator import check_range, run
 
-out = "pydocs"  # the name of the data set, a directory under data/
-val_fraction = 0.05  # the share of the documents that is held out
+out = "pydocs"  # name of the data set, a directory under data/
+val_fraction = 0.05  # share of the documents in the validation split
 seed = 1337  # of the shuffle
 
 # Not the standard library, not installed everywhere, or not about it.
@@ -48,8 +48,7 @@ def documents():
 def main():
     from data import BytesTokenizer, DatasetWriter
 
-    if not 0 < val_fraction < 1:
-        raise UsageError(f"--val_fraction is between 0 and 1, not {val_fraction}")
+    check_range(globals(), "val_fraction", above=0, below=1)
     texts = documents()
     random.Random(seed).shuffle(texts)
     n_val = max(1, round(len(texts) * val_fraction))

@@ -1,37 +1,37 @@
-"""The pruning initialisation: keep one in N rows of the MLP matrices, as a Kronecker product with zeros and a one.
+"""Pruning as initialisation: keep one in N rows of the MLP matrices, as a Kronecker product with zeros and a one.
 
     python prune.py                     # Krony-PT's: c_fc's even rows, c_proj's even columns → checkpoints/prune_384_3072.pt
     python prune.py --offset=1          # the odd ones
     python prune.py --keep=4            # one in four
     python prune.py --dim=hidden        # hidden units: c_fc's columns and c_proj's rows
-    python prune.py --epsilon=0.01      # let the others learn
+    python prune.py --epsilon=0.01      # let the dropped rows learn
     python prune.py --dim=layer         # whole blocks, every other one, as DistilGPT2 began → checkpoints/layers_2_0.pt
     python prune.py --dim=hidden --select=norm                                      # the units of the largest weights
     python prune.py --dim=hidden --select=contribution --refit=True --calibrate=openwebtext
 
-What is kept is every second unit, or with --select=norm or contribution the ones that matter most, by the weights or by
-what they add on real text; they come to the even places first, which changes nothing in the model. --refit fits what is
-kept by least squares to what all units did on real text.
+By default every second unit is kept; --select=norm or contribution keeps the units that matter most, by their weights or
+by what they add on real text (they are first moved to the even places, which leaves the model's function unchanged).
+--refit fits the kept units by least squares to the output of all units on real text.
 
-What is kept is A; B = [1, 0]ᵀ puts it into the even rows, so that the model starts as the pruned one and is trained on
-from there as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 4 n_embd / N) along the hidden side.
+A holds the kept rows, and B = [1, 0]ᵀ puts them into the even places: the model starts as the pruned one and is trained
+further as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 4 n_embd / N) along the hidden side.
 """
-import math
 import re
+from functools import partial
 
-from configurator import UsageError, run
+from configurator import UserError, check_choice, check_range, run
 
-init_from = "gpt2"  # what is pruned: a hub name, a Hugging Face directory or a checkpoint
-out: str | None = None  # the file to write, in the place of checkpoints/prune_....pt
-dim = "embd"  # what is dropped: units of the side embd or hidden of the MLPs, or whole blocks: layer
-keep = 2  # one in so many is kept
-offset = 0  # which one of them: 0 for even, 1 for odd
-select = "even"  # what is kept: even (those at the offset), odd, or the largest by norm or contribution
-refit = False  # fit what is kept to real text, by least squares
-calibrate: str | None = None  # the data set under data/ of that text
-calibration_tokens = 32768  # how many of its tokens
-device = ""  # of the calibration: cuda, cpu, ...: what there is if left out
-epsilon = 0.0  # what stands in B in the place of the zeros; the gradient of a zero is not zero, but its effect is
+init_from = "gpt2"  # the model to prune: a hub name, a Hugging Face directory or a checkpoint
+out: str | None = None  # file to write; default: checkpoints/prune_....pt
+dim = "embd"  # units to drop: embd or hidden (a side of the MLPs), or layer (whole blocks)
+keep = 2  # keep one in N
+offset = 0  # position of the kept one among N: 0 for even, 1 for odd
+select = "even"  # units to keep: even (those at the offset), odd, or the largest by norm or contribution
+refit = False  # fit the kept units to real text, by least squares
+calibrate: str | None = None  # data set under data/ for --refit and --select=contribution
+calibration_tokens = 32768  # number of its tokens
+device = ""  # of the calibration; default: CUDA if available, else the CPU
+epsilon = 0.0  # value in B in place of the zeros
 
 BLOCK = re.compile(r"transformer\.h\.\d+\.")
 
@@ -50,8 +50,6 @@ def prune_matrix(W, dim_1, dim_2, n_factors, offset=0, epsilon=0.0):
     Returns:
         A [1, dim_1, dim_2], the kept rows (columns), and B [1, m/dim_1, n/dim_2], 1 at offset and epsilon elsewhere.
     """
-    if n_factors != 1:
-        raise ValueError("pruning makes one Kronecker product")
     m2, n2 = W.shape[0] // dim_1, W.shape[1] // dim_2
     B = W.new_full((1, m2, n2), epsilon)
     B.view(-1)[offset] = 1.0
@@ -59,20 +57,11 @@ def prune_matrix(W, dim_1, dim_2, n_factors, offset=0, epsilon=0.0):
     return W[row::m2, column::n2].contiguous()[None], B
 
 
-def select_units(model, text):
-    """The model with its strongest units in the places that are kept."""
-    from calibration import contributions, interleave, norms, reordered
-
-    hidden, embd = contributions(model.to(text.device), text) if select == "contribution" else norms(model)
-    if dim == "embd":
-        return reordered(model, embd=interleave(embd, len(embd) // keep, keep))
-    return reordered(model, hidden=[interleave(scores, len(scores) // keep, keep) for scores in hidden])
-
-
 def without_layers(model):
     """The model with one block in `keep`. The start of DistilGPT2 (V. Sanh et al., DistilBERT, arXiv 1910.01108)."""
     kept = range(offset, model.config.n_layer, keep)
-    model_args = dict(model.model_args(), n_layer=len(kept), factors=[model.config.factors[layer] for layer in kept])
+    args = model.config.as_plain_types()
+    shapes = {name: [of_blocks[layer] for layer in kept] for name, of_blocks in args["shapes"].items()}
     names = {f"transformer.h.{old}.": f"transformer.h.{new}." for new, old in enumerate(kept)}
     state_dict = {}
     for name, p in model.state_dict().items():
@@ -81,70 +70,71 @@ def without_layers(model):
             state_dict[name] = p
         elif block[0] in names:
             state_dict[names[block[0]] + name[block.end():]] = p
-    return model.from_state_dict(model_args, state_dict)
+    return model.from_state_dict(dict(args, n_layer=len(kept), shapes=shapes), state_dict)
 
 
 def check_options():
-    if dim not in ("embd", "hidden", "layer"):
-        raise UsageError(f"--dim is embd, hidden or layer, not {dim}")
+    check_choice(globals(), "dim", "embd", "hidden", "layer")
+    check_choice(globals(), "select", "even", "odd", "norm", "contribution")
+    check_range(globals(), "epsilon")
     if dim == "layer" and (select != "even" or refit or epsilon):
-        raise UsageError("--dim=layer drops whole blocks: it goes with --keep and --offset, not with --select, --refit or "
+        raise UserError("--dim=layer drops whole blocks: it goes with --keep and --offset, not with --select, --refit or "
                          "--epsilon")
     if keep < 2 or not 0 <= offset < keep:
-        raise UsageError(f"--keep is at least 2 and --offset from 0 to keep - 1, not {keep} and {offset}")
-    if not math.isfinite(epsilon):
-        raise UsageError(f"--epsilon is a finite number, not {epsilon}")
-    if select not in ("even", "odd", "norm", "contribution"):
-        raise UsageError(f"--select is even, odd, norm or contribution, not {select}")
+        raise UserError(f"--keep is at least 2 and --offset from 0 to keep - 1, not {keep} and {offset}")
     if offset and select != "even":
-        raise UsageError(f"--offset goes with --select=even, not {select}")
+        raise UserError(f"--offset goes with --select=even, not {select}")
     needs_text = refit or select == "contribution"
     if needs_text and not calibrate:
-        raise UsageError("--refit and --select=contribution need text: name a data set with --calibrate")
+        raise UserError("--refit and --select=contribution need text: name a data set with --calibrate")
     if calibrate and not needs_text:
-        raise UsageError("--calibrate is for --refit=True or --select=contribution")
+        raise UserError("--calibrate is for --refit=True or --select=contribution")
 
 
 def main():
-    from functools import partial
-
+    import calibration
     import checkpoint
+    import compress
+    from model import mlp_shapes
 
     check_options()
-    model, _ = checkpoint.load(init_from)
-    if dim == "layer":
-        if offset >= model.config.n_layer:
-            raise UsageError(f"--offset={offset} leaves no block of {model.config.n_layer}")
-        path = out or f"checkpoints/layers_{keep}_{offset}.pt"
-        checkpoint.check_is_file(path)
-        config = dict(init_from=init_from, dim=dim, keep=keep, offset=offset)
-        checkpoint.save_compressed(model, without_layers(model), path, config,
-                                   f"its blocks are {', '.join(map(str, range(offset, model.config.n_layer, keep)))}")
-        return print(f"next: python train.py config/train_gpt2.py --init_from={path}")
-    dim_1, dim_2 = model.config.n_embd, model.config.n_hidden
-    if (dim_1 if dim == "embd" else dim_2) % keep:
-        raise UsageError(f"--keep={keep} does not divide the {dim_1 if dim == 'embd' else dim_2} units of --dim={dim}")
-    dim_1, dim_2 = (dim_1 // keep, dim_2) if dim == "embd" else (dim_1, dim_2 // keep)
+    dense, _ = checkpoint.load(init_from)
+    config = dense.config
+    n_units = {"embd": config.n_embd, "hidden": config.n_inner}.get(dim)
+    if dim == "layer" and offset >= config.n_layer:
+        raise UserError(f"--offset={offset} leaves no block of {config.n_layer}")
+    if n_units and n_units % keep:
+        raise UserError(f"--keep={keep} does not divide the {n_units} units of --dim={dim}")
+    dim_1 = config.n_embd // (keep if dim == "embd" else 1)
+    dim_2 = config.n_inner // (keep if dim == "hidden" else 1)
     kept = 1 if select == "odd" else offset
     remarks = (f"offset{kept}" * bool(kept), select * (select in ("norm", "contribution")), "refit" * refit)
-    path = out or "_".join(("checkpoints/prune", str(dim_1), str(dim_2), *filter(None, remarks))) + ".pt"
-    approximate = partial(prune_matrix, offset=kept, epsilon=epsilon)
-    config = dict(init_from=init_from, dim=dim, keep=keep, offset=kept, epsilon=epsilon, select=select, refit=refit,
-                  calibrate=calibrate, calibration_tokens=calibration_tokens)
-    shape = dim_1, dim_2, [1] * model.config.n_layer, approximate
+    name = "_".join(("prune", str(dim_1), str(dim_2), *filter(None, remarks)))
+    path = out or f"checkpoints/{name if n_units else f'layers_{keep}_{offset}'}.pt"
     checkpoint.check_is_file(path)
-    if calibrate:
-        from calibration import calibration_text
+    options = dict(init_from=init_from, dim=dim, keep=keep, offset=kept)
 
-        text, _ = calibration_text(calibrate, calibration_tokens, model.config, device)
-    if select in ("norm", "contribution"):
-        model = select_units(model, text if calibrate else None)
-    if refit:
-        from calibration import save_calibrated
-
-        save_calibrated(model, text, path, config, *shape, fixed_B=True, reorder=False)
+    fits = None
+    if dim == "layer":
+        new = without_layers(dense)
+        blocks = ", ".join(map(str, range(offset, config.n_layer, keep)))
+        compress.write(path, dense, new, options, f"its blocks are {blocks}")
     else:
-        checkpoint.save_refactored(model.cpu(), *shape, path, config)
+        options |= dict(epsilon=epsilon, select=select, refit=refit, calibrate=calibrate,
+                        calibration_tokens=calibration_tokens)
+        if calibrate:
+            text, _ = calibration.calibration_text(calibrate, calibration_tokens, config, device)
+            dense.to(text.device)
+        if select in ("norm", "contribution"):  # the strongest units take the places that are kept
+            hidden, embd = calibration.contributions(dense, text) if select == "contribution" else calibration.norms(dense)
+            order = [calibration.interleave(scores, len(scores) // keep, keep) for scores in (*hidden, embd)]
+            dense = compress.reorder_units(dense, **({"hidden": order[:-1]} if dim == "hidden" else {"embd": order[-1]}))
+        shapes = mlp_shapes(dim_1, dim_2, [1] * config.n_layer)
+        new = compress.factorize(dense, shapes, partial(prune_matrix, offset=kept, epsilon=epsilon))
+        if refit:
+            fits = calibration.calibrate(dense, new, text, fixed_B=True, reorder=False)
+        compress.print_errors(dense, new, fits)
+        compress.write(path, dense, new, options, f"one in {keep} units of the side {dim} kept")
     print(f"next: python train.py config/train_gpt2_96m.py --init_from={path}")
 
 

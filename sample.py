@@ -7,15 +7,15 @@ The model is a .pt file, a Hugging Face directory, a name under models/ or a hub
 """
 from pathlib import Path
 
-from configurator import UsageError, run
+from configurator import UserError, check_range, run
 
-start = "\n"  # the text to continue; FILE:path reads it from a file
-num_samples = 1  # how many continuations
-max_new_tokens = 200  # of each
-temperature = 0.8  # 1 is the model's own distribution, less is more cautious, 0 takes the likeliest token
-top_k = 200  # sample among this many likeliest tokens; 0 for all
+start = "\n"  # the prompt; FILE:path reads it from a file
+num_samples = 1  # number of continuations
+max_new_tokens = 200  # tokens in each
+temperature = 0.8  # divides the logits; 0 takes the most likely token
+top_k = 200  # sample among the N most likely tokens; 0 for all
 seed = 1337  # of the sampling
-device = ""  # cuda, cpu, ...: what there is if left out
+device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
 dtype = "float32"  # or bfloat16, by autocast
 
 
@@ -24,25 +24,25 @@ def main(ckpt):
 
     import checkpoint
     from data import tokenizer_for
-    from model import autocast_to, pick_device
+    from device import autocast_to, pick_device
 
     if not 0 <= seed < 2**63:
-        raise UsageError(f"--seed is from 0 to 2**63 - 1, not {seed}")
-    if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0:
-        raise UsageError("--num_samples and --max_new_tokens are at least 1, --temperature and --top_k at least 0")
+        raise UserError(f"--seed is from 0 to 2**63 - 1, not {seed}")
+    check_range(globals(), "num_samples max_new_tokens", at_least=1)
+    check_range(globals(), "temperature top_k", at_least=0)
     prompt = start
     if start.startswith("FILE:"):
         try:
             prompt = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UsageError(f"{start.removeprefix('FILE:')} is not UTF-8 text: {error}") from None
+            raise UserError(f"{start.removeprefix('FILE:')} is not UTF-8 text: {error}") from None
     model, _ = checkpoint.load(ckpt)
     tokenizer = tokenizer_for(model.config.vocab_size)
     tokens = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
-    where = pick_device(device)
-    idx = torch.tensor([tokens] * num_samples, device=where)
-    with autocast_to(device, dtype):
-        rows = model.to(where).generate(idx, max_new_tokens, temperature, top_k or None, seed)
+    torch_device = pick_device(device)
+    idx = torch.tensor([tokens] * num_samples, device=torch_device)
+    with autocast_to(torch_device, dtype):
+        rows = model.to(torch_device).generate(idx, max_new_tokens, temperature, top_k or None, seed)
     for row in rows.tolist():
         print(tokenizer.decode(row))
         print("-" * 80)

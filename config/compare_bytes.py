@@ -1,5 +1,5 @@
 # Starts at a quarter and at half of the MLP parameters, for a GPT-2 over bytes of 4 layers, 256 wide, in Hugging Face
-# format. The first start is the base itself, (C, 4C, 1), so that what further training alone brings is seen as well.
+# format. The first start is the base itself, (C, 4C, 1), which shows what further training alone gains.
 base = "../shared/data/gpt2-bytes"
 train_config = "config/compare_bytes_train.py"
 dataset = "pydocs"
@@ -7,7 +7,7 @@ out_dir = "out/compare_bytes"
 learning_rates = "1e-4,3e-4,6e-4"
 
 starts = f"""
-dense, trained on: kron_decompose.py 256 1024 1
+dense, trained further: kron_decompose.py 256 1024 1
 Van Loan (256, 256, 1): kron_decompose.py 256 256 1
 calibrated (256, 256, 1): kron_decompose.py 256 256 1 --calibrate=pydocs
 Van Loan (128, 32, 16): kron_decompose.py 128 32 16

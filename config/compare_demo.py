@@ -1,13 +1,13 @@
 # `make demo`: Van Loan at two sizes, calibrated at one of them, and Krony-PT's pruning, beside the dense base of
-# config/demo_base.py. The first start is the base itself, (C, 4C, 1), so that what further training alone brings is seen
-# as well.
+# config/demo_base.py. The first start is the base itself, (C, 4C, 1), which shows what further training alone
+# gains.
 base = "out/demo/base/best.pt"
 train_config = "config/demo_train.py"
 dataset = "pydocs"
 out_dir = "out/demo"
 
 starts = """
-dense, trained on (128, 512, 1): kron_decompose.py 128 512 1
+dense, trained further (128, 512, 1): kron_decompose.py 128 512 1
 Van Loan (128, 128, 1): kron_decompose.py 128 128 1
 calibrated (128, 128, 1): kron_decompose.py 128 128 1 --calibrate=pydocs
 Van Loan (128, 256, 1): kron_decompose.py 128 256 1

@@ -7,7 +7,7 @@ out_dir = "out/compare_small"
 learning_rates = "3e-4,1e-3,3e-3"
 
 starts = f"""
-dense, trained on: kron_decompose.py 128 512 1
+dense, trained further: kron_decompose.py 128 512 1
 Van Loan (128, 128, 1): kron_decompose.py 128 128 1
 calibrated (128, 128, 1): kron_decompose.py 128 128 1 --calibrate=pydocs
 Van Loan (64, 16, 15): kron_decompose.py 64 16 15

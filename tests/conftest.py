@@ -1,5 +1,6 @@
 """What the tests share. All of them run offline; those that use ../shared skip where it is absent."""
 import io
+import math
 import os
 import runpy
 import subprocess
@@ -17,9 +18,10 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is imported
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from model import KronyGPT, KronyGPTConfig  # noqa: E402
+from model import KronyGPT, KronyGPTConfig, mlp_shapes  # noqa: E402
 
 
 @pytest.fixture
@@ -73,11 +75,31 @@ def gpt2_dir(tmp_path_factory):
 
 @pytest.fixture
 def small_model():
-    """A random KronyGPT with biases and factors that differ between its two layers."""
+    """A random KronyGPT with factored MLPs, whose numbers of factors differ between its two blocks."""
     torch.manual_seed(0)
-    model = KronyGPT(KronyGPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=1, n_embd=64, dim_1=32, dim_2=64,
-                                    factors=(1, 2)))
+    model = KronyGPT(KronyGPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=1, n_embd=64,
+                                    shapes=mlp_shapes(32, 64, (1, 2))))
     randomize_vectors(model)
+    return model.eval()
+
+
+def kinds_of_shape(m, n):
+    """A Kronecker sum, low rank, its mirror image, a pruned matrix and a dense one."""
+    return [(m // 4, n // 8, 2), (m, 1, 3), (1, n, 3), (m, n // 4, 1), (m, n, 1)]
+
+
+@pytest.fixture
+def mixed_model():
+    """A random KronyGPT of 5 blocks and two heads, in which each of the four matrices has each kind of shape once."""
+    torch.manual_seed(0)
+    sizes = dict(block_size=32, vocab_size=256, n_layer=5, n_head=2, n_embd=128)
+    shapes = {name: [kinds_of_shape(m, n)[(layer + place) % 5] for layer in range(5)]
+              for place, (name, (m, n)) in enumerate(KronyGPTConfig(**sizes).matrices.items())}
+    model = KronyGPT(KronyGPTConfig(**sizes, shapes=shapes))
+    randomize_vectors(model)
+    with torch.no_grad():  # at 0.02 the logits hardly depend on the blocks
+        for _, matrix in model.matrices():
+            matrix.A.mul_(4)
     return model.eval()
 
 
@@ -106,3 +128,45 @@ def run_here(script, *args):
 def kron_sum(A, B):
     whole = dict(memory_format=torch.contiguous_format)  # torch.kron trips over the strides of sides of length 1
     return sum(torch.kron(a.clone(**whole), b.clone(**whole)) for a, b in zip(A, B))
+
+
+def random_matrix(m, n, seed=0, dtype=torch.float64):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def smallest_error(W, dim_1, dim_2, n_factors):
+    """The error of the best sum of n_factors Kronecker products: Eckart and Young's, of the rearranged W."""
+    W = W.double().numpy()
+    m2, n2 = W.shape[0] // dim_1, W.shape[1] // dim_2
+    blocks = [W[i * m2:(i + 1) * m2, j * n2:(j + 1) * n2].ravel() for i in range(dim_1) for j in range(dim_2)]
+    return math.sqrt(np.sum(np.linalg.svd(np.array(blocks), compute_uv=False)[n_factors:] ** 2))
+
+
+def gpt2_weights(model):
+    """The state dict of the transformers GPT-2 that a KronyGPT should equal, as a differentiable function of its
+    parameters: Conv1D weights are sums of torch.kron."""
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    weights = {name: p for name, p in tensors.items() if not name.endswith((".A", ".B"))}
+    return weights | {name.removesuffix("A") + "weight": kron_sum(A, tensors[name.removesuffix("A") + "B"])
+                      for name, A in tensors.items() if name.endswith(".A")}
+
+
+def to_gpt2(model):
+    """The transformers GPT-2 that a KronyGPT should equal."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = model.config
+    hf_model = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+                                          n_layer=config.n_layer, n_head=config.n_head, n_inner=config.n_inner))
+    hf_model.load_state_dict(gpt2_weights(model))
+    return hf_model.eval()
+
+
+def load_gpt2(directory):
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel.from_pretrained(directory).eval()
+
+
+def random_tokens(*shape, vocab_size=256):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))

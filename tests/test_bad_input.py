@@ -37,10 +37,10 @@ BAD_MODELS = {  # {what: words of the line}
     "other.pt": "other.pt holds no GPT-2 that we know",
     "evil.pt": "evil.pt is no checkpoint",
     "evil_zip.pt": "evil_zip.pt is no checkpoint",
-    "shapes.pt": "shapes.pt does not fit together: weight transformer.h.1.mlp.c_proj_1",
+    "shapes.pt": "shapes.pt does not fit together: weight transformer.h.1.mlp.c_proj.B",
     "lacking.pt": "lacking.pt does not fit together: weight transformer.h.0.ln_1.weight is missing",
     "huge.pt": "huge.pt claims more numbers than it holds: transformer.h.0.mlp.c_fc_0",
-    "nan.pt": "nan.pt has weights that are not finite: transformer.h.1.mlp.c_fc_1",
+    "nan.pt": "nan.pt has weights that are not finite: transformer.h.1.mlp.c_fc.B",
     "folder": "directory folder holds no model",
     "bert": "bert is a bert model, not a GPT-2",
     "half_hf": "half_hf lacks the weights",
@@ -69,17 +69,17 @@ ROWS |= {command: (command, words) for command, words in {
     "sample.py good.pt extra": "unexpected argument 'extra'",
     "kron_decompose.py 16": "give all three of dim_1 dim_2 n_factors",
     "kron_decompose.py 16 64 one --init_from=good.pt": "whole numbers",
-    "kron_decompose.py 5 64 1 --init_from=good.pt": "dim_1=5 does not divide n_embd=16",
+    "kron_decompose.py 5 64 1 --init_from=good.pt": "dim_1=5 does not divide the 16 rows of mlp.c_fc",
     "kron_decompose.py 16 5 1 --init_from=good.pt": "dim_2=5 does not divide",
-    "kron_decompose.py -16 64 1 --init_from=good.pt": "dim_1 must be at least 1, not -16",
-    "kron_decompose.py 0 64 1 --init_from=good.pt": "dim_1 must be at least 1, not 0",
-    "kron_decompose.py 16 64 0 --init_from=good.pt": "the number of factors must be at least 1, not 0",
+    "kron_decompose.py -16 64 1 --init_from=good.pt": "dim_1, dim_2 and factors must be at least 1, not -16",
+    "kron_decompose.py 0 64 1 --init_from=good.pt": "dim_1, dim_2 and factors must be at least 1, not 0",
+    "kron_decompose.py 16 64 0 --init_from=good.pt": "dim_1, dim_2 and factors must be at least 1, not 16, 64, 0",
     "kron_decompose.py 4 8 33 --init_from=good.pt": "a sum of 32 reaches every matrix",
-    "kron_decompose.py 16 64 1,1,1 --init_from=good.pt": "3 numbers of factors for 2 layers",
+    "kron_decompose.py 16 64 1,1,1 --init_from=good.pt": "mlp.c_fc has 3 shapes for 2 blocks",
     "kron_decompose.py 16 64 1 --init_from=good.pt --out=folder": "folder is a directory",
     "kron_decompose.py 16 64 1 --init_from=good.pt --out=good.pt/made.pt": "good.pt",
     "kron_decompose.py --budget=many": "--budget takes a number of parameters",
-    "kron_decompose.py --budget=1K": "no shapes come to 1,000 parameters",
+    "kron_decompose.py --budget=1K": "no shapes fit 1,000 parameters",
     "prune.py --init_from=good.pt --keep=1": "--keep is at least 2",
     "prune.py --init_from=good.pt --keep=3": "--keep=3 does not divide",
     "prune.py --init_from=good.pt --dim=width": "--dim is embd, hidden or layer",
@@ -111,8 +111,8 @@ ROWS |= {command: (command, words) for command, words in {
     f"{SCRATCH} --dropout=-0.1": "dropout must be in [0, 1), not -0.1",
     f"{SCRATCH} --n_layer=0": "n_layer must be at least 1",
     f"{SCRATCH} --n_head=3": "n_head=3 does not divide n_embd=16",
-    f"{SCRATCH} --factors=0": "the number of factors must be at least 1",
-    f"{SCRATCH} --dim_1=-4": "dim_1 must be at least 1, not -4",
+    f"{SCRATCH} --factors=0": "dim_1, dim_2 and factors must be at least 1",
+    f"{SCRATCH} --dim_1=-4": "dim_1, dim_2 and factors must be at least 1, not -4",
     # data
     **{f"{script} {where}": words for name, words in {
         "none": "no data set in data/none",
@@ -146,11 +146,11 @@ ROWS |= {command: (command, words) for command, words in {
     "prepare_pydocs.py --val_fraction=0": "--val_fraction",
     "prepare_pydocs.py --val_fraction=2": "--val_fraction",
     "compare.py --starts=nonsense": "--starts: a start is",
-    "compare.py --seeds=x": "--seeds is a whole number or a comma list",
-    "compare.py --learning_rates=1e-4,0": "--learning_rates is a number above 0",
+    "compare.py --seeds=x": "--seeds is a comma list of whole numbers",
+    "compare.py --learning_rates=1e-4,0": "--learning_rates is a comma list of numbers above 0",
     "compare.py --starts=": "names no start",
-    "bench.py everything": "bench.py takes models, layer, tokenize and",
-    "bench.py --shapes=1": "shapes are written",
+    "bench.py everything": "bench.py takes models, layer, tokenize",
+    "bench.py --shapes=1": "expected shapes such as 768,768,1",
 }.items()}
 
 
@@ -164,14 +164,14 @@ def world(tmp_path_factory, gpt2_dir):
     """A directory with a good model and data set, and bad ones of every kind."""
     from safetensors.torch import load_file, save_file
 
-    from model import KronyGPT, KronyGPTConfig
+    from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
     root = tmp_path_factory.mktemp("world")
     before = os.getcwd()
     os.chdir(root)
     torch.manual_seed(0)
-    model = KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=1, n_embd=16, dim_1=8, dim_2=16,
-                                    factors=2))
+    model = KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=1, n_embd=16,
+                                    shapes=mlp_shapes(8, 16, [2, 2])))
     checkpoint.save("good.pt", model)
     content = Path("good.pt").read_bytes()
     Path("truncated.pt").write_bytes(content[:len(content) // 2])
@@ -181,7 +181,7 @@ def world(tmp_path_factory, gpt2_dir):
     torch.save({"conv1.weight": torch.zeros(3)}, "other.pt")
     Path("evil.pt").write_bytes(pickle.dumps(Evil()))
     torch.save({"model": Evil()}, "evil_zip.pt")
-    weights = model.state_dict()
+    weights = checkpoint.to_file_names(model.state_dict())
     nan = weights["transformer.h.1.mlp.c_fc_1"].clone()
     nan[0, 0, 0] = float("nan")
     for name, changes in {"shapes": {"transformer.h.1.mlp.c_proj_1": torch.zeros(2, 3, 3)},

@@ -1,18 +1,22 @@
 """Every layout of a model loads to the same logits, and everything else is refused in one line."""
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import StandIn
+from conftest import StandIn, load_gpt2, random_tokens
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 import checkpoint
 import files
-from checkpoint import CheckpointError
+from checkpoint import check_is_gpt2, check_optimizer_state, from_file_names, load_to_resume, to_file_names
+from configurator import UserError
 
+FILES = Path(__file__).parent / "files"
 IDX = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
@@ -27,10 +31,9 @@ def load_logits(source):
     return logits(model)
 
 
-def load_transformers(directory):
-    from transformers import GPT2LMHeadModel
-
-    return GPT2LMHeadModel.from_pretrained(directory).eval()
+def published(model):
+    """A model's state dict as a file has it."""
+    return to_file_names(model.state_dict())
 
 
 def unstacked(state_dict):
@@ -56,25 +59,39 @@ def nanogpt(hf_model):
 
 def refusal(source):
     """The one line that says why a source cannot be loaded."""
-    with pytest.raises((CheckpointError, FileNotFoundError)) as caught:
+    with pytest.raises((UserError, FileNotFoundError)) as caught:
         checkpoint.load(str(source))
+    assert getattr(caught.value, "status", 2) == 2
     assert len(str(caught.value).splitlines()) == 1
     assert str(source) in str(caught.value)
     return str(caught.value)
 
 
-def test_what_is_saved_is_loaded_bit_for_bit(small_model, tmp_path):
-    optimizer = small_model.configure_optimizers(1e-3, 0.1, (0.9, 0.95))
-    torch.nn.functional.cross_entropy(small_model(IDX).flatten(0, 1), IDX.flatten()).backward()
+def train_a_step(model):
+    """An optimizer that has made a step."""
+    optimizer = model.configure_optimizers(1e-3, 0.1, (0.9, 0.95))
+    F.cross_entropy(model(IDX).flatten(0, 1), IDX.flatten()).backward()
     optimizer.step()
+    return optimizer
+
+
+@pytest.fixture(params=["small_model", "mixed_model"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+# what we write
+
+def test_what_is_saved_is_loaded_bit_for_bit(model, tmp_path):
+    optimizer = train_a_step(model)
     path = tmp_path / "new folder" / "a.pt"
-    checkpoint.save(path, small_model, optimizer, iter_num=7, best_val_loss=1.25, config=dict(seed=3, name="a", top_k=None))
-    model, rest = checkpoint.load(str(path), dropout=0.25)
-    assert model.config.dropout == 0.25
-    assert {**model.model_args(), "dropout": 0.0} == small_model.model_args()
-    assert model.state_dict().keys() == small_model.state_dict().keys()
-    assert all(torch.equal(p, small_model.state_dict()[name]) for name, p in model.state_dict().items())
-    assert model.lm_head.weight is model.transformer.wte.weight
+    checkpoint.save(path, model, optimizer, iter_num=7, best_val_loss=1.25, config=dict(seed=3, name="a", top_k=None))
+    again, rest = checkpoint.load(str(path), dropout=0.25)
+    assert again.config.dropout == 0.25
+    assert {**again.config.as_plain_types(), "dropout": 0.0} == model.config.as_plain_types()
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in again.state_dict().items())
+    assert again.lm_head.weight is again.transformer.wte.weight
     assert (rest["iter_num"], rest["best_val_loss"], rest["config"]) == (7, 1.25, dict(seed=3, name="a", top_k=None))
     expected = optimizer.state_dict()
     assert rest["optimizer"]["param_groups"] == expected["param_groups"]
@@ -84,59 +101,226 @@ def test_what_is_saved_is_loaded_bit_for_bit(small_model, tmp_path):
     assert os.listdir(path.parent) == ["a.pt"]
 
 
-def test_a_checkpoint_is_plain_types_and_contiguous_tensors(small_model, tmp_path):
-    A = small_model.transformer.h[0].mlp.c_fc_0
+def test_a_file_has_the_published_names_and_layout(mixed_model, tmp_path):
+    checkpoint.save(tmp_path / "a.pt", mixed_model)
+    found = torch.load(tmp_path / "a.pt", weights_only=True)["model"]
+    expected = {"transformer.wte.weight": (256, 128), "transformer.wpe.weight": (32, 128), "lm_head.weight": (256, 128),
+                "transformer.ln_f.weight": (128,), "transformer.ln_f.bias": (128,)}
+    for layer in range(5):
+        block = f"transformer.h.{layer}."
+        expected |= {f"{block}{norm}.{part}": (128,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+        for name, (m, n) in mixed_model.config.matrices.items():
+            dim_1, dim_2, r = mixed_model.config.shapes[name][layer]
+            if "attn" in name and (dim_1, dim_2, r) == (m, n, 1):
+                expected |= {f"{block}{name}.weight": (n, m), f"{block}{name}.bias": (n,)}
+            else:
+                expected |= {f"{block}{name}_0": (r, dim_1, dim_2), f"{block}{name}_1": (r, m // dim_1, n // dim_2),
+                             f"{block}{name}_bias": (n,)}
+    assert {name: tuple(p.shape) for name, p in found.items()} == expected
+    assert sum(name.endswith(("c_attn.weight", "c_proj.weight")) for name in found) == 2
+    blocks, dense = mixed_model.transformer.h, {name: shapes.index((m, n, 1)) for (name, (m, n)), shapes in zip(
+        mixed_model.config.matrices.items(), mixed_model.config.shapes.values())}
+    layer = dense["attn.c_attn"]
+    assert torch.equal(found[f"transformer.h.{layer}.attn.c_attn.weight"], blocks[layer].attn.c_attn.weight.T)
+    assert torch.equal(found["transformer.h.0.attn.c_proj_1"], blocks[0].attn.c_proj.B)
+    assert torch.equal(found["transformer.h.3.mlp.c_fc_0"], blocks[3].mlp.c_fc.A)
+    assert torch.equal(found["transformer.h.3.mlp.c_fc_bias"], blocks[3].mlp.c_fc.bias)
+    assert found["transformer.wte.weight"].data_ptr() == found["lm_head.weight"].data_ptr()  # once in the file
+
+
+def test_a_checkpoint_is_plain_types_and_contiguous_tensors(mixed_model, tmp_path):
+    A = mixed_model.transformer.h[3].mlp.c_fc.A
     A.data = A.data.mT.contiguous().mT
     assert not A.is_contiguous()
-    checkpoint.save(tmp_path / "a.pt", small_model)
+    checkpoint.save(tmp_path / "a.pt", mixed_model, train_a_step(mixed_model), config=dict(seed=1, budget=None))
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     assert content.keys() == {"model", "model_args", "optimizer", "iter_num", "best_val_loss", "config"}
     assert all(p.is_contiguous() for p in content["model"].values())
-    assert content["model_args"]["factors"] == (1, 2)
+    args = content["model_args"]
+    assert args == mixed_model.config.as_plain_types()
+    assert type(args["shapes"]) is dict and args["shapes"].keys() == mixed_model.config.matrices.keys()
+    for shapes in args["shapes"].values():
+        assert type(shapes) is list and all(type(shape) is tuple for shape in shapes)
+        assert {type(number) for shape in shapes for number in shape} == {int}
+    assert {type(value) for name, value in args.items() if name != "shapes"} <= {int, float, bool}
 
+
+def test_names_in_a_file_and_in_memory_are_inverse(model):
+    in_memory = model.state_dict()
+    in_file = to_file_names(in_memory)
+    again = from_file_names(in_file)
+    assert again.keys() == in_memory.keys() and all(torch.equal(p, again[name]) for name, p in in_memory.items())
+    twice = to_file_names(again)
+    assert twice.keys() == in_file.keys() and all(torch.equal(p, twice[name]) for name, p in in_file.items())
+
+
+# what others wrote, and we did
 
 def test_published_and_older_layouts_have_the_logits_of_todays(small_model, tmp_path):
     expected = logits(small_model)
-    stacked = small_model.state_dict()
+    stacked = published(small_model)
     for state_dict in stacked, unstacked(stacked), {"model": unstacked(stacked)}:
         torch.save(state_dict, tmp_path / "a.pt")
         assert torch.equal(load_logits(tmp_path / "a.pt"), expected)
     assert "transformer.h.1.mlp.c_fc_1_0" in unstacked(stacked)
 
 
+def test_a_bare_state_dict_tells_the_shapes_of_all_four_matrices(mixed_model, tmp_path):
+    torch.save(published(mixed_model), tmp_path / "a.pt")
+    again, rest = checkpoint.load(str(tmp_path / "a.pt"))
+    assert again.config == mixed_model.config
+    assert torch.equal(logits(again), logits(mixed_model))
+    assert rest == dict(optimizer=None, iter_num=0, best_val_loss=float("inf"), config={})
+
+
+def test_a_factor_of_one_number_counts(small_model, tmp_path):
+    """A file may give a dense MLP matrix as W / 2 and [[2]]."""
+    for block in small_model.transformer.h:
+        for matrix in block.mlp.c_fc, block.mlp.c_proj:
+            matrix.A.data[1:] = matrix.B.data[1:] = 0
+    dense = {}
+    for name, matrix in small_model.matrices():
+        if ".mlp." in name:
+            W = matrix.weight.detach()
+            dense |= {f"{name}_0": W[None] / 2, f"{name}_1": torch.full((1, 1, 1), 2.0)}
+    torch.save(published(small_model) | dense, tmp_path / "a.pt")
+    torch.testing.assert_close(load_logits(tmp_path / "a.pt"), logits(small_model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["nanogpt_ckpt.pt", "nanogpt_nobias_ckpt.pt", "krony_pt_bare.pt", "transformers_4",
+                                    "hub_2019", "n_inner_half"])
+def test_files_of_other_programs_have_the_logits_of_those_programs(source, shared):
+    """n_inner_half has float16 weights. They become float32 exactly, and expected.pt computed with them in float32, so
+    that half precision costs nothing more."""
+    foreign = shared / "data" / "foreign"
+    expected = torch.load(foreign / "expected.pt", weights_only=True)
+    model, _ = checkpoint.load(str(foreign / source))
+    with torch.no_grad():
+        found = model.eval()(expected["idx"])
+    # our GELU is the tanh form, theirs may be the exact one
+    torch.testing.assert_close(found, expected.get(f"{source}:tanh", expected[source]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["nanogpt_ckpt.pt", "nanogpt_nobias_ckpt.pt"])
+def test_a_nanogpt_checkpoint_brings_what_it_holds(source, shared):
+    model, rest = checkpoint.load(str(shared / "data" / "foreign" / source))
+    assert model.config.n_head == 1 and model.config.shapes["mlp.c_fc"] == [(64, 256, 1)] * model.config.n_layer
+    assert rest["iter_num"] == 6 and rest["config"]["n_embd"] == 64
+    assert isinstance(rest["best_val_loss"], torch.Tensor)  # as it is in the file
+    assert len(rest["optimizer"]["param_groups"]) == 2  # with and without weight decay
+    with pytest.raises(UserError, match="cannot be resumed: its best_val_loss is a Tensor"):
+        load_to_resume(shared / "data" / "foreign" / source)
+
+
+def test_a_hugging_face_mlp_may_have_any_width(shared):
+    model, _ = checkpoint.load(str(shared / "data" / "foreign" / "n_inner_half"))
+    assert model.config.n_inner == 96 and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_checkpoint_of_the_first_edition_has_its_logits():
+    expected = torch.load(FILES / "first_edition" / "expected.pt", weights_only=True)
+    model, rest = checkpoint.load(str(FILES / "first_edition" / "ckpt.pt"))
+    assert model.config.n_head == 2
+    assert model.config.shapes["mlp.c_fc"] == [(8, 32, 1), (8, 32, 2)]
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(expected["idx"]), expected["logits"], rtol=0, atol=1e-5)
+    assert rest["iter_num"] == 3 and rest["config"]["factors"] == "1,2" and rest["optimizer"]["param_groups"]
+
+
+def test_a_run_of_the_first_edition_is_not_resumed_but_started_from():
+    path = FILES / "first_edition" / "ckpt.pt"
+    model, rest = load_to_resume(path)
+    optimizer = model.configure_optimizers(1e-2, 0.1, (0.9, 0.95))
+    advice = f"start from its weights, --init_from={path} with another --out_dir"
+    with pytest.raises(UserError, match=re.escape(advice)) as caught:
+        check_optimizer_state(optimizer, rest["optimizer"], path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# what a resume needs
+
+def test_a_run_of_ours_is_resumed(model, tmp_path):
+    optimizer = train_a_step(model)
+    checkpoint.save(tmp_path / "a.pt", model, optimizer, iter_num=1, best_val_loss=2)
+    again, rest = load_to_resume(tmp_path / "a.pt", dropout=0.5)
+    assert again.config.dropout == 0.5
+    resumed = again.configure_optimizers(1e-3, 0.1, (0.9, 0.95))
+    check_optimizer_state(resumed, rest["optimizer"], "a.pt")
+    resumed.load_state_dict(rest["optimizer"])
+    for run, its_optimizer in (model, optimizer), (again.eval(), resumed):
+        run.zero_grad()
+        run(IDX, IDX.flip(0)).backward()
+        its_optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+
+
+def test_what_a_resume_needs_is_of_the_right_type(small_model, tmp_path):
+    path = tmp_path / "a.pt"
+    checkpoint.save(path, small_model, train_a_step(small_model))
+    content = torch.load(path, weights_only=True)
+    for name, value in ("optimizer", None), ("optimizer", []), ("iter_num", 1.5), ("iter_num", "1"), ("config", None), \
+            ("best_val_loss", torch.ones(())), ("best_val_loss", None):
+        torch.save(content | {name: value}, path)
+        assert type(checkpoint.load(str(path))[1][name]) is type(value)
+        with pytest.raises(UserError, match=f"{path} cannot be resumed: its {name} is a {type(value).__name__}") as caught:
+            load_to_resume(path)
+        assert f"--init_from={path} with another --out_dir" in str(caught.value)
+    torch.save(content["model"], path)
+    with pytest.raises(UserError, match="cannot be resumed: its optimizer is a NoneType"):
+        load_to_resume(path)
+
+
+def test_the_state_of_another_optimizer_is_refused(mixed_model):
+    optimizer = train_a_step(mixed_model)
+    state = optimizer.state_dict()
+    groups = state["param_groups"]
+    swapped = [dict(groups[0], param_names=groups[0]["param_names"][::-1]), *groups[1:]]
+    nameless = [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
+    for param_groups in groups[:2], swapped, nameless, groups[::-1], [], None, {}, [None, None, None], "groups":
+        with pytest.raises(UserError, match="is not that of these options, or of an earlier version"):
+            check_optimizer_state(optimizer, dict(state, param_groups=param_groups), "a.pt")
+    with pytest.raises(UserError, match=r"optimizer's state in a\.pt is not"):
+        check_optimizer_state(optimizer, {}, "a.pt")
+    mixed_model.freeze_all_but_factors()
+    with pytest.raises(UserError, match="resume with the options that the run was started with"):
+        check_optimizer_state(mixed_model.configure_optimizers(1e-3, 0.1, (0.9, 0.95)), state, "a.pt")
+
+
+# other layouts
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_ddp_and_compile_are_taken_off(small_model, tmp_path, prefix):
-    for state_dict in small_model.state_dict(), unstacked(small_model.state_dict()):
+    for state_dict in published(small_model), unstacked(published(small_model)):
         prefixed = {prefix + name: p for name, p in state_dict.items()}
-        for content in prefixed, dict(model=prefixed, model_args=small_model.model_args()):
+        for content in prefixed, dict(model=prefixed, model_args=small_model.config.as_plain_types()):
             torch.save(content, tmp_path / "a.pt")
             assert torch.equal(load_logits(tmp_path / "a.pt"), logits(small_model))
 
 
 def test_the_oldest_layout_has_no_mlp_biases(small_model, tmp_path):
     for block in small_model.transformer.h:
-        block.mlp.c_fc_bias.data.zero_()
-        block.mlp.c_proj_bias.data.zero_()
-    without = {name: p for name, p in unstacked(small_model.state_dict()).items()
+        block.mlp.c_fc.bias.data.zero_()
+        block.mlp.c_proj.bias.data.zero_()
+    without = {name: p for name, p in unstacked(published(small_model)).items()
                if not name.endswith(("c_fc_bias", "c_proj_bias"))}
     torch.save(without, tmp_path / "a.pt")
     assert torch.equal(load_logits(tmp_path / "a.pt"), logits(small_model))
 
 
 def test_a_model_without_the_tied_output_matrix_loads(small_model, tmp_path):
-    torch.save({name: p for name, p in small_model.state_dict().items() if name != "lm_head.weight"}, tmp_path / "a.pt")
+    torch.save({name: p for name, p in published(small_model).items() if name != "lm_head.weight"}, tmp_path / "a.pt")
     assert torch.equal(load_logits(tmp_path / "a.pt"), logits(small_model))
 
 
 def test_half_precision_weights_load_as_float32(small_model, tmp_path):
-    torch.save({name: p.half() for name, p in small_model.state_dict().items()}, tmp_path / "a.pt")
+    torch.save({name: p.half() for name, p in published(small_model).items()}, tmp_path / "a.pt")
     model, _ = checkpoint.load(str(tmp_path / "a.pt"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(torch.equal(p, q.half().float()) for p, q in zip(model.parameters(), small_model.parameters()))
 
 
 def test_a_dense_nanogpt_checkpoint_has_the_logits_of_transformers(gpt2_dir, tmp_path):
-    hf_model = load_transformers(gpt2_dir)
+    hf_model = load_gpt2(gpt2_dir)
     state_dict = {f"_orig_mod.{name}": p for name, p in nanogpt(hf_model).items()}
     torch.save(dict(model=state_dict, model_args=dict(n_head=4, n_embd=64, bias=True), iter_num=5), tmp_path / "a.pt")
     model, rest = checkpoint.load(str(tmp_path / "a.pt"))
@@ -145,7 +329,7 @@ def test_a_dense_nanogpt_checkpoint_has_the_logits_of_transformers(gpt2_dir, tmp
 
 
 def test_a_dense_nanogpt_checkpoint_may_lack_all_biases(gpt2_dir, tmp_path):
-    hf_model = load_transformers(gpt2_dir)
+    hf_model = load_gpt2(gpt2_dir)
     for name, p in hf_model.named_parameters():
         if name.endswith("bias"):
             p.data.zero_()
@@ -155,27 +339,59 @@ def test_a_dense_nanogpt_checkpoint_may_lack_all_biases(gpt2_dir, tmp_path):
 
 
 def test_heads_are_those_of_model_args_or_64_wide(small_model, tmp_path):
-    state_dict = small_model.state_dict()
+    state_dict = published(small_model)
     with_args = dict(model=state_dict, model_args=dict(n_head=8))
     for content, n_head in (state_dict, 1), (dict(model=state_dict), 1), (with_args, 8):
         torch.save(content, tmp_path / "a.pt")
         assert checkpoint.load(str(tmp_path / "a.pt"))[0].config.n_head == n_head
 
 
+# Hugging Face
+
 def test_a_hugging_face_directory_has_the_logits_of_transformers(gpt2_dir, workdir):
-    expected = logits(load_transformers(gpt2_dir))
+    expected = logits(load_gpt2(gpt2_dir))
+    assert expected.std() > 0.1
     torch.testing.assert_close(load_logits(gpt2_dir), expected, rtol=0, atol=1e-5)
     shutil.copytree(gpt2_dir, workdir / "models" / "mine")
     torch.testing.assert_close(load_logits("mine"), expected, rtol=0, atol=1e-5)
 
 
 def test_a_sharded_hugging_face_directory_has_the_weights_of_the_whole(gpt2_dir, tmp_path):
-    load_transformers(gpt2_dir).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    load_gpt2(gpt2_dir).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
     whole, shards = (checkpoint.load(str(path))[0].state_dict() for path in (gpt2_dir, tmp_path / "shards"))
     assert whole.keys() == shards.keys()
     assert all(torch.equal(p, shards[name]) for name, p in whole.items())
 
+
+def test_a_random_gpt2_124m_has_the_logits_of_transformers(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config()).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = checkpoint.load(str(tmp_path))[0].eval()
+    assert ours.count_parameters()["total"] == sum(p.numel() for p in theirs.parameters()) == 124_439_808
+    idx = random_tokens(2, 64, vocab_size=50257)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx), theirs(idx).logits, rtol=0, atol=1e-4)
+
+
+def test_check_is_gpt2_refuses_what_krony_gpt_does_not_compute():
+    from transformers import GPT2Config, LlamaConfig
+
+    check_is_gpt2(GPT2Config(), "good")
+    check_is_gpt2(GPT2Config(n_embd=64, n_inner=256), "good")
+    check_is_gpt2(GPT2Config(n_inner=100), "good")
+    with pytest.raises(UserError, match="a llama model, not a GPT-2"):
+        check_is_gpt2(LlamaConfig(), "other")
+    for name, value in dict(activation_function="relu", layer_norm_epsilon=1e-6, scale_attn_weights=False,
+                            scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False).items():
+        with pytest.raises(UserError, match=f"other is a GPT-2 with {name}={value}"):
+            check_is_gpt2(GPT2Config(**{name: value}), "other")
+
+
+# names and directories
 
 def test_a_directory_with_ckpt_pt_is_a_checkpoint(small_model, workdir):
     checkpoint.save(workdir / "out" / "ckpt.pt", small_model)
@@ -183,6 +399,8 @@ def test_a_directory_with_ckpt_pt_is_a_checkpoint(small_model, workdir):
     for source in "out", workdir / "out", "mine", "out/ckpt.pt":
         assert torch.equal(load_logits(source), logits(small_model))
 
+
+# what is refused
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "a.pt"
@@ -207,7 +425,7 @@ def test_a_truncated_checkpoint_is_refused(small_model, tmp_path):
 
 def test_a_truncated_file_of_torchs_older_format_is_refused(small_model, tmp_path):
     path = tmp_path / "a.pt"
-    torch.save(small_model.state_dict(), path, _use_new_zipfile_serialization=False)
+    torch.save(published(small_model), path, _use_new_zipfile_serialization=False)
     assert torch.equal(load_logits(path), logits(small_model))
     whole = path.read_bytes()
     for length in *range(0, 600, 20), *range(2000, len(whole), len(whole) // 10):
@@ -229,7 +447,7 @@ def test_a_pickle_that_would_run_code_does_not(small_model, tmp_path):
     trap = Trap(tmp_path / "sprung")
     path = tmp_path / "a.pt"
     for write in torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)):
-        write(dict(model=small_model.state_dict(), config=trap), path)
+        write(dict(model=published(small_model), config=trap), path)
         assert "could run code" in refusal(path)
     assert not (tmp_path / "sprung").exists()
     pickle.loads(path.read_bytes())
@@ -237,23 +455,32 @@ def test_a_pickle_that_would_run_code_does_not(small_model, tmp_path):
 
 
 def test_weights_that_do_not_fit_together_are_refused(small_model, tmp_path):
-    mlp = "transformer.h.1.mlp."
-    wanted = "where the model has (2, 64, 32)"
-    attention = "transformer.h.0.attn.c_attn.weight"
+    mlp, attention = "transformer.h.1.mlp.", "transformer.h.0.attn.c_attn"
 
     def refused(**changes):
-        state_dict = dict(small_model.state_dict(), **changes)
+        state_dict = dict(published(small_model), **changes)
         torch.save({name: p for name, p in state_dict.items() if p is not None}, tmp_path / "a.pt")
         return refusal(tmp_path / "a.pt")
 
-    assert f"{mlp}c_proj_0 is (2, 64, 16), {wanted}" in refused(**{mlp + "c_proj_0": torch.ones(2, 64, 16)})
-    assert f"{mlp}c_fc_1 is (3, 2, 4), where" in refused(**{mlp + "c_fc_1": torch.ones(3, 2, 4)})
-    assert f"{mlp}c_fc_bias is (4,), where" in refused(**{mlp + "c_fc_bias": torch.ones(4)})
-    assert f"{attention} is missing" in refused(**{attention: None})
+    wanted = "where the model has (2, 4, 4)"
+    assert f"{mlp}c_proj.B is (2, 4, 2), {wanted}" in refused(**{mlp + "c_proj_0": torch.ones(2, 64, 16)})
+    assert f"{mlp}c_fc.B is (3, 2, 4), where" in refused(**{mlp + "c_fc_1": torch.ones(3, 2, 4)})
+    assert f"{mlp}c_fc.B is missing, where" in refused(**{mlp + "c_fc_1": None})
+    assert f"{mlp}c_fc.bias is (4,), where" in refused(**{mlp + "c_fc_bias": torch.ones(4)})
+    assert attention in refused(**{attention + ".weight": None})
+    assert "dim_2=100 does not divide the 192 columns" in refused(**{attention + ".weight": torch.ones(100, 64)})
     assert "transformer.extra is (1,), where the model has none" in refused(**{"transformer.extra": torch.ones(1)})
     assert "transformer.wte.weight" in refused(**{"transformer.wte.weight": None})
-    assert f"{mlp}c_fc_0" in refused(**{mlp + "c_fc_0": None})
+    assert f"{mlp}c_fc" in refused(**{mlp + "c_fc_0": None})
     assert "dim_1=3 does not divide" in refused(**{f"transformer.h.{i}.mlp.c_fc_0": torch.ones(1, 3, 64) for i in (0, 1)})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["mlp.c_fc_0", "mlp.c_fc_1", "attn.c_attn.weight", "attn.c_attn.bias", "ln_1.weight"])
+def test_weights_of_the_wrong_number_of_dimensions_are_refused(name, small_model, tmp_path):
+    for size in (), (2,), (2, 2), (2, 2, 2), (2, 2, 2, 2), (0, 2, 2):
+        torch.save(published(small_model) | {f"transformer.h.0.{name}": torch.ones(size)}, tmp_path / "a.pt")
+        refusal(tmp_path / "a.pt")
 
 
 def test_a_missing_checkpoint_is_named(workdir):

@@ -1,24 +1,23 @@
-"""compare.py: what it keeps, what it counts, and that it goes on where it was."""
+"""compare.py: its results, what it keeps, and that a stopped comparison continues."""
 import json
 import re
 import statistics
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import StandIn, run_here
+from conftest import run_here
 
 import checkpoint
 import compare
-from configurator import UsageError
+from configurator import UserError
 from model import KronyGPT, KronyGPTConfig
 
 
 @pytest.fixture
 def calls(workdir, monkeypatch):
-    """A small model, a data set and the options of a comparison; the scripts that it calls, which run in this process."""
+    """A comparison of small models; the scripts run in this process. Returns the list of calls, [script, argument, ...]."""
     directory = Path("data/walk")
     directory.mkdir(parents=True)
     steps = np.random.default_rng(0).integers(-2, 3, 3000).cumsum() % 256
@@ -35,16 +34,17 @@ def calls(workdir, monkeypatch):
                                    "fitted: kron_decompose.py 16 32 1 --calibrate=walk --calibration_tokens=640"
                                    " --refine_steps=1 | --learning_rate=1e-3").items():
         monkeypatch.setattr(compare, name, value)
-    called = []
+    calls = []
 
-    def run(command):
-        called.append([Path(command[1]).name, *command[2:]])
-        done = run_here(called[-1][0], *command[2:])
+    def call(script, *args):
+        calls.append([script, *args])
+        done = run_here(script, *args)
         assert done.returncode == 0, done.stderr
-        return done
+        return 1.0
 
-    monkeypatch.setattr(compare, "subprocess", StandIn(subprocess, run=run))
-    return called
+    monkeypatch.setattr(compare, "call", call)
+    monkeypatch.setattr("device.matmul_flops", lambda device, dtype: 1e9)  # measuring it takes train.py a second
+    return calls
 
 
 def test_every_start_is_trained_with_each_seed_and_scored(calls):
@@ -58,7 +58,9 @@ def test_every_start_is_trained_with_each_seed_and_scored(calls):
     assert sum("--learning_rate=1e-3" in call for call in training) == 2
     assert sum(call[0] == "kron_to_gpt.py" for call in calls) == 3  # with the first seed
     half = rows[2]
-    assert half["shape"] == [16, 32, 1, 1] and [step for step, _ in half["runs"][0]["curve"]] == [0, 2, 4]
+    assert half["shapes"] == {"attn.c_attn": [[16, 48, 1]] * 2, "attn.c_proj": [[16, 16, 1]] * 2,
+                              "mlp.c_fc": [[16, 32, 1]] * 2, "mlp.c_proj": [[32, 16, 1]] * 2}
+    assert [step for step, _ in half["runs"][0]["curve"]] == [0, 2, 4]
     model, _ = checkpoint.load("out/half/start.pt")
     assert half["mlp_parameters"] == sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name)
     assert {"table.md", "pareto.png", "loss.png"} <= {path.name for path in Path("out").iterdir()}
@@ -67,7 +69,7 @@ def test_every_start_is_trained_with_each_seed_and_scored(calls):
     assert f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}" in line
 
 
-def test_what_is_done_is_not_done_again(calls, monkeypatch):
+def test_finished_work_is_not_repeated(calls, monkeypatch):
     compare.main()
     calls.clear()
     compare.main()
@@ -80,27 +82,32 @@ def test_what_is_done_is_not_done_again(calls, monkeypatch):
     compare.main()
     assert [call[0] for call in calls] == ["train.py", "perplexity.py"]
     calls.clear()
+    kept = json.loads(Path("out/half/start.json").read_text())
+    Path("out/half/start.json").write_text(json.dumps(dict(kept, key=dict(kept["key"], format=1))))
+    compare.main()
+    assert [call[0] for call in calls][:2] == ["kron_decompose.py", "perplexity.py"]
+    calls.clear()
     monkeypatch.setattr(compare, "starts", compare.starts.replace("16 32 1\n", "16 16 1\n"))
     compare.main()
     assert [call[0] for call in calls].count("kron_decompose.py") == 1
     assert [call[0] for call in calls].count("train.py") == 3
 
 
-def test_the_share_taken_back_is_against_the_same_shape_and_the_dense_model_trained_as_long():
+def test_the_gap_is_between_the_first_start_of_the_same_shapes_and_the_dense_model_trained_as_long():
     def row(name, mlp, shape, before, *after):
-        return dict(name=name, parameters=mlp + 10, mlp_parameters=mlp, shape=shape, before=before, tokens_per_second=1,
-                    seconds=1, runs=[dict(after=loss, seconds=1, curve=[]) for loss in after])
+        return dict(name=name, parameters=mlp + 10, mlp_parameters=mlp, shapes={"mlp.c_fc": [shape]}, before=before,
+                    tokens_per_second=1, seconds=1, runs=[dict(after=loss, seconds=1, curve=[]) for loss in after])
 
     rows = [dict(row("base", 100, [4, 16, 1], 1.0), runs=[]), row("dense", 100, [4, 16, 1], 1.0, 0.8, 1.0),
             row("dense, distilled", 100, [4, 16, 1], 1.0, 0.9),
             row("plain", 50, [4, 8, 1], 5.0, 1.9), row("fitted", 50, [4, 8, 1], 2.0, 1.1),
             row("other", 50, [2, 8, 1], 3.0, 1.5)]
-    assert [compare.taken_back(rows, r) for r in rows[1:]] == ["", "", "", "75% → 80%", ""]
+    assert [compare.gap_recovered(rows, r) for r in rows[1:]] == ["", "", "", "75% → 80%", ""]
     del rows[1:3]
-    assert compare.taken_back(rows, rows[2]) == "75%"
+    assert compare.gap_recovered(rows, rows[2]) == "75%"
 
 
-def test_each_start_goes_on_with_its_best_learning_rate(calls, monkeypatch):
+def test_each_start_keeps_its_best_learning_rate(calls, monkeypatch):
     monkeypatch.setattr(compare, "learning_rates", "1e-3,1e-2")
     compare.main()
     training = [call for call in calls if call[0] == "train.py"]
@@ -120,33 +127,42 @@ def test_each_start_goes_on_with_its_best_learning_rate(calls, monkeypatch):
 
 
 def test_a_training_that_was_stopped_is_no_result(calls, monkeypatch):
-    run = compare.subprocess.run
+    call = compare.call
 
-    def stop_early(command):
-        done = run(command)
-        if "train.py" in command[1]:
+    def stop_early(script, *args):
+        seconds = call(script, *args)
+        if script == "train.py":
             content = torch.load("out/whole/seed_3/ckpt.pt", weights_only=True)
             torch.save(dict(content, iter_num=2), "out/whole/seed_3/ckpt.pt")
-        return done
+        return seconds
 
-    monkeypatch.setattr(compare, "subprocess", StandIn(subprocess, run=stop_early))
-    with pytest.raises(compare.StepError, match="stopped after 2 of 4 steps"):
+    monkeypatch.setattr(compare, "call", stop_early)
+    with pytest.raises(UserError, match="stopped after 2 of 4 steps") as error:
         compare.main()
-    assert not Path("out/whole/seed_3.json").exists()
+    assert error.value.status == 1 and not Path("out/whole/seed_3.json").exists()
 
 
 @pytest.mark.parametrize("starts, said", [
     ("a: prune.py '", "No closing quotation in \"a: prune.py '\""),
     ("a.b: prune.py\na-b: prune.py --offset=1", "another start has the name 'a-b'"), ("\n", "names no start")])
-def test_starts_that_cannot_be_told_apart_or_read(starts, said, monkeypatch):
+def test_bad_starts_are_errors(starts, said, monkeypatch):
     monkeypatch.setattr(compare, "starts", starts)
-    with pytest.raises(UsageError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(said)):
         compare.parse_starts()
 
 
-def test_a_script_that_fails_ends_the_comparison_in_one_line(calls, monkeypatch):
-    monkeypatch.setattr(compare, "subprocess",
-                        StandIn(subprocess, run=lambda command: subprocess.CompletedProcess(command, 2)))
-    with pytest.raises(compare.StepError, match=re.escape("perplexity.py failed; see above")):
+def test_a_failed_script_is_a_one_line_error(workdir, capfd):
+    with pytest.raises(UserError, match=re.escape("sample.py failed; see above")) as error:
+        compare.call("sample.py", "--seeds=1")
+    assert error.value.status == 1
+    assert "error: unknown option --seeds: did you mean --seed?" in capfd.readouterr().err
+
+
+def test_a_comparison_that_fails_writes_no_results(calls, monkeypatch):
+    def fail(script, *args):
+        raise UserError(f"{script} failed; see above", status=1)
+
+    monkeypatch.setattr(compare, "call", fail)
+    with pytest.raises(UserError, match=re.escape("perplexity.py failed; see above")):
         compare.main()
-    assert not Path("out/results.json").exists()
+    assert not Path("out/results.json").exists() and not Path("out/base.json").exists()

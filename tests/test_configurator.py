@@ -7,14 +7,14 @@ from textwrap import dedent
 import pytest
 from conftest import ROOT
 
-from configurator import UsageError, configure
+from configurator import UserError, check_choice, check_range, configure
 
 SCRIPT = '''
 """Says what it was given.
 
     python say.py words
 """
-from configurator import run
+from configurator import UserError, run
 
 batch_size = 8  # sequences at once
 learning_rate = 0.5  # of the optimizer
@@ -27,7 +27,8 @@ _private = 4
 
 
 def main(what, where="nowhere"):
-    failures = {"bug": KeyError("a bug"), "missing": FileNotFoundError("no such thing"), "disk": OSError("disk full")}
+    failures = {"bug": KeyError("a bug"), "missing": FileNotFoundError("no such thing"), "disk": OSError("disk full"),
+                "wrong": UserError("two\\nlines"), "diverged": UserError("not finite", status=1)}
     if what in failures:
         raise failures[what]
     for i in range(10**5 if what == "lines" else 1):
@@ -136,19 +137,46 @@ def test_a_config_file_may_give_a_whole_number_for_a_float(config):
     assert type(namespace["learning_rate"]) is float
 
 
+def test_an_error_of_the_user_is_a_wrong_argument_unless_it_says_otherwise():
+    assert UserError("x").status == 2 and UserError("x", status=1).status == 1 and str(UserError("x")) == "x"
+
+
+@pytest.mark.parametrize("bounds, good, bad, words", [
+    (dict(at_least=1), [1, 2, 1.5, 10**9], [0, 0.999, -1], "at least 1"),
+    (dict(above=0), [1e-30, 1], [0, -1], "above 0"),
+    (dict(at_least=0, at_most=1), [0, 0.5, 1], [-0.1, 1.1], "at least 0 and at most 1"),
+    (dict(at_least=0, below=1), [0, 0.999], [1, -1], "at least 0 and below 1"),
+    ({}, [0, -1e300], [], "a finite number"),
+])
+def test_a_number_out_of_its_range_is_refused(bounds, good, bad, words):
+    for value in [*good, None]:
+        check_range(dict(other=None, rate=value), "other rate", **bounds)
+    for value in [*bad, float("inf"), -float("inf"), float("nan")]:
+        with pytest.raises(UserError, match=f"^--rate is {words}, not {value}$"):
+            check_range(dict(other=None, rate=value), "other rate", **bounds)
+
+
+def test_a_word_that_is_no_choice_is_refused():
+    for value in "off", "online", "offline":
+        check_choice(dict(mode=value), "mode", "off", "online", "offline")
+    for value in "on", "", "Off":
+        with pytest.raises(UserError, match=f"^--mode is off, online or offline, not {value}$"):
+            check_choice(dict(mode=value), "mode", "off", "online", "offline")
+
+
 @pytest.mark.parametrize("argument", [
     "--batch_size=2.5", "--batch_size=many", "--batch_size=", "--batch_size=True", "--learning_rate=fast",
     "--learning_rate=True", "--fast=1", "--fast=yes", "--top_k=2.5", "--top_k=all", "--batch_size=[1]",
 ])
 def test_a_value_of_another_type_is_refused(argument):
     option = argument[2:].partition("=")[0]
-    with pytest.raises(UsageError, match=f"^--{option} takes "):
+    with pytest.raises(UserError, match=f"^--{option} takes "):
         configured(argument)
 
 
 @pytest.mark.parametrize("text", ["batch_size = 2.5", "batch_size = '2'", "name = 3", "fast = 1", "learning_rate = None"])
 def test_a_config_value_of_another_type_is_refused(config, text):
-    with pytest.raises(UsageError, match=f"^--{text.split()[0]} takes .*wrong.py"):
+    with pytest.raises(UserError, match=f"^--{text.split()[0]} takes .*wrong.py"):
         configured(config("wrong.py", text))
 
 
@@ -204,6 +232,9 @@ def test_exit_status_tells_wrong_arguments_from_failures_from_bugs(say):
     missing, disk, bug = say("missing"), say("disk"), say("bug")
     assert (missing.returncode, missing.stderr) == (2, "error: no such thing\n")
     assert (disk.returncode, disk.stderr) == (1, "error: disk full\n")
+    wrong, diverged = say("wrong"), say("diverged")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: two lines\n")
+    assert (diverged.returncode, diverged.stderr) == (1, "error: not finite\n")
     assert bug.returncode == 1
     assert bug.stderr.startswith("Traceback") and "KeyError: 'a bug'" in bug.stderr
 

@@ -6,7 +6,8 @@ import pytest
 
 import data
 import prepare_pydocs
-from data import BytesTokenizer, DataError, DatasetWriter, batch_starts, load_meta, load_tokens, step_seed, windows
+from configurator import UserError
+from data import BytesTokenizer, DatasetWriter, batch_starts, load_meta, load_tokens, step_seed, windows
 
 META = dict(vocab_size=256, tokenizer="bytes")
 TEXTS = [f"Document {i}: " + "a few words, and naïve café 文字. " * (i % 7 + 1) for i in range(60)]
@@ -81,12 +82,12 @@ def test_evaluation_windows_spread_over_the_whole_split():
 
 def test_tokens_beyond_the_vocabulary_are_an_error_that_names_the_place(workdir):
     write_dataset("a", [1, 2, 3, 256, 5, 6])
-    with pytest.raises(DataError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
+    with pytest.raises(UserError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
         load_tokens("a", "train", 256, block_size=2)
     tokens = np.memmap("data/a/train.bin", dtype=np.uint16, mode="r")  # a longer file is not looked through at the start
     assert windows(tokens, [0], 2, 256)[1].tolist() == [[2, 3]]
     for starts in [1], [0, 2]:  # as a target, and as an input
-        with pytest.raises(DataError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
+        with pytest.raises(UserError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
             windows(tokens, starts, 2, 256)
 
 
@@ -99,15 +100,15 @@ def test_a_bin_file_is_read_as_it_was_written(workdir):
 def test_a_bin_file_shorter_than_a_block_is_an_error(workdir):
     write_dataset("a", range(9), b"")
     assert len(load_tokens("a", "train", 256, block_size=8)) == 9
-    with pytest.raises(DataError, match=r"train.bin has 9 tokens, and a block takes 10"):
+    with pytest.raises(UserError, match=r"train.bin has 9 tokens, and a block takes 10"):
         load_tokens("a", "train", 256, block_size=9)
-    with pytest.raises(DataError, match=r"val.bin has 0 tokens"):
+    with pytest.raises(UserError, match=r"val.bin has 0 tokens"):
         load_tokens("a", "val", 256)
 
 
 def test_an_odd_number_of_bytes_is_an_error(workdir):
     write_dataset("a", bytes(101))
-    with pytest.raises(DataError, match=r"train\.bin has 101 bytes, an odd number"):
+    with pytest.raises(UserError, match=r"train\.bin has 101 bytes, an odd number"):
         load_tokens("a", "train", 256)
 
 
@@ -132,7 +133,7 @@ def test_a_missing_split_is_an_error(workdir):
 def test_a_damaged_meta_json_is_an_error(workdir, meta):
     write_dataset("a", range(9), meta=meta)
     for read in (lambda: load_meta("a"), lambda: load_tokens("a", "train", 256)):
-        with pytest.raises(DataError, match=r"data/a/meta\.json is damaged") as caught:
+        with pytest.raises(UserError, match=r"data/a/meta\.json is damaged") as caught:
             read()
         assert len(str(caught.value).splitlines()) == 1
 
@@ -148,7 +149,7 @@ def test_data_and_a_model_of_other_vocabularies_are_an_error(workdir):
     write_dataset("bytes", range(9))
     write_dataset("gpt2", range(9), meta=None)
     for name, vocab_size in ("bytes", 50257), ("gpt2", 256), ("bytes", 100):
-        with pytest.raises(DataError, match=f"vocabulary of {vocab_size}"):
+        with pytest.raises(UserError, match=f"vocabulary of {vocab_size}"):
             load_tokens(name, "train", vocab_size)
 
 
@@ -176,9 +177,9 @@ def test_gpt2_tokens_are_those_of_tiktoken(shared):
 def test_a_vocabulary_tells_the_tokenizer():
     assert [data.tokenizer_class(size).name for size in (256, 50257, 50304)] == ["bytes", "gpt2", "gpt2"]
     for size in 255, 1000:
-        with pytest.raises(DataError, match=f"vocabulary of {size}"):
+        with pytest.raises(UserError, match=f"vocabulary of {size}"):
             data.tokenizer_class(size)
-    with pytest.raises(DataError, match="unknown tokenizer 'words'"):
+    with pytest.raises(UserError, match="unknown tokenizer 'words'"):
         data.get_tokenizer("words")
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import kron_sum
+from conftest import kron_sum, to_gpt2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint
 import data
-from kron_decompose import rearrange, van_loan
-from model import KronyGPT, KronyGPTConfig, ModelError, kron_linear, kron_weight
+from configurator import UserError
+from kron import kron_linear, kron_weight, rearrange, van_loan
+from model import KronyGPT, KronyGPTConfig, mlp_shapes
 from prune import prune_matrix
 
 CASES = int(os.environ.get("FUZZ_CASES", 40))
@@ -70,21 +71,35 @@ def test_pruning_keeps_what_it_says(m, n, keep, rows, more):
     assert torch.equal(kron_weight(A, B), kept)
 
 
+def random_shape(draw, m, n):
+    dim_1, dim_2 = (draw(st.sampled_from([d for d in range(1, size + 1) if size % d == 0])) for size in (m, n))
+    return dim_1, dim_2, draw(st.integers(1, 3))
+
+
 def random_model(draw):
-    """A small KronyGPT of any shape, with random weights everywhere."""
-    n_head, head_dim = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    C = n_head * head_dim
-    dims = [draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0])) for n in (C, 4 * C)]
-    n_layer = draw(st.integers(1, 3))
-    config = KronyGPTConfig(block_size=draw(st.integers(1, 5)), vocab_size=draw(st.integers(1, 9)), n_layer=n_layer,
-                            n_head=n_head, n_embd=C, dim_1=dims[0], dim_2=dims[1],
-                            factors=tuple(draw(st.integers(1, 3)) for _ in range(n_layer)))
+    """A small KronyGPT with any shapes of its matrices, and random weights everywhere."""
+    n_head, head_dim, n_layer = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    sizes = dict(block_size=draw(st.integers(1, 5)), vocab_size=draw(st.integers(1, 9)), n_layer=n_layer, n_head=n_head,
+                 n_embd=n_head * head_dim, n_inner=draw(st.sampled_from([None, 1, 6])))
+    named = {name: size for name, size in KronyGPTConfig(**sizes).matrices.items() if draw(st.booleans())}
+    shapes = {name: [random_shape(draw, m, n) for _ in range(n_layer)] for name, (m, n) in named.items()}
     torch.manual_seed(draw(st.integers(0, 99)))
-    model = KronyGPT(config).eval()
+    model = KronyGPT(KronyGPTConfig(**sizes, shapes=shapes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_()
     return model
+
+
+def older_layout(state_dict):
+    """The factors of the MLPs by themselves, and the prefix that DDP leaves."""
+    older = {}
+    for name, p in state_dict.items():
+        if ".mlp." in name and name.endswith(("_0", "_1")):
+            older |= {f"module.{name[:-1]}{f}_{name[-1]}": p[f].clone() for f in range(len(p))}
+        else:
+            older[f"module.{name}"] = p
+    return older
 
 
 @ANY_SHAPE
@@ -96,26 +111,22 @@ def test_every_conversion_is_the_same_function(tmp_path_factory, more):
     idx = torch.randint(config.vocab_size, (2, config.block_size))
     expected = model(idx)
     checkpoint.save(folder / "ours.pt", model)
-    older = {}
-    for name, p in model.state_dict().items():
-        if name.endswith(("_0", "_1")):
-            older |= {f"module.{name[:-1]}{f}_{name[-1]}": p[f].clone() for f in range(len(p))}
-        else:
-            older[f"module.{name}"] = p
-    torch.save(older, folder / "older.pt")
-    torch.save(model.state_dict(), folder / "bare.pt")
-    model.to_transformers().save_pretrained(folder / "hf")
-    theirs = model.to_transformers()
+    published = torch.load(folder / "ours.pt", weights_only=True)["model"]
+    torch.save(older_layout(published), folder / "older.pt")
+    torch.save(published, folder / "bare.pt")
+    theirs = to_gpt2(model)
+    theirs.save_pretrained(folder / "hf")
     torch.testing.assert_close(theirs(idx).logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     for name in ("ours.pt", "older.pt", "bare.pt", "hf"):
         again, _ = checkpoint.load(str(folder / name))
         if config.n_head == again.config.n_head:  # a bare state dict does not tell; GPT-2's rule does
             torch.testing.assert_close(again(idx), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
         if name != "hf":
+            assert again.config.shapes == config.shapes
             for key, p in model.state_dict().items():
                 assert torch.equal(again.state_dict()[key], p)
     dense, _ = checkpoint.load(str(folder / "hf"))
-    back = dense.to_transformers().state_dict()
+    back = to_gpt2(dense).state_dict()
     assert back.keys() == theirs.state_dict().keys()
     assert all(torch.equal(p, back[key]) for key, p in theirs.state_dict().items())  # bit for bit
 
@@ -141,18 +152,24 @@ def damage(content, rng):
 
 
 def load_damaged(path):
-    """Whether a file is refused with a documented error of one line; it may also be read, if the damage is to numbers."""
+    """Whether a file is refused, also for a resume, with a documented error of one line; damage to numbers is no reason."""
     try:
         checkpoint.load(str(path))
+        checkpoint.load_to_resume(path)
         return False
-    except (checkpoint.CheckpointError, ModelError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError) as error:
         assert len(str(error).splitlines()) == 1 and str(path) in str(error)
         return True
 
 
-def test_damaged_checkpoints(tmp_path, small_model):
+def one_block():
     torch.manual_seed(0)
-    model = KronyGPT(KronyGPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4, dim_1=2, dim_2=4, factors=2))
+    return KronyGPT(KronyGPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4,
+                                   shapes={**mlp_shapes(2, 4, [2]), "attn.c_attn": [(4, 1, 2)]}))
+
+
+def test_damaged_checkpoints(tmp_path):
+    model = one_block()
     optimizer = model.configure_optimizers(1e-3, 0.1, (0.9, 0.95))
     path = tmp_path / "ckpt.pt"
     checkpoint.save(path, model, optimizer, iter_num=3, best_val_loss=1.5, config={"seed": 1})
@@ -167,7 +184,7 @@ def test_damaged_checkpoints(tmp_path, small_model):
 
 def test_checkpoints_of_odd_content(tmp_path):
     """Well-formed files whose values are of every wrong type and size."""
-    model = KronyGPT(KronyGPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=4, dim_1=2, dim_2=4, factors=2))
+    model = one_block()
     path = tmp_path / "ckpt.pt"
     checkpoint.save(path, model)
     content, rng = torch.load(path, weights_only=True), random.Random(0)
@@ -180,7 +197,8 @@ def test_checkpoints_of_odd_content(tmp_path):
             where = rng.choice([changed, changed["model"], changed["model_args"]]
                                if isinstance(changed.get("model"), dict) and isinstance(changed.get("model_args"), dict)
                                else [changed])
-            key = rng.choice([*where, "transformer.h.x.mlp.c_fc_0_0", "transformer.h.7.mlp.c_fc_0_0", 5])
+            key = rng.choice([*where, "transformer.h.x.mlp.c_fc_0_0", "transformer.h.7.mlp.c_fc_0_0",
+                              "transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj_0", 5])
             if rng.random() < 0.2:
                 where.pop(key, None)
             else:
@@ -203,7 +221,7 @@ def test_damaged_meta(workdir):
         (folder / "meta.json").write_bytes(damage(content.encode(), rng))
         try:
             data.load_tokens("a", "train", 256)
-        except (data.DataError, FileNotFoundError) as error:
+        except (UserError, FileNotFoundError) as error:
             assert len(str(error).splitlines()) == 1 and "data/a" in str(error)
             refused += 1
     assert refused > 10 * CASES
@@ -223,5 +241,5 @@ def test_odd_meta(workdir):
         (folder / "meta.json").write_text(json.dumps(rng.choice((meta, meta, meta, list(meta), None, 5))))
         try:
             data.load_tokens("a", "train", 256)
-        except (data.DataError, FileNotFoundError) as error:
+        except (UserError, FileNotFoundError) as error:
             assert len(str(error).splitlines()) == 1

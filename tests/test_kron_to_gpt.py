@@ -11,7 +11,7 @@ import torch
 from conftest import run_here
 
 import checkpoint
-from kron_to_gpt import default_out_dir, make_tokenizer
+from kron_to_gpt import default_name, make_tokenizer
 
 TEXTS = ["", " ", "Hello world", "  two  spaces \r\n\ttab .\n\n\n", "don't I'LL it's", "naïve — “quoted” €5½",
          "漢字かな 한국어", "🙂👩‍👩‍👧 e\u0301", "\0\x01\x7f", "<|endoftext|> 12345 x_1=3.14;", "Ġĉ ▁", "\ufeffbom\u2028line"]
@@ -87,11 +87,11 @@ def test_gpt2_tokenizer_is_tiktokens(shared, tmp_path):
     ("here.pt", "here"),
 ])
 def test_directory_is_named_after_the_checkpoint_or_its_folder(path, name):
-    assert default_out_dir(path) == Path("models", name)
+    assert default_name(path) == name
 
 
 def test_checkpoint_in_the_current_directory_gives_the_name_of_the_directory(workdir):
-    assert default_out_dir("ckpt.pt") == Path("models", workdir.name)
+    assert default_name("ckpt.pt") == workdir.name
 
 
 def test_named_directory_is_written_and_replaced(small_model, workdir):
@@ -127,7 +127,7 @@ def test_an_export_that_differs_too_much_leaves_everything_as_it_was(tolerance, 
 ])
 def test_wrong_arguments_get_one_line_and_write_nothing(args, message, small_model, workdir):
     checkpoint.save("small.pt", small_model)
-    odd = dict(small_model.model_args(), vocab_size=300)
+    odd = dict(small_model.config.as_plain_types(), vocab_size=300)
     checkpoint.save("odd.pt", type(small_model)(type(small_model.config)(**odd)))
     workdir.joinpath("notes").mkdir()
     workdir.joinpath("notes/todo.txt").write_text("write")

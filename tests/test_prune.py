@@ -66,7 +66,7 @@ def test_blocks_are_dropped_as_from_transformers_model(options, name, kept, gpt2
 def test_error_and_energy_are_printed_as_numpy_counts_them(gpt2_dir, workdir):
     said = run_here("prune.py", f"--init_from={gpt2_dir}")
     W = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()["transformer.h.1.mlp.c_fc.weight"].numpy()
-    line = next(line.split() for line in said.stdout.splitlines() if line.split()[:2] == ["1", "c_fc"])
+    line = next(line.split() for line in said.stdout.splitlines() if line.split()[:2] == ["1", "mlp.c_fc"])
     error, kept = np.linalg.norm(W[1::2]) / np.linalg.norm(W), (W[::2]**2).sum() / (W**2).sum()
     assert line[2:] == ["1", f"{error:.4f}", f"{kept:.1%}"]
 

@@ -71,7 +71,7 @@ def test_an_empty_prompt_is_a_line_end(talker):
 
 @pytest.mark.parametrize("option, message", [
     ("--start=FILE:nothing.txt", "nothing.txt"),
-    ("--temperature=-1", "--temperature and --top_k at least 0"),
+    ("--temperature=-1", "--temperature is at least 0"),
     ("--num_samples=0", "at least 1"),
     ("--max_new_tokens=0", "at least 1"),
     ("--temperature=hot", "--temperature takes a number"),

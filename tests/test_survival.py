@@ -15,7 +15,8 @@ from conftest import ROOT, run_here
 from test_train import RUN, load, losses_of, run_train, same, timeless, write_dataset
 
 import checkpoint
-from files import InUseError, lock, remove_leftovers, replacing
+from configurator import UserError
+from files import atomic_write, lock, remove_leftovers
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
 LONG_RUN = [*RUN, "--dropout=0.2", "--max_iters=400", "--eval_interval=5", "--eval_iters=1", "--keep=2"]
@@ -172,9 +173,9 @@ def test_a_save_that_fails_half_way_spares_the_checkpoint(tokens):
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(fraction, workdir):
     Path("file").write_bytes(b"old")
     content = os.urandom(100_000)
-    code = "import resource, sys; from files import replacing\n" \
+    code = "import resource, sys; from files import atomic_write\n" \
            f"resource.setrlimit(resource.RLIMIT_FSIZE, 2 * ({int(fraction * len(content))},))\n" \
-           "with replacing('file') as file: file.write(sys.stdin.buffer.read())"
+           "with atomic_write('file') as file: file.write(sys.stdin.buffer.read())"
     process = subprocess.run([sys.executable, "-c", code], input=content, env=dict(ENVIRONMENT, PYTHONPATH=str(ROOT)),
                              capture_output=True)
     assert process.returncode != 0 and b"File too large" in process.stderr
@@ -242,17 +243,17 @@ def test_a_lock_dies_with_its_process(workdir):
     with subprocess.Popen([sys.executable, "-c", code], env=dict(ENVIRONMENT, PYTHONPATH=str(ROOT)),
                           stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        with pytest.raises(InUseError, match=f"process {process.pid}"):
+        with pytest.raises(UserError, match=f"process {process.pid}"):
             lock("out")
         process.kill()
         process.wait()
-    lock("out").close()
+    lock("out").release()
 
 
 def test_a_killed_write_leaves_what_the_next_start_removes(workdir):
-    code = "import os; from files import replacing\n" \
-           "with replacing('out/file') as file: file.write(b'new'); file.flush(); os.kill(os.getpid(), 9)"
-    with replacing("out/file", "w") as file:
+    code = "import os; from files import atomic_write\n" \
+           "with atomic_write('out/file') as file: file.write(b'new'); file.flush(); os.kill(os.getpid(), 9)"
+    with atomic_write("out/file", "w") as file:
         file.write("old")
     subprocess.run([sys.executable, "-c", code], env=dict(ENVIRONMENT, PYTHONPATH=str(ROOT)))
     assert Path("out/file.tmp").exists() and Path("out/file").read_text() == "old"

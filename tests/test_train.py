@@ -164,7 +164,7 @@ def test_checkpoints_load_and_hold_what_they_say(uninterrupted):
         content = load(f"out/{name}")
         assert content["best_val_loss"] == min(validation.values())
         model, _ = checkpoint.load(f"out/{name}")
-        assert model.config.factors == (2, 3) and model.config.n_head == 2
+        assert model.config.shapes["mlp.c_fc"] == [(16, 64, 2), (16, 64, 3)] and model.config.n_head == 2
     assert load("out/ckpt.pt")["iter_num"] == 20
     assert validation[load("out/best.pt")["iter_num"]] == min(validation.values())
 
@@ -262,8 +262,8 @@ def test_bfloat16_trains_like_float32(tokens):
     (["--init_from=resume"], "nothing to resume: no out/ckpt.pt"),
     (["--init_from=nothing.pt"], "no checkpoint nothing.pt"),
     (["--factors=two"], "--factors is a whole number"),
-    (["--factors=1,1,1"], "3 numbers of factors for 2 layers"),
-    (["--dim_1=5"], "dim_1=5 does not divide n_embd=32"),
+    (["--factors=1,1,1"], "mlp.c_fc has 3 shapes for 2 blocks"),
+    (["--dim_1=5"], "dim_1=5 does not divide the 32 rows of mlp.c_fc"),
     (["--dtype=float8"], "dtype is float32 or bfloat16"),
     (["--device=abacus"], "no device 'abacus'"),
     (["--wandb_mode=on"], "--wandb_mode is off, online or offline"),
@@ -302,7 +302,7 @@ def test_accumulation_must_be_shared_out_evenly(tokens, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     said = run_here("train.py", *RUN)
     assert said.returncode == 2
-    assert "--gradient_accumulation_steps=2 cannot be shared out evenly among 3 processes" in said.stderr
+    assert "--gradient_accumulation_steps=2 cannot be divided evenly among 3 processes" in said.stderr
 
 
 def test_distillation_goes_on_where_it_stopped_and_pulls_towards_the_teacher(tokens):

@@ -1,0 +1,124 @@
+"""A model in another shape: make it, report what that costs each matrix, write it.
+
+The path of every compression, in kron_decompose.py and prune.py:
+
+    new = factorize(dense, shapes, van_loan)            # or another method
+    fits = calibrate(dense, new, tokens)                # if there is text
+    print_errors(dense, new, fits)
+    write(path, dense, new, options, remark)
+"""
+import os
+from dataclasses import replace
+
+import torch
+
+import checkpoint
+from configurator import UserError
+from kron import van_loan
+from model import KronyGPT
+
+
+@torch.no_grad()
+def factorize(model, shapes, method):
+    """A KronyGPT with other factors, and copies of all other tensors.
+
+    Args:
+        model: a KronyGPT, dense or not.
+        shapes: {name: [Shape of each block]} of the matrices to factorize; the others stay as they are.
+        method: function (W [m, n], dim_1, dim_2, n_factors) -> A [n_factors, dim_1, dim_2], B [n_factors, ...] of one
+            matrix, such as van_loan.
+
+    Raises:
+        UserError: shapes that do not fit, or with more factors than a matrix can use.
+    """
+    config = replace(model.config, shapes=model.config.shapes | shapes)
+    for name in shapes:
+        m, n = config.matrices[name]
+        for dim_1, dim_2, r in config.shapes[name]:
+            most = min(dim_1 * dim_2, m * n // (dim_1 * dim_2))
+            if r > most:
+                raise UserError(f"{name}: {r} factors of ({dim_1}, {dim_2}), where a sum of {most} reaches every matrix")
+    state_dict = {name: p.clone() for name, p in model.state_dict().items()}
+    for name, matrix in model.matrices():
+        _, _, layer, kind = name.split(".", 3)
+        if kind in shapes:
+            state_dict[f"{name}.A"], state_dict[f"{name}.B"] = method(matrix.weight, *config.shapes[kind][int(layer)])
+    state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
+    return KronyGPT.from_state_dict(config.as_plain_types(), state_dict)
+
+
+@torch.no_grad()
+def reorder_units(model, hidden=None, embd=None):
+    """The same function as a dense KronyGPT with its units in another order.
+
+    Args:
+        model: a KronyGPT.
+        hidden: [n_layer, n_inner], the old index of each hidden unit in its new place, or None.
+        embd: [C], that of each dimension of the residual stream, or None.
+    """
+    config = model.config
+    dense_shapes = {name: [(m, n, 1)] * config.n_layer for name, (m, n) in config.matrices.items()}
+    new = factorize(model, dense_shapes, van_loan)
+    for layer, block in enumerate(new.transformer.h):
+        fc, proj, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn
+        if hidden is not None:
+            order = hidden[layer]
+            fc.A.data, fc.bias.data, proj.A.data = fc.A[:, :, order], fc.bias[order], proj.A[:, order]
+        if embd is not None:
+            for reader in attention.c_attn, fc:
+                reader.A.data = reader.A[:, embd]
+            for writer in attention.c_proj, proj:
+                writer.A.data, writer.bias.data = writer.A[:, :, embd], writer.bias[embd]
+    if embd is not None:
+        norms = [norm for block in new.transformer.h for norm in (block.ln_1, block.ln_2)]
+        for module in (*norms, new.transformer.ln_f, new.transformer.wte, new.transformer.wpe):
+            for p in module.parameters():
+                p.data = p[..., embd]
+    return new
+
+
+@torch.no_grad()
+def print_errors(dense, new, fits=None):
+    """Print the relative errors of the matrices in which a new model differs from the one that it was made of.
+
+    Args:
+        dense, new: KronyGPTs.
+        fits: the Fits of a calibration; then errors of the output are shown, too.
+    """
+    if fits:
+        print("relative errors of the weights ‖W - Ŵ‖/‖W‖ and of the output on text, before → after calibration\n"
+              f"{'layer':>5}  {'matrix':<11}  {'factors':>7}  {'weights':>17}  {'output':>17}")
+    else:
+        print(f"{'layer':>5}  {'matrix':<11}  {'factors':>7}  {'error ‖W - Ŵ‖/‖W‖':>18}  {'energy kept':>11}")
+    for fit in fits or ():
+        print(f"{fit.layer:>5}  {fit.name:<11}  {fit.n_factors:>7}  "
+              f"{fit.weight_error_before:>7.4f} → {fit.weight_error:>7.4f}  "
+              f"{fit.output_error_before:>7.4f} → {fit.output_error:>7.4f}")
+    for (name, old), (_, matrix) in zip(dense.matrices(), new.matrices()):
+        if fits or (matrix.is_dense and torch.equal(old.weight, matrix.weight)):
+            continue
+        error = ((old.weight - matrix.weight).norm() / old.weight.norm()).item()
+        _, _, layer, kind = name.split(".", 3)
+        print(f"{layer:>5}  {kind:<11}  {len(matrix.A):>7}  {error:>18.4f}  {1 - error**2:>11.1%}")
+
+
+def write(path, dense, new, options, remark):
+    """Write the checkpoint of a new model made from another, print how much smaller it is, and verify the file.
+
+    Args:
+        path: of the .pt file.
+        dense, new: KronyGPTs.
+        options: {option: value} to keep in it.
+        remark: printed behind that.
+
+    Raises:
+        UserError: what was read back is not what was written.
+    """
+    before, after = dense.count_parameters(), new.count_parameters()
+    for name, place in (("mlp", "in the MLPs"), ("total", "in all")):
+        print(f"parameters {place}: {before[name]:,} → {after[name]:,} ({after[name] / before[name]:.1%})")
+    checkpoint.save(path, new.cpu(), config=options)
+    again, _ = checkpoint.load(str(path))
+    if not all(torch.equal(p, q) for p, q in zip(new.state_dict().values(), again.state_dict().values(), strict=True)):
+        raise UserError(f"{path} does not hold what was written to it", status=1)
+    print(f"wrote {path} ({os.path.getsize(path) / 2**20:.0f} MiB), and verified it; {remark}")

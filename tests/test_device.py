@@ -1,0 +1,62 @@
+"""device.py: names of devices, autocast, and the speed of a clock that is set."""
+import math
+import re
+from itertools import count
+
+import pytest
+import torch
+from conftest import StandIn
+
+import device
+from configurator import UserError
+
+
+def test_a_named_device_is_that_device():
+    assert device.pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("has_cuda, default", [(False, "cpu"), (True, "cuda")])
+def test_the_default_is_cuda_where_available_else_the_cpu(has_cuda, default, monkeypatch):
+    asked = []
+    cuda = StandIn(torch.cuda, is_available=lambda: has_cuda)
+    monkeypatch.setattr(device, "torch", StandIn(torch, cuda=cuda, empty=lambda size, device: asked.append(device)))
+    assert device.pick_device() == torch.device(default) and asked == [torch.device(default)]
+
+
+@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "cuda:99", "cuda:-2", "hip", "xpu:99"])
+def test_a_device_that_is_not_here_is_refused(name):
+    with pytest.raises(UserError, match=re.escape(f"there is no device '{name}' here")) as caught:
+        device.pick_device(name)
+    assert caught.value.status == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autocast_multiplies_in_the_named_dtype(dtype):
+    a = torch.ones(2, 2)
+    with device.autocast_to(torch.device("cpu"), dtype):
+        assert (a @ a).dtype == getattr(torch, dtype)
+        assert torch.is_autocast_enabled("cpu") == (dtype == "bfloat16")
+    assert (a @ a).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", "", "half"])
+def test_another_dtype_is_refused(dtype):
+    with pytest.raises(UserError, match=f"dtype is float32 or bfloat16, not {dtype}"):
+        device.autocast_to(torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seconds, order", [
+    (device.LONG_ENOUGH / 4, 512),  # fast: the largest matrices are the measure
+    (device.LONG_ENOUGH * 2, 256),  # slow: the first ones take long enough
+])
+def test_flops_are_two_per_multiply_add_over_the_seconds_of_a_product(seconds, order, dtype, monkeypatch):
+    clock = count()  # every product takes one tick
+    monkeypatch.setattr(device, "time", StandIn(device.time, perf_counter=lambda: next(clock) * seconds))
+    monkeypatch.setattr(device, "LARGEST_PRODUCT", {"cpu": 512})
+    assert device.matmul_flops(torch.device("cpu"), dtype) == pytest.approx(2 * order**3 / seconds)
+
+
+def test_the_speed_of_this_machine_is_finite(monkeypatch):
+    monkeypatch.setattr(device, "LARGEST_PRODUCT", {"cpu": 256})
+    assert 1e6 < device.matmul_flops(torch.device("cpu"), "float32") < math.inf
