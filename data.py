@@ -1,7 +1,7 @@
-"""Data sets of tokens: data/<name>/{train,val}.bin and meta.json, their tokenizers, and the batch of a step.
+"""Data sets of tokens: data/<name>/{train,val}.bin and meta.json, and the batch of a step.
 
 A .bin file is a plain array of uint16 tokens, as nanoGPT writes it. A directory without meta.json (one that nanoGPT's
-own script made) holds GPT-2 tokens.
+own script made) holds GPT-2 tokens. Tokenizers are in tokenizer.py.
 """
 import json
 import os
@@ -9,84 +9,28 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 
 from configurator import UserError
 from files import ASIDE, atomic_write, lock, remove_leftovers
+from tokenizer import GPT2_VOCAB_SIZE, TOKEN_TYPE, BytesTokenizer, GPT2Tokenizer, UnknownTokenizer, is_same, name_for
 
 DATA_DIR = Path("data")
-TOKEN_TYPE = np.uint16
 SPLITS = ("train", "val")
-GPT2_VOCAB_SIZE = 50257
-BYTES_VOCAB_SIZE = 256
+MAGICS = {  # how files of other programs begin
+    b"\x93NUMPY": "a .npy of numpy: array.astype('uint16').tofile(path) writes plain tokens",
+    (20240520).to_bytes(4, "little"): "a .bin of llm.c with a header of 256 int32: its uint16 tokens begin at byte 1024",
+    (20240801).to_bytes(4, "little"): "a .bin of llm.c with a header of 256 int32 and uint32 tokens",
+    b"PK\x03\x04": "a zip archive (.npz, torch.save)",
+    b"\x1f\x8b\x08": "a gzip archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"\x89HDF": "an HDF5 file",
+    b"ARROW1": "an Arrow file",
+    b"PAR1": "a parquet file",
+}
+FORMAT_BYTES = 2**16  # of the beginning of a .bin, whose format is looked at
+SMALLEST_FORMAT = 64  # bytes that tell a format
 CHECKED_TOKENS = 1024  # looked at, spread evenly over a split, before anything is done with it
-
-
-class Tokenizer:
-    """Text to tokens and back."""
-
-    def decode(self, tokens):
-        return self.decode_bytes(tokens).decode(errors="replace")
-
-
-class GPT2Tokenizer(Tokenizer):
-    """GPT-2's BPE, from tiktoken."""
-
-    name = "gpt2"
-    vocab_size = GPT2_VOCAB_SIZE
-
-    def __init__(self):
-        try:
-            self.encoding = tiktoken.get_encoding("gpt2")
-        except OSError as error:  # requests' errors are OSErrors
-            raise OSError("cannot download the GPT-2 BPE files for tiktoken; with no network, set TIKTOKEN_CACHE_DIR "
-                          f"to a folder that has them ({type(error).__name__})") from None
-        self.end_of_text = self.encoding.eot_token
-
-    def encode(self, text):
-        """The tokens of a text, uint16; special tokens in it are plain text."""
-        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(TOKEN_TYPE)
-
-    def decode_bytes(self, tokens):
-        return self.encoding.decode_bytes([t for t in tokens if t < self.vocab_size])  # padded vocabularies have more
-
-
-class BytesTokenizer(Tokenizer):
-    """The bytes of UTF-8 as tokens; a document ends with a line end."""
-
-    name = "bytes"
-    vocab_size = BYTES_VOCAB_SIZE
-    end_of_text = ord("\n")
-
-    def encode(self, text):
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(TOKEN_TYPE)
-
-    def decode_bytes(self, tokens):
-        return np.asarray(tokens, dtype=np.uint8).tobytes()
-
-
-def get_tokenizer(name):
-    """The tokenizer that a meta.json names: "gpt2" or "bytes"."""
-    tokenizers = {cls.name: cls for cls in (GPT2Tokenizer, BytesTokenizer)}
-    if name not in tokenizers:
-        raise UserError(f"unknown tokenizer {name!r}: it is one of {', '.join(tokenizers)}")
-    return tokenizers[name]()
-
-
-def tokenizer_class(vocab_size):
-    """The tokenizer that a model's vocabulary tells: 256 are bytes, 50257 and the padded sizes above are GPT-2's."""
-    if vocab_size == BYTES_VOCAB_SIZE:
-        return BytesTokenizer
-    if vocab_size >= GPT2_VOCAB_SIZE:
-        return GPT2Tokenizer
-    raise UserError(f"no tokenizer has the model's vocabulary of {vocab_size}: bytes have {BYTES_VOCAB_SIZE}, "
-                    f"GPT-2's BPE has {GPT2_VOCAB_SIZE}")
-
-
-def tokenizer_for(vocab_size):
-    """The tokenizer of a model of this vocabulary."""
-    return tokenizer_class(vocab_size)()
 
 
 class DatasetWriter:
@@ -102,6 +46,9 @@ class DatasetWriter:
         self.source = source
 
     def __enter__(self):
+        if self.tokenizer.end_of_text is None:
+            raise UserError(f"the tokenizer {self.tokenizer.name} has no end-of-text token: name one as eos_token in its "
+                            "tokenizer_config.json")
         self.lock = lock(self.directory)
         self.paths = {split: self.directory / f"{split}.bin{ASIDE}" for split in SPLITS}
         self.files = {split: open(path, "wb") for split, path in self.paths.items()}
@@ -141,6 +88,8 @@ class DatasetWriter:
             os.replace(self.paths[split], self.directory / f"{split}.bin")
         meta = dict(vocab_size=self.tokenizer.vocab_size, tokenizer=self.tokenizer.name, tokens=tokens,
                     documents=self.documents, source=self.source)
+        if self.tokenizer.directory:
+            meta["tokenizer_path"] = str(self.tokenizer.directory)
         with atomic_write(self.directory / "meta.json", "w") as file:
             file.write(json.dumps(meta, indent=2) + "\n")
         for split in SPLITS:
@@ -168,14 +117,19 @@ def load_meta(name):
 
     Raises:
         FileNotFoundError: no such data set.
-        UserError: a meta.json that says nothing of use.
+        UserError: a meta.json that says nothing of use, or none where nanoGPT's meta.pkl shows other tokens.
     """
     path = find_dataset(name) / "meta.json"
+    if not path.exists() and path.with_name("meta.pkl").exists():  # a pickle, which could run code: not opened
+        meta = json.dumps(dict(vocab_size=largest_token(path.parent) + 1, tokenizer=UnknownTokenizer.name))
+        raise UserError(f"{path.parent} has a meta.pkl, so its tokens are not GPT-2's, and no meta.json: "
+                        f"write {meta} into {path}")
     if not path.exists():
         return dict(vocab_size=GPT2_VOCAB_SIZE, tokenizer=GPT2Tokenizer.name, tokens={})
     try:
         meta = dict(tokens={}) | json.loads(path.read_bytes())
-        if not (isinstance(meta["vocab_size"], int) and isinstance(meta["tokenizer"], str)
+        texts = meta["tokenizer"], meta.get("tokenizer_path", "")
+        if not (isinstance(meta["vocab_size"], int) and all(isinstance(text, str) for text in texts)
                 and isinstance(meta["tokens"], dict) and all(isinstance(n, int) for n in meta["tokens"].values())):
             raise TypeError("vocab_size and the numbers of tokens are whole numbers and tokenizer a string")
     except (ValueError, KeyError, TypeError) as error:
@@ -183,7 +137,63 @@ def load_meta(name):
     return meta
 
 
-def load_tokens(name, split, vocab_size, block_size=1):
+def largest_token(directory):
+    """The largest token of a data set, from all of it."""
+    paths = [path for split in SPLITS if (path := directory / f"{split}.bin").exists()]
+    for path in paths:
+        check_format(path)
+    return max((int(np.memmap(path, TOKEN_TYPE, "r").max()) for path in paths if path.stat().st_size), default=0)
+
+
+def data_tokenizer(name):
+    """The record of a data set's tokenizer, for a model that is trained on it from scratch, or None where the size of
+    the vocabulary tells it."""
+    meta = load_meta(name)
+    if meta["tokenizer"] in (GPT2Tokenizer.name, BytesTokenizer.name):
+        return None
+    return dict(name=meta["tokenizer"], path=meta.get("tokenizer_path"))
+
+
+def check_format(path):
+    """Raise UserError where a .bin shows another format than plain uint16 tokens."""
+    with open(path, "rb") as file:
+        head = file.read(FORMAT_BYTES)
+    n_bytes = path.stat().st_size
+    seen = next((kind for magic, kind in MAGICS.items() if head.startswith(magic)), None) or seen_width(head)
+    if seen:
+        raise UserError(f"{path} is no file of plain uint16 tokens: it looks like {seen}")
+    if n_bytes % np.dtype(TOKEN_TYPE).itemsize:
+        raise UserError(f"{path} has {n_bytes} bytes, an odd number, so it is no file of uint16 tokens; prepare it again")
+
+
+def seen_width(head):
+    """What the beginning of a .bin shows of another width than 16 bits, or None."""
+    if len(head) < SMALLEST_FORMAT:
+        return None
+    if is_text(head):
+        return "text, or tokens of 8 bits (uint8)"
+    for width in 8, 4:
+        parts = np.frombuffer(head[:len(head) // width * width], "<u2").reshape(-1, width // 2)
+        low, second, rest = parts[:, 0], parts[:, 1], parts[:, 2:]
+        # a wide token has zeros in its upper half, or in vocabularies of over 65,536 tokens a small number
+        if not rest.any() and second.max() <= 3 and low.max() > 3:
+            return f"tokens of {8 * width} bits (uint{8 * width} or int{8 * width}): array.astype('uint16').tofile(path) " \
+                   "writes plain ones"
+    return None
+
+
+def is_text(head):
+    """Whether bytes are UTF-8 with no control characters, which uint16 tokens are not."""
+    try:
+        text = head[:-4].decode()  # a character may be cut at the end
+    except UnicodeDecodeError as error:
+        if error.end < len(head) - 8:
+            return False
+        text = head[:error.start].decode()
+    return all(character >= " " or character in "\t\n\r" for character in text)
+
+
+def load_tokens(name, split, vocab_size, block_size=1, tokenizer=None):
     """The tokens of a split, memory-mapped.
 
     Args:
@@ -191,6 +201,7 @@ def load_tokens(name, split, vocab_size, block_size=1):
         split: "train" or "val".
         vocab_size: of the model that is to read them.
         block_size: the context that must fit into the split, with the target of its last token.
+        tokenizer: the model's record of its tokenizer, or None where vocab_size tells it.
 
     Raises:
         FileNotFoundError: no such data set or split.
@@ -200,12 +211,9 @@ def load_tokens(name, split, vocab_size, block_size=1):
     if not path.exists():
         raise FileNotFoundError(f"no {path}: prepare the data set again")
     meta = load_meta(name)
-    if meta["vocab_size"] > vocab_size or meta["tokenizer"] != tokenizer_class(vocab_size).name:
-        raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {meta['vocab_size']}, and the "
-                        f"model has a vocabulary of {vocab_size}: use data and a model that belong together")
+    check_tokenizer(path, meta, vocab_size, tokenizer)
+    check_format(path)
     n_bytes = path.stat().st_size
-    if n_bytes % np.dtype(TOKEN_TYPE).itemsize:
-        raise UserError(f"{path} has {n_bytes} bytes, an odd number, so it is no file of uint16 tokens; prepare it again")
     n_tokens = n_bytes // np.dtype(TOKEN_TYPE).itemsize
     if n_tokens != meta["tokens"].get(split, n_tokens):
         raise UserError(f"{path} has {n_tokens:,} tokens, and meta.json counts {meta['tokens'][split]:,}: "
@@ -221,9 +229,28 @@ def load_tokens(name, split, vocab_size, block_size=1):
     return tokens
 
 
+def check_tokenizer(path, meta, vocab_size, tokenizer):
+    """Raise UserError unless a data set and a model have the same tokenizer."""
+    ours = name_for(tokenizer, vocab_size)
+    fits = meta["vocab_size"] <= vocab_size
+    if ours == UnknownTokenizer.name:
+        fits = (tokenizer is not None and fits) or meta["vocab_size"] == vocab_size  # the size is all that is known
+    elif tokenizer is not None:
+        fits = True  # tokens that were added to it may be none of the model's
+    if not (fits and is_same(meta["tokenizer"], ours)):
+        raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {meta['vocab_size']}, and the model "
+                        f"has a vocabulary of {vocab_size}, of {ours} tokens: use data and a model that belong together")
+
+
 def unknown_token(token, tokens, position, vocab_size):
     where = f"{getattr(tokens, 'filename', 'the data')}, position {position}"
     return UserError(f"token {token} in {where}: the model's vocabulary ends at {vocab_size - 1}")
+
+
+def check_tokens(tokens, vocab_size):
+    """Raise UserError where one of the tokens is none of the vocabulary."""
+    if len(tokens) and tokens.max() >= vocab_size:
+        raise unknown_token(tokens[tokens.argmax()], tokens, tokens.argmax(), vocab_size)
 
 
 def windows(tokens, starts, block_size, vocab_size, device="cpu"):

@@ -3,13 +3,13 @@
     python perplexity.py ckpt wiki103           # wiki103, wiki2 or lambada; all three without a name
     python perplexity.py ckpt owt 200           # 200 batches of data/openwebtext/val.bin
     python perplexity.py ckpt pydocs            # the validation split of a data set under data/
-    python perplexity.py ckpt book.txt          # a text, or a .jsonl with a `text` in each line
+    python perplexity.py ckpt book.txt          # a file: UTF-8 text, or .jsonl, .json or .parquet with a `text` in each row
 
 ckpt is a .pt file, a Hugging Face directory, a name under models/ or a hub name; a .pt is scored as it is. Rows of a
 data set are joined by blank lines. The text is cut into windows of the model's context, one every --stride tokens
 (default: no overlap), and each window scores the tokens that no earlier window has scored. The first token of a window has
 no context and is not scored in that window. Perplexity is exp of the mean loss over the tokens scored; bits per byte
-divides the same loss by the text's bytes.
+divides the same loss by the text's bytes. A text is tokenized with the model's own tokenizer.
 """
 import json
 import math
@@ -18,13 +18,15 @@ import time
 from pathlib import Path
 
 from configurator import UserError, check_range, run
+from texts import ROWS, read_rows
 
 stride: int | None = None  # tokens between the starts of two windows; default: the model's context
 wikitext = "Salesforce/wikitext"  # hub name, or a local directory with the same layout
 lambada = "cimec/lambada"  # hub name, or a local .jsonl
+tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 batch_size = 4  # windows in a batch
 device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
-dtype = "float32"  # or bfloat16, by autocast
+dtype = "float32"  # bfloat16 or float16, by autocast
 json_out: str | None = None  # file for the results as JSON
 
 PUBLISHED = ("wiki103", "wiki2", "lambada")
@@ -32,29 +34,30 @@ OWT_BATCHES = 200
 
 
 def is_text(name):
-    """Whether a data set is text, and no .bin of tokens."""
-    return name in PUBLISHED or name.endswith((".txt", ".jsonl"))
+    """Whether a data set is text, and no .bin of tokens: a published one or a file."""
+    from data import DATA_DIR
+
+    if name in PUBLISHED or name.lower().endswith((".txt", *ROWS)):
+        return True
+    if name.endswith((".bin", ".pt", ".npy", ".safetensors")) and Path(name).is_file():
+        raise UserError(f"{name} is no text: of a data set, name its directory under data/")
+    return Path(name).is_file() and not (DATA_DIR / name).is_dir()
 
 
 def load_rows(name):
-    """The texts of a data set: wiki103, wiki2, lambada, or a path to a .txt or .jsonl."""
+    """The texts of a data set, None for a row without one: wiki103, wiki2, lambada, or the path of a file."""
     path, config = {"wiki103": (wikitext, "wikitext-103-v1"), "wiki2": (wikitext, "wikitext-2-v1"),
                     "lambada": (lambada, None)}.get(name, (name, None))
-    if path.endswith((".txt", ".jsonl")) and not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
-    if path.endswith(".txt"):
-        try:
-            return [Path(path).read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    if path.endswith(".jsonl"):
-        return read_jsonl(path)
-    from datasets import load_dataset
-
+    if name not in PUBLISHED or Path(path).is_file() or path.endswith((".txt", *ROWS)):
+        return list(read_rows(path))
     try:
-        if Path(path).is_dir():  # by its files: `datasets` takes two directories of one name for the same data
-            files = f"{path}/{config}/test-*.parquet"
-            return load_dataset("parquet", data_files=files, split="train")["text"]
+        if Path(path).is_dir():
+            files = sorted(Path(path, config or "").glob("test-*.parquet"))
+            if not files:
+                raise FileNotFoundError(f"no test-*.parquet in {Path(path, config or '')}")
+            return [row for file in files for row in read_rows(file)]
+        from datasets import load_dataset
+
         return load_dataset(path, config, split="test")["text"]
     except (OSError, ValueError) as error:
         local = "--wikitext=DIRECTORY" if name != "lambada" else "--lambada=FILE.jsonl"
@@ -62,37 +65,42 @@ def load_rows(name):
                       f"with no network, {local} reads a local copy") from None
 
 
-def read_jsonl(path):
-    """The `text` of each line."""
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(json.loads(line.decode())["text"] + "")
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number} is not UTF-8 JSON with a string `text`") from None
-    return rows
+def load_text_tokens(name, vocab_size, record=None):
+    """The tokens of a text data set, and its length in bytes.
+
+    Args:
+        name: of the data set.
+        vocab_size: of the model.
+        record: of the model's tokenizer, or None where vocab_size tells it.
+    """
+    from data import check_tokens
+    from tokenizer import open_tokenizer, well_formed
+
+    rows = list(load_rows(name))
+    texts = [row for row in rows if row is not None]
+    if len(texts) < len(rows):
+        print(f"{name}: {len(rows) - len(texts):,} rows with a null for a text are skipped")
+    text = well_formed("\n\n".join(texts))
+    tokens = open_tokenizer(record, vocab_size).encode(text)
+    check_tokens(tokens, vocab_size)
+    return tokens, len(text.encode())
 
 
-def load_text_tokens(name, vocab_size):
-    """The tokens of a text data set, and its length in bytes."""
-    from data import tokenizer_for
+def load_bin_tokens(name, n_windows, config, record=None):
+    """The tokens of data/<name>/val.bin, or the first n_windows contexts of them, and their length in bytes, None where
+    nobody knows their text."""
+    from data import check_tokens, load_tokens
+    from tokenizer import open_tokenizer
 
-    text = "\n\n".join(load_rows(name))
-    return tokenizer_for(vocab_size).encode(text), len(text.encode())
-
-
-def load_bin_tokens(name, n_windows, config):
-    """The tokens of data/<name>/val.bin, or the first n_windows contexts of them, and their length in bytes."""
-    from data import get_tokenizer, load_meta, load_tokens, unknown_token
-
-    tokens = load_tokens(name, "val", config.vocab_size)
+    tokens = load_tokens(name, "val", config.vocab_size, tokenizer=record)
     if n_windows:
         tokens = tokens[:n_windows * config.block_size]
-    if tokens.max() >= config.vocab_size:
-        position = tokens.argmax()
-        raise unknown_token(tokens[position], tokens, position, config.vocab_size)
-    return tokens, len(get_tokenizer(load_meta(name)["tokenizer"]).decode_bytes(tokens.tolist()))
+    check_tokens(tokens, config.vocab_size)
+    try:
+        text = open_tokenizer(record, config.vocab_size).decode_bytes(tokens.tolist())
+    except UserError:  # the loss does not need the tokenizer
+        return tokens, None
+    return tokens, None if text is None else len(text)
 
 
 def make_windows(n_tokens, context, stride):
@@ -149,13 +157,18 @@ def score(model, tokens, stride, batch_size, autocast):
 def main(ckpt, dataset=None, n_batches=None):
     import checkpoint
     from device import autocast_to, pick_device
+    from tokenizer import open_tokenizer, tokenizer_record
 
     check_range(globals(), "batch_size", at_least=1)
     if n_batches is not None and (not n_batches.isdecimal() or int(n_batches) < 1 or is_text(dataset)):
         raise UserError(f"n_batches is a whole number, and for a data set under data/ only, not {dataset} {n_batches}")
     if json_out and not Path(json_out).parent.is_dir():
         raise UserError(f"no folder for --json_out={json_out}")
-    model, _ = checkpoint.load(ckpt)
+    model, rest = checkpoint.load(ckpt)
+    vocab_size, record = model.config.vocab_size, rest.get("tokenizer")
+    if tokenizer:
+        open_tokenizer(None, vocab_size, tokenizer)  # which says what is wrong with it
+        record = tokenizer_record(tokenizer)
     model.to(pick_device(device)).eval()
     step = model.config.block_size if stride is None else stride
     if not 1 <= step <= model.config.block_size:
@@ -164,20 +177,21 @@ def main(ckpt, dataset=None, n_batches=None):
     print(f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13} {'tokens/s':>9}")
     for name in [dataset] if dataset else PUBLISHED:
         if is_text(name):
-            tokens, n_bytes = load_text_tokens(name, model.config.vocab_size)
+            tokens, n_bytes = load_text_tokens(name, vocab_size, record)
         else:
             n_windows = int(n_batches or OWT_BATCHES if name == "owt" else n_batches or 0) * batch_size
-            tokens, n_bytes = load_bin_tokens("openwebtext" if name == "owt" else name, n_windows, model.config)
+            tokens, n_bytes = load_bin_tokens("openwebtext" if name == "owt" else name, n_windows, model.config, record)
         if len(tokens) < 2:
             raise UserError(f"{name} has {len(tokens)} tokens, and one is scored by those before it: give more text")
         start = time.perf_counter()
         total, n_scored = score(model, tokens, step, batch_size, autocast_to(model.lm_head.weight.device, dtype))
         seconds = time.perf_counter() - start
         loss = total / n_scored
-        results[name] = dict(perplexity=math.exp(loss), loss=loss, tokens_scored=n_scored,
-                             bits_per_byte=loss / math.log(2) * len(tokens) / n_bytes, tokens_per_second=n_scored / seconds)
+        bits = loss / math.log(2) * len(tokens) / n_bytes if n_bytes else None
+        results[name] = dict(perplexity=math.exp(loss), loss=loss, tokens_scored=n_scored, bits_per_byte=bits,
+                             tokens_per_second=n_scored / seconds)
         print(f"{name:<12} {math.exp(loss):>10.3f} {loss:>8.4f} {n_scored:>13,} "
-              f"{results[name]['bits_per_byte']:>13.4f} {n_scored / seconds:>9,.0f}")
+              f"{'-' if bits is None else f'{bits:.4f}':>13} {n_scored / seconds:>9,.0f}")
     if json_out:
         Path(json_out).write_text(json.dumps(results, indent=2) + "\n")
 

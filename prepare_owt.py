@@ -1,68 +1,120 @@
 """Tokenize OpenWebText, or your own text, with GPT-2's BPE into data/<out>/{train,val}.bin.
 
     python prepare_owt.py                                           # OpenWebText, 17 GB of tokens
-    python prepare_owt.py --data_files='books/*.txt' --out=books    # local .txt, .jsonl or .parquet, with a `text` column
+    python prepare_owt.py --data_files='books/*.txt' --out=books    # local .txt, .jsonl, .json or .parquet, with a `text`
+    python prepare_owt.py --data_files=stories.txt --separator='<|endoftext|>' --out=stories
+    python prepare_owt.py --tokenizer=models/german --out=german --data_files='german/*.txt'    # that of another model
 
 The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, seed
 2357, an end-of-text token after each document. The other scripts take the data set by its name, `--dataset=<out>`.
 """
 import glob
 import os
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-from configurator import UserError, check_range, run
+from configurator import UserError, check_choice, check_range, run
 
 out = "openwebtext"  # name of the data set, a directory under data/
-data_files: str | None = None  # glob of local .txt, .jsonl or .parquet files; default: OpenWebText
+data_files: str | None = None  # glob of local .txt, .jsonl, .json or .parquet files; default: OpenWebText
 sample_by = "paragraph"  # a document in a .txt file: line, paragraph (between blank lines) or document (the file)
+separator: str | None = None  # text between documents in a .txt file, such as <|endoftext|>; default: as sample_by says
+tokenizer: str | None = None  # directory of a model with its tokenizer; default: GPT-2's
 val_fraction = 0.0005  # share of the documents in the validation split
 seed = 2357  # of the split
 threads = os.cpu_count() or 1  # tokenizer threads
 
 HUB_NAME = "Skylion007/openwebtext"
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+TEXT_KINDS = {".txt", ".md", ".raw"}
+ROW_KINDS = {".jsonl", ".json", ".parquet"}
 DOCUMENTS_AT_ONCE = 2000  # read and tokenized together: bounds the memory
+CHARACTERS_AT_ONCE = 2**24  # or as many characters, where documents are long
 DOCUMENTS_PER_TASK = 100  # in a thread's task: with one each, several threads are no faster than one
 
 
 def find_files():
     """The local files that data_files names, which are all of one kind."""
-    files = sorted(glob.glob(data_files, recursive=True))
+    names = glob.glob(data_files, recursive=True) or [data_files]  # a name that is no pattern, as of a[1].txt alone
+    files = sorted(name for name in names if Path(name).is_file())
     if not files:
         raise UserError(f"no files match --data_files={data_files}")
-    kinds = {Path(file).suffix for file in files}
-    if len(kinds) > 1 or not kinds <= BUILDERS.keys():
+    kinds = {Path(file).suffix.lower() for file in files}
+    if not (kinds <= TEXT_KINDS or (len(kinds) == 1 and kinds <= ROW_KINDS)):
         raise UserError(f"--data_files={data_files} matches {', '.join(sorted(kinds))}: "
-                         f"give files of one kind, of {', '.join(BUILDERS)}")
+                        f"give files of one kind, of {', '.join(sorted(TEXT_KINDS | ROW_KINDS))}")
     return files
 
 
-def load_documents(files):
-    """The documents of local files, or of OpenWebText without any, as one datasets.Dataset with a column `text`.
+def read_documents(file):
+    """Yield the documents of a local file, None for a row whose text is null."""
+    from texts import read_pieces, read_rows
 
-    Raises:
-        UserError: the local files are damaged or have no such column.
-        OSError: OpenWebText could not be downloaded.
+    if Path(file).suffix.lower() in ROW_KINDS:
+        yield from read_rows(file)
+    elif separator:
+        yield from filter(None, (piece.strip("\n") for piece in read_pieces(file, separator)))
+    elif sample_by == "document":
+        yield "".join(read_pieces(file))
+    elif sample_by == "line":
+        with_end = read_pieces(file, "\n")
+        previous = next(with_end)
+        for line in with_end:
+            yield previous
+            previous = line
+        if previous:  # behind the last line end is no line
+            yield previous
+    else:
+        yield from filter(None, read_pieces(file, "\n\n"))
+
+
+@contextmanager
+def local_documents(files):
+    """The documents of local files, as one datasets.Dataset with a column `text`, and a remark on what was left out.
+
+    They are written once, to a file that lives as long as the context: `datasets` itself takes names for patterns, and
+    two files of one name, size and time for one.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+    import pyarrow as pa
+    from datasets import Dataset, config
 
-    if not files:
-        try:
-            return load_dataset(HUB_NAME, split="train")
-        except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
-            return load_dataset(HUB_NAME, split="train", revision="refs/convert/parquet")
-    builder = BUILDERS[Path(files[0]).suffix]
-    options = dict(sample_by=sample_by) if builder == "text" else {}
+    from tokenizer import END_OF_TEXT, well_formed
+
+    schema = pa.schema({"text": pa.large_string()})
+    Path(config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=config.HF_DATASETS_CACHE, ignore_cleanup_errors=True) as folder:
+        path, n_nulls, n_marked, texts, size = f"{folder}/documents.arrow", 0, 0, [], 0
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for text in (text for file in files for text in read_documents(file)):
+                if text is None:
+                    n_nulls += 1
+                    continue
+                texts.append(well_formed(text))
+                size += len(text)
+                n_marked += END_OF_TEXT in text
+                if len(texts) == DOCUMENTS_AT_ONCE or size > CHARACTERS_AT_ONCE:
+                    writer.write_batch(pa.record_batch([texts], schema))
+                    texts, size = [], 0
+            writer.write_batch(pa.record_batch([texts], schema))
+        remarks = [f"; {n_nulls:,} rows with a null for a text are skipped"] if n_nulls else []
+        if n_marked:
+            remarks.append(f"; {n_marked:,} have {END_OF_TEXT} as plain text: "
+                           f"--separator='{END_OF_TEXT}' splits a .txt there")
+        yield Dataset.from_file(path), "".join(remarks)
+
+
+@contextmanager
+def openwebtext():
+    """OpenWebText, as one datasets.Dataset with a column `text`, and no remark."""
+    from datasets import load_dataset
+
     try:
-        documents = load_dataset(builder, data_files=files, split="train", **options)
-    except DatasetGenerationError as error:
-        raise UserError(f"cannot read --data_files={data_files} as UTF-8 {builder}: {error.__cause__ or error}") from None
-    if "text" not in documents.column_names:
-        raise UserError(f"--data_files={data_files} has the columns {', '.join(documents.column_names)}, and no `text`")
-    return documents
+        documents = load_dataset(HUB_NAME, split="train")
+    except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
+        documents = load_dataset(HUB_NAME, split="train", revision="refs/convert/parquet")
+    yield documents, ""
 
 
 def encode_all(batches, tokenizer, pool):
@@ -78,29 +130,39 @@ def encode_all(batches, tokenizer, pool):
     yield from begun
 
 
-def main():
+def write(documents, ours, dataset):
+    """Tokenize documents into a DatasetWriter."""
     from tqdm import tqdm
 
-    from data import DatasetWriter, GPT2Tokenizer
-
-    check_range(globals(), "val_fraction", above=0, below=1)
-    check_range(globals(), "threads", at_least=1)
-    files = find_files() if data_files is not None else []
-    tokenizer = GPT2Tokenizer()
-    documents = load_documents(files)
-    if len(documents) < 2:
-        raise UserError(f"too few documents to hold one out: {len(documents)}; --sample_by=line makes more of a .txt")
     parts = documents.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
-    start = time.perf_counter()
-    with DatasetWriter(out, tokenizer, source=data_files or HUB_NAME) as writer, ThreadPoolExecutor(threads) as pool:
+    with dataset as writer, ThreadPoolExecutor(threads) as pool:
         for split, part in (("val", parts["test"]), ("train", parts["train"])):
             batches = part.select_columns("text").iter(DOCUMENTS_AT_ONCE)
             with tqdm(total=len(part), desc=f"tokenizing {split}", unit="doc", unit_scale=True) as progress:
-                for piece in encode_all(batches, tokenizer, pool):
+                for piece in encode_all(batches, ours, pool):
                     for tokens in piece:
                         writer.add(split, tokens)
                     progress.update(len(piece))
-    print(f"tokenized {len(documents):,} documents in {time.perf_counter() - start:.1f} s")
+
+
+def main():
+    from data import DatasetWriter
+    from tokenizer import GPT2_VOCAB_SIZE, LARGEST_VOCABULARY, open_tokenizer
+
+    check_range(globals(), "val_fraction", above=0, below=1)
+    check_range(globals(), "threads", at_least=1)
+    check_choice(globals(), "sample_by", "line", "paragraph", "document")
+    if separator == "":
+        raise UserError("--separator is a text, not nothing")
+    files = find_files() if data_files is not None else []
+    ours = open_tokenizer(None, LARGEST_VOCABULARY if tokenizer else GPT2_VOCAB_SIZE, tokenizer)
+    ours.encode("")  # which says what is wrong with it now
+    with local_documents(files) if files else openwebtext() as (documents, remark):
+        if len(documents) < 2:
+            raise UserError(f"too few documents to hold one out: {len(documents)}; --sample_by=line makes more of a .txt")
+        start = time.perf_counter()
+        write(documents, ours, DatasetWriter(out, ours, source=data_files or HUB_NAME))
+        print(f"tokenized {len(documents):,} documents in {time.perf_counter() - start:.1f} s{remark}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def documents():
 
 
 def main():
-    from data import BytesTokenizer, DatasetWriter
+    from data import DatasetWriter
+    from tokenizer import BytesTokenizer
 
     check_range(globals(), "val_fraction", above=0, below=1)
     texts = documents()

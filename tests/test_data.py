@@ -1,4 +1,5 @@
 """Batches, .bin files, tokenizers, and the scripts that make data sets."""
+import io
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import data
 import prepare_pydocs
 from configurator import UserError
 from data import BytesTokenizer, DatasetWriter, batch_starts, load_meta, load_tokens, step_seed, windows
+from tokenizer import name_for, open_tokenizer
 
 META = dict(vocab_size=256, tokenizer="bytes")
 TEXTS = [f"Document {i}: " + "a few words, and naïve café 文字. " * (i % 7 + 1) for i in range(60)]
@@ -112,6 +114,47 @@ def test_an_odd_number_of_bytes_is_an_error(workdir):
         load_tokens("a", "train", 256)
 
 
+def as_npy(tokens):
+    file = io.BytesIO()
+    np.save(file, tokens)
+    return file.getvalue()
+
+
+def llm_c(magic, dtype):
+    """A file of llm.c: magic number, version and count in a header of 256 int32, then tokens."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1, 200
+    return header.tobytes() + np.arange(200).astype(dtype).tobytes()
+
+
+@pytest.mark.parametrize("content, message", [
+    (np.arange(200, dtype="<u4").tobytes(), "tokens of 32 bits"),
+    (np.arange(200, dtype="<i4").tobytes(), "tokens of 32 bits"),
+    (np.arange(60_000, 70_000, dtype="<u4").tobytes(), "tokens of 32 bits"),  # of a vocabulary beyond 65,536
+    (np.arange(200, dtype="<i8").tobytes(), "tokens of 64 bits"),
+    (as_npy(np.arange(200, dtype="<u2")), "a .npy of numpy"),
+    (llm_c(20240520, "<u2"), "a .bin of llm.c with a header of 256 int32"),
+    (llm_c(20240801, "<u4"), "a .bin of llm.c .* uint32"),
+    (TEXTS[0].encode() * 4, "text, or tokens of 8 bits"),
+    (b"PK\x03\x04" + bytes(200), "a zip archive"),
+    (b"PAR1" + bytes(200), "a parquet file"),
+])
+def test_a_bin_file_of_another_format_is_a_line_that_names_it(workdir, content, message):
+    write_dataset("a", content, meta=dict(vocab_size=50257, tokenizer="gpt2"))
+    with pytest.raises(UserError, match=rf"train\.bin is no file of plain uint16 tokens: it looks like {message}") as caught:
+        load_tokens("a", "train", 50257)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("tokens", [
+    np.zeros(500), np.full(500, 65), np.arange(500) % 2, np.arange(500) % 4, np.arange(500) % 256, np.arange(500) * 100,
+    [65, 0] * 20 + [65, 9], np.frombuffer(TEXTS[0].encode() * 9, np.uint8),
+    np.random.default_rng(0).integers(50257, size=9999)])
+def test_plain_tokens_are_no_other_format(workdir, tokens):
+    write_dataset("a", np.array(tokens).astype(np.uint16), meta=dict(vocab_size=50257, tokenizer="gpt2"))
+    assert load_tokens("a", "train", 50257).tolist() == np.array(tokens).tolist()
+
+
 def test_a_missing_data_set_names_the_command_that_makes_it(workdir):
     write_dataset("mine", range(9))
     for name, command in ("openwebtext", "python prepare_owt.py"), ("pydocs", "python prepare_pydocs.py"), \
@@ -165,7 +208,7 @@ def test_bytes_tokens_are_utf_8():
 def test_gpt2_tokens_are_those_of_tiktoken(shared):
     import tiktoken
 
-    tokenizer, encoding = data.get_tokenizer("gpt2"), tiktoken.get_encoding("gpt2")
+    tokenizer, encoding = data.GPT2Tokenizer(), tiktoken.get_encoding("gpt2")
     for text in *TEXTS[:8], "":
         tokens = tokenizer.encode(text)
         assert tokens.dtype == np.uint16 and tokens.tolist() == encoding.encode_ordinary(text)
@@ -175,12 +218,10 @@ def test_gpt2_tokens_are_those_of_tiktoken(shared):
 
 
 def test_a_vocabulary_tells_the_tokenizer():
-    assert [data.tokenizer_class(size).name for size in (256, 50257, 50304)] == ["bytes", "gpt2", "gpt2"]
+    assert [name_for(None, size) for size in (256, 50257, 50304)] == ["bytes", "gpt2", "gpt2"]
     for size in 255, 1000:
         with pytest.raises(UserError, match=f"vocabulary of {size}"):
-            data.tokenizer_class(size)
-    with pytest.raises(UserError, match="unknown tokenizer 'words'"):
-        data.get_tokenizer("words")
+            open_tokenizer(None, size).encode("a")
 
 
 def test_a_written_data_set_is_documents_with_an_end_after_each(workdir):
@@ -278,8 +319,9 @@ def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(prepare_o
     (workdir / "one.txt").write_text("only one")
     (workdir / "latin.txt").write_bytes("déjà\n\nvu".encode("latin-1"))
     for pattern, message in ("nothing/*.txt", "no files match --data_files=nothing/*.txt"), \
-            ("other.*", "has the columns title, and no `text`"), ("one.*", "too few documents to hold one out: 1"), \
-            ("o*", ".jsonl, .txt"), ("latin.txt", "cannot read --data_files=latin.txt as UTF-8 text"):
+            ("other.*", "other.jsonl, line 1 is not UTF-8 JSON with a string `text`"), \
+            ("one.*", "too few documents to hold one out: 1"), \
+            ("o*", ".jsonl, .txt"), ("latin.txt", "latin.txt is not UTF-8 text"):
         result = prepare_owt(f"--data_files={pattern}", "--out=mine")
         assert result.returncode == 2
         assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr

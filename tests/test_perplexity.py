@@ -210,7 +210,7 @@ def test_bits_per_byte_spreads_the_loss_over_bytes(shared, workdir):
     (["text.txt", "--stride=-1"], "--stride is from 1"),
     (["text.txt", "--stride=0"], "--stride is from 1"),
     (["text.txt", "--batch_size=0"], "--batch_size is at least 1"),
-    (["text.txt", "--dtype=float16"], "dtype is float32 or bfloat16"),
+    (["text.txt", "--dtype=int8"], "dtype is float32"),
     (["nothing.txt"], "no file nothing.txt"),
     (["nothing.jsonl"], "no file nothing.jsonl"),
     (["wiki4"], "no data set in data/wiki4"),

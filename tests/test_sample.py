@@ -69,13 +69,24 @@ def test_an_empty_prompt_is_a_line_end(talker):
     assert sample(talker, "--start=", "--seed=5") == sample(talker, "--start=\n", "--seed=5")
 
 
+def test_end_of_text_in_a_prompt_is_the_token(talker):
+    """As in nanoGPT's sample.py; of bytes, it is the line end."""
+    assert sample(talker, "--start=<|endoftext|>", "--seed=5") == sample(talker, "--start=\n", "--seed=5")
+    assert sample(talker, "--start=a<|endoftext|>b", "--seed=5") == sample(talker, "--start=a\nb", "--seed=5")
+
+
+def test_a_byte_order_mark_is_not_of_the_prompt(talker, workdir, greedy):
+    workdir.joinpath("prompt.txt").write_text("\ufeff" + PROMPT, encoding="utf-8")
+    assert sample(talker, "--start=FILE:prompt.txt", "--temperature=0") == greedy
+
+
 @pytest.mark.parametrize("option, message", [
     ("--start=FILE:nothing.txt", "nothing.txt"),
     ("--temperature=-1", "--temperature is at least 0"),
     ("--num_samples=0", "at least 1"),
     ("--max_new_tokens=0", "at least 1"),
     ("--temperature=hot", "--temperature takes a number"),
-    ("--dtype=int8", "dtype is float32 or bfloat16"),
+    ("--dtype=int8", "dtype is float32"),
     ("--device=abacus", "there is no device 'abacus'"),
 ])
 def test_wrong_options_get_one_line(option, message, gpt2_dir, workdir):

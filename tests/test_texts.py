@@ -1,0 +1,215 @@
+"""Text files as people have them: what prepare_owt.py and perplexity.py read of each."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import run_here
+
+from configurator import UserError
+from perplexity import load_text_tokens
+from texts import read_pieces, read_rows
+
+ROWS = [f"Zeile {i}: naïve café." for i in range(40)]
+
+
+@pytest.fixture
+def prepare(workdir, shared, monkeypatch):
+    """Prepare data/mine of some files; returns what was said and the documents, in the order of their text."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(workdir / "cache"))
+
+    def prepare(pattern, *options):
+        from tokenizer import GPT2Tokenizer
+
+        said = run_here("prepare_owt.py", f"--data_files={pattern}", "--out=mine", "--val_fraction=0.1", *options)
+        if said.returncode:
+            return said, None
+        tokens = np.concatenate([np.fromfile(f"data/mine/{split}.bin", "<u2") for split in ("train", "val")])
+        ends = np.flatnonzero(tokens == 50256)
+        return said, sorted(GPT2Tokenizer().decode(part[part != 50256].tolist()) for part in np.split(tokens, ends)[:-1])
+
+    return prepare
+
+
+def write_parquet(path, column, name="text"):
+    pq.write_table(pa.table({name: column}), path)
+
+
+def write_jsonl(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize("pattern, names", [
+    ("br/*.{}", ["a1", "a[1]", "b?", "b1", "c*d", "c::d", "{e}", "f,g"]),
+    ("x[[]1]/**/*.{}", ["x[1]/a", "x[1]/y[2]/b"]),
+    ("b[0]/a[1].{}", ["b[0]/a[1]"]),  # a name that is no pattern
+])
+def test_exactly_the_files_that_the_glob_finds_are_prepared(pattern, names, kind, prepare):
+    expected = []
+    for i, name in enumerate(names):
+        path = Path(name if "/" in name else f"br/{name}").with_suffix(f".{kind}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        texts = [f"{text} Datei {i}" for text in ROWS[:5]]
+        expected += texts
+        if kind == "txt":
+            path.write_text("\n\n".join(texts), encoding="utf-8")
+        elif kind == "parquet":
+            write_parquet(path, texts)
+        else:
+            write_jsonl(path, [dict(text=text) for text in texts])
+    Path(names[0] if "/" in names[0] else "br").with_name("other").mkdir(exist_ok=True)
+    said, documents = prepare(pattern.format(kind))
+    assert said.returncode == 0, said.stderr
+    assert documents == sorted(expected)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt", "rows.parquet"])
+def test_other_text_of_the_same_name_size_and_time_is_read_anew(name, prepare):
+    for letter in "ab":
+        texts = [f"{letter} {i:02}" for i in range(30)]
+        if name.endswith("txt"):
+            Path(name).write_text("\n\n".join(texts))
+        elif name.endswith("jsonl"):
+            write_jsonl(name, [dict(text=text) for text in texts])
+        else:
+            write_parquet(name, texts)
+        os.utime(name, (10**9, 10**9))
+        assert prepare(name)[1] == texts
+    assert os.listdir("cache") == []  # nothing is left of the copy
+
+
+@pytest.mark.parametrize("name, write", [
+    ("rows.jsonl", lambda path: write_jsonl(path, [dict(text=text) for text in (*ROWS, None, None, None)])),
+    ("rows.json", lambda path: Path(path).write_text(json.dumps([dict(text=text) for text in (*ROWS, None, None, None)]))),
+    ("rows.parquet", lambda path: write_parquet(path, [*ROWS, None, None, None])),
+])
+def test_nulls_are_skipped_and_counted(name, write, prepare, shared):
+    write(name)
+    said, documents = prepare(name)
+    assert said.returncode == 0, said.stderr
+    assert documents == sorted(ROWS)
+    assert said.stdout.splitlines()[-1].endswith("; 3 rows with a null for a text are skipped")
+    assert load_text_tokens(name, 256)[1] == len("\n\n".join(ROWS).encode())
+
+
+@pytest.mark.parametrize("name, write, message", [
+    ("a.jsonl", lambda path: write_jsonl(path, [dict(text="a"), dict(text=3)]), "a.jsonl, line 2 is not UTF-8 JSON"),
+    ("a.jsonl", lambda path: write_jsonl(path, [dict(text=["a"])] * 3), "a.jsonl, line 1 is not UTF-8 JSON"),
+    ("a.jsonl", lambda path: write_jsonl(path, [["a"]] * 3), "a.jsonl, line 1 is not UTF-8 JSON"),
+    ("a.json", lambda path: Path(path).write_text('[{"text": "a"}, {"text": {}}]'), "a.json, row 2 is not UTF-8 JSON"),
+    ("a.json", lambda path: Path(path).write_text("3"), "a.json, row 1 is not UTF-8 JSON"),
+    ("a.parquet", lambda path: write_parquet(path, [1, 2, 3]), "the `text` in a.parquet is int64, and strings are needed"),
+    ("a.parquet", lambda path: write_parquet(path, [b"a", b"b"]), "the `text` in a.parquet is binary, and strings"),
+    ("a.parquet", lambda path: write_parquet(path, [["a"], ["b"]]), "the `text` in a.parquet is list<"),
+    ("a.parquet", lambda path: write_parquet(path, ["a"], "title"), "a.parquet has the columns title, and no `text`"),
+    ("a.parquet", lambda path: Path(path).write_text("no parquet"), "a.parquet cannot be read as parquet"),
+])
+def test_rows_that_are_no_text_are_one_line_in_both_scripts(name, write, message, prepare, gpt2_dir):
+    write(name)
+    for said in prepare(name)[0], run_here("perplexity.py", gpt2_dir, name):
+        assert said.returncode == 2 and message in said.stderr and said.stderr.count("\n") == 1, said.stderr
+    assert not Path("data/mine").exists()
+
+
+def test_texts_of_a_column_of_categories_are_texts(workdir):
+    write_parquet("a.parquet", pa.array(["a", "b", "a"]).dictionary_encode())
+    assert list(read_rows("a.parquet")) == ["a", "b", "a"]
+
+
+def test_a_lone_surrogate_is_replaced_in_both_scripts(prepare):
+    Path("a.jsonl").write_text('{"text": "a\\ud83db"}\n{"text": "\\ud83d\\ude42"}\n')
+    said, documents = prepare("a.jsonl")
+    assert said.returncode == 0, said.stderr
+    assert documents == sorted(["a\ufffdb", "🙂"])
+    tokens, n_bytes = load_text_tokens("a.jsonl", 256)
+    assert bytes(tokens.tolist()) == "a\ufffdb\n\n🙂".encode() and n_bytes == len(tokens)
+
+
+def test_a_byte_order_mark_and_empty_lines_are_no_text(prepare):
+    Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\n\n  \n')
+    assert prepare("a.jsonl")[1] == ["a", "b"] and list(read_rows("a.jsonl")) == ["a", "b"]
+    Path("a.txt").write_bytes("\ufeffä\n\nb".encode())
+    assert prepare("a.txt")[1] == ["b", "ä"] and list(read_rows("a.txt")) == ["ä\n\nb"]
+
+
+@pytest.mark.parametrize("name", ["wiki.test.raw", "README.md", "noending", "[a]?.txt", "UPPER.TXT"])
+def test_an_existing_file_is_a_text_for_perplexity(name, gpt2_dir, workdir):
+    scores = []
+    for path in name, "plain.txt":
+        Path(path).write_text("Ein Text, irgendwo.\n" * 9)
+        said = run_here("perplexity.py", gpt2_dir, path, "--json_out=out.json")
+        assert said.returncode == 0, said.stderr
+        scores.append(json.loads(Path("out.json").read_text())[path]["loss"])
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("rows.json", json.dumps([dict(text=text) for text in ROWS], indent=1)),
+    ("rows.json", json.dumps(ROWS)),
+    ("rows.json", "\n".join(json.dumps(dict(text=text)) for text in ROWS)),
+    ("rows.json", "\ufeff" + json.dumps([dict(text=text) for text in ROWS])),
+    ("ROWS.JSONL", "\n".join(json.dumps(dict(text=text)) for text in ROWS)),
+])
+def test_rows_come_in_several_forms(name, content, workdir):
+    workdir.joinpath(name).write_text(content, encoding="utf-8")
+    assert list(read_rows(name)) == ROWS
+
+
+@pytest.mark.parametrize("name", ["data/mine/val.bin", "ckpt.pt", "tokens.npy"])
+def test_a_file_of_tokens_is_no_text(name, gpt2_dir, workdir):
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(range(1, 100)))
+    said = run_here("perplexity.py", gpt2_dir, name)
+    assert said.returncode == 2 and f"{name} is no text" in said.stderr and said.stderr.count("\n") == 1
+
+
+def test_a_separator_ends_a_document(prepare):
+    Path("a.txt").write_text("one\n\nstill one\n<|endoftext|>\ntwo<|endoftext|>three\n<|endoftext|>\n<|endoftext|>")
+    said, documents = prepare("a.txt", "--separator=<|endoftext|>")
+    assert documents == sorted(["one\n\nstill one", "two", "three"]) and "plain text" not in said.stdout
+    said, documents = prepare("a.txt")
+    assert len(documents) == 2 and said.stdout.splitlines()[-1].endswith(
+        "; 1 have <|endoftext|> as plain text: --separator='<|endoftext|>' splits a .txt there")
+    said, documents = prepare("a.txt", "--sample_by=line")
+    assert len(documents) == 7
+    assert "--sample_by is line, paragraph or document, not page" in prepare("a.txt", "--sample_by=page")[0].stderr
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("separator", ["\n\n", "<|endoftext|>", "\n"])
+def test_pieces_do_not_depend_on_how_much_is_read_at_once(at_once, separator, workdir, monkeypatch):
+    monkeypatch.setattr("texts.CHARACTERS_AT_ONCE", at_once)
+    text = "\n\n\na\n\n\n\nb <|endoftext|>\n<|endoftext|><|endoftext|c\n\n"
+    workdir.joinpath("a.txt").write_text(text)
+    assert list(read_pieces("a.txt", separator)) == text.split(separator)
+    assert "".join(read_pieces("a.txt")) == text
+
+
+@pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
+def test_documents_of_a_txt_are_those_of_datasets(sample_by, prepare, workdir):
+    from datasets import load_dataset
+
+    for name, text in ("a", "a\n\n\nb\n\n\n\nc\nd\n"), ("b", "\ne\r\nf\r\n\r\ng"):
+        workdir.joinpath(f"{name}.txt").write_bytes(text.encode())
+    theirs = load_dataset("text", data_files=["a.txt", "b.txt"], sample_by=sample_by, split="train", cache_dir="theirs")
+    assert prepare("*.txt", f"--sample_by={sample_by}")[1] == sorted(theirs["text"])
+
+
+def test_a_directory_in_brackets_holds_a_local_wikitext(workdir, gpt2_dir):
+    Path("[w]/wikitext-2-v1").mkdir(parents=True)
+    write_parquet("[w]/wikitext-2-v1/test-00000-of-00001.parquet", ["Ein Satz.", "Noch einer."])
+    said = run_here("perplexity.py", gpt2_dir, "wiki2", "--wikitext=[w]")
+    assert said.returncode == 0, said.stderr
+
+
+def test_what_is_missing_is_said(workdir):
+    with pytest.raises(FileNotFoundError, match=r"no file none\.txt"):
+        list(read_rows("none.txt"))
+    Path("latin.md").write_bytes("déjà".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.md is not UTF-8 text"):
+        list(read_rows("latin.md"))

@@ -1,0 +1,352 @@
+"""The tokenizer beside a model, from its directory to the text that is scored, sampled, prepared and exported."""
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_here
+from test_data import write_dataset
+
+import checkpoint
+from configurator import UserError
+from data import data_tokenizer, load_tokens
+from model import KronyGPT, KronyGPTConfig
+from tokenizer import (
+    END_OF_TEXT,
+    GPT2_FINGERPRINT,
+    BytesTokenizer,
+    GPT2Tokenizer,
+    HuggingFaceTokenizer,
+    UnknownTokenizer,
+    bytes_to_unicode,
+    fingerprint,
+    open_tokenizer,
+    read_tokenizer,
+    tokenizer_record,
+)
+
+TEXT = "Das ist ein Satz über naïve Wörter; der nächste ist länger als der erste.\n" * 40
+MARK = "<|satz|>"
+
+
+@pytest.fixture
+def german(workdir):
+    """A directory of a small byte-level BPE, as transformers writes it, and what the tokenizers package makes of it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=300, special_tokens=[MARK], show_progress=False,
+                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    Path("german").mkdir()
+    made.save("german/tokenizer.json")
+    settings = dict(eos_token=dict(content=MARK), auto_map=dict(AutoTokenizer=["evil.T", "evil.T"]))
+    Path("german/tokenizer_config.json").write_text(json.dumps(settings))
+    return made
+
+
+def split_files(directory, made):
+    """The older form: vocab.json, merges.txt and added_tokens.json."""
+    Path(directory).mkdir()
+    made.model.save(str(directory))
+    vocabulary = json.loads(Path(directory, "vocab.json").read_text(encoding="utf-8"))
+    del vocabulary[MARK]
+    vocabulary = {token: number - 1 for token, number in vocabulary.items()}
+    Path(directory, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    Path(directory, "added_tokens.json").write_text(json.dumps({MARK: len(vocabulary)}))
+
+
+def model_of(vocab_size, seed=0):
+    torch.manual_seed(seed)
+    return KronyGPT(KronyGPTConfig(block_size=32, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=64)).eval()
+
+
+def write_model(directory, vocab_size):
+    """A Hugging Face model, into the directory of its tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=1, n_positions=32, vocab_size=vocab_size,
+                                       initializer_range=0.2)).eval()
+    model.save_pretrained(directory)
+    return model
+
+
+def loss_of(model, ids, context=32):
+    """The mean loss of transformers' model over windows without overlap."""
+    total, n = 0.0, 0
+    for begin in range(0, len(ids), context):
+        window = torch.tensor([ids[begin:begin + context]])
+        if window.numel() > 1:
+            with torch.no_grad():
+                total += model(window, labels=window).loss.item() * (window.numel() - 1)
+            n += window.numel() - 1
+    return total / n
+
+
+def test_gpt2_is_told_by_its_vocabulary_without_tiktokens_files(shared, workdir, monkeypatch):
+    encoding, characters = GPT2Tokenizer().encoding, bytes_to_unicode()
+    vocabulary = {"".join(characters[byte] for byte in token): encoding.encode_single_token(token)
+                  for token in encoding.token_byte_values()}
+    vocabulary[END_OF_TEXT] = encoding.eot_token
+    assert fingerprint(vocabulary) == GPT2_FINGERPRINT
+    Path("english").mkdir()
+    Path("english/vocab.json").write_text(json.dumps(vocabulary))
+    Path("english/merges.txt").write_text("#version: 0.2\n")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(workdir))
+    assert isinstance(read_tokenizer("english"), GPT2Tokenizer) and tokenizer_record("english") is None
+    vocabulary["Ġthe"], vocabulary["Ġof"] = vocabulary["Ġof"], vocabulary["Ġthe"]  # the same tokens under other ids
+    Path("english/vocab.json").write_text(json.dumps(vocabulary))
+    assert tokenizer_record("english")["name"].startswith("english-")
+
+
+def test_a_tokenizer_is_read_as_the_package_reads_it(german):
+    ours = read_tokenizer("german")
+    assert isinstance(ours, HuggingFaceTokenizer) and ours.name == f"german-{fingerprint(german.get_vocab())[:12]}"
+    assert ours.vocab_size == 300 and ours.end_of_text == german.token_to_id(MARK)
+    for text in TEXT, "", "🙂 \0\r\n\ufeff", "Ġ Ċ":
+        tokens = ours.encode(text)
+        assert tokens.dtype == np.uint16 and tokens.tolist() == german.encode(text, add_special_tokens=False).ids
+        assert ours.decode(tokens) == text and ours.decode_bytes(tokens) == text.encode()
+
+
+def test_special_tokens_in_a_text_are_plain_text_and_in_a_prompt_the_token(german):
+    ours = read_tokenizer("german")
+    assert ours.end_of_text not in ours.encode(f"a{MARK}b") and ours.decode(ours.encode(f"a{MARK}b")) == f"a{MARK}b"
+    for mark in MARK, END_OF_TEXT:
+        assert ours.encode_prompt(f"a{mark}b") == [*ours.encode("a"), ours.end_of_text, *ours.encode("b")]
+
+
+def test_both_forms_of_files_are_one_tokenizer(german):
+    split_files("older", german)
+    ours = read_tokenizer("older")
+    assert ours.vocab_size == 300 and ours.decode_bytes([299]) == MARK.encode()
+    assert (ours.encode(TEXT) + 1).tolist() == german.encode(TEXT).ids and ours.decode(ours.encode(TEXT)) == TEXT
+
+
+def test_truncation_and_padding_of_a_directory_are_not_for_whole_texts(german):
+    german.enable_truncation(8)
+    german.enable_padding(length=5000)
+    german.save("german/tokenizer.json")
+    german.no_truncation()
+    german.no_padding()
+    assert read_tokenizer("german").encode(TEXT).tolist() == german.encode(TEXT).ids
+
+
+def test_our_bytes_are_told_but_not_where_text_is_changed_first(workdir):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    made = Tokenizer(models.BPE({character: byte for byte, character in bytes_to_unicode().items()}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    Path("small").mkdir()
+    made.save("small/tokenizer.json")
+    assert isinstance(read_tokenizer("small"), BytesTokenizer) and tokenizer_record("small") is None
+    made.normalizer = normalizers.Lowercase()
+    made.save("small/tokenizer.json")
+    assert read_tokenizer("small").encode("AB").tolist() == [ord("a"), ord("b")]
+
+
+def test_a_directory_without_a_tokenizer_has_none(gpt2_dir):
+    assert read_tokenizer(gpt2_dir) is None and tokenizer_record(gpt2_dir) is None
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"tokenizer.json": "{"}, r"cannot read .*tokenizer\.json"),
+    ({"tokenizer.json": "[" * 100_000}, r"cannot read .*tokenizer\.json"),
+    ({"tokenizer.json": '{"model": {"vocab": {"a": "b"}}}'}, r"tokenizer\.json is no tokenizer"),
+    ({"tokenizer.json": '{"model": {"vocab": {"a": 1}}}'}, "cannot read the tokenizer in"),
+    ({"tokenizer.json": '{"model": {"vocab": {"a": 65536}}}'}, r"has 65,537 tokens: .* holds 65,536"),
+    ({"vocab.txt": "[PAD]\n"}, r"in a form that is not read here \(vocab\.txt\)"),
+    ({"vocab.json": '{"a": 1}'}, r"in a form that is not read here \(vocab\.json\)"),
+    ({"spiece.model": "\x0a"}, r"in a form that is not read here \(spiece\.model\)"),
+])
+def test_what_cannot_be_read_is_one_line(files, message, workdir):
+    for name, content in files.items():
+        workdir.joinpath(name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_tokenizer(workdir)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_tokenizer_that_went_or_changed_is_one_line_that_names_the_option(german):
+    record = tokenizer_record("german")
+    assert record["path"] == str(Path("german").resolve()) and isinstance(open_tokenizer(record, 300), HuggingFaceTokenizer)
+    Path("german").rename("deutsch")
+    with pytest.raises(UserError, match=f"no tokenizer in .*german.*{record['name']}.*--tokenizer=DIRECTORY"):
+        open_tokenizer(record, 300)
+    assert open_tokenizer(record, 300, "deutsch").encode("ist").tolist() == german.encode("ist").ids
+    german.add_tokens(["neu"])
+    Path("german").mkdir()
+    german.save("german/tokenizer.json")
+    with pytest.raises(UserError, match=f"and the model was made with {record['name']}: --tokenizer=DIRECTORY"):
+        open_tokenizer(record, 301)
+    with pytest.raises(UserError, match="no tokenizer in nothing"):
+        open_tokenizer(record, 300, "nothing")
+
+
+def test_a_token_added_beyond_the_model_does_no_harm_and_a_larger_vocabulary_is_refused(german):
+    german.add_special_tokens(["<pad>"])
+    german.save("german/tokenizer.json")
+    assert open_tokenizer(tokenizer_record("german"), 300).vocab_size == 301
+    with pytest.raises(UserError, match="has 301 tokens, and the model has a vocabulary of 299"):
+        open_tokenizer(tokenizer_record("german"), 299)
+
+
+def test_a_model_is_scored_with_its_own_tokenizer(german, workdir):
+    """Of the same size as bytes, and so told by nothing but the files beside the model."""
+    model = write_model("german", 300)
+    workdir.joinpath("text.txt").write_text(TEXT, encoding="utf-8")
+    expected = loss_of(model, german.encode(TEXT).ids)
+    for options in [], ["--tokenizer=german"]:
+        said = run_here("perplexity.py", "german", "text.txt", "--json_out=out.json", *options)
+        assert said.returncode == 0, said.stderr
+        result = json.loads(Path("out.json").read_text())["text.txt"]
+        assert result["loss"] == pytest.approx(expected, rel=1e-5)
+        n_tokens = len(german.encode(TEXT).ids)
+        assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) * n_tokens / len(TEXT.encode()), rel=1e-5)
+
+
+def test_a_model_speaks_with_its_own_tokenizer(german, workdir):
+    write_model("german", 300)
+    said = run_here("sample.py", "german", "--start=über", "--max_new_tokens=5", "--temperature=0")
+    assert said.returncode == 0, said.stderr
+    model, rest = checkpoint.load("german")
+    ids = model.generate(torch.tensor([german.encode("über").ids]), 5, temperature=0)[0].tolist()
+    assert rest["tokenizer"]["name"].startswith("german-")
+    assert said.stdout.split("\n", 1)[1].startswith(read_tokenizer("german").decode(ids))
+
+
+def test_text_is_prepared_with_a_models_tokenizer_and_belongs_to_it(german, workdir, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(workdir / "cache"))
+    workdir.joinpath("text.txt").write_text("\n\n".join(f"{i} {TEXT[:70]}" for i in range(30)), encoding="utf-8")
+    said = run_here("prepare_owt.py", "--data_files=text.txt", "--out=satz", "--tokenizer=german", "--val_fraction=0.1")
+    assert said.returncode == 0, said.stderr
+    record = tokenizer_record("german")
+    meta = json.loads(Path("data/satz/meta.json").read_text())
+    assert (meta["vocab_size"], meta["tokenizer"], meta["tokenizer_path"]) == (300, record["name"], record["path"])
+    assert data_tokenizer("satz") == record
+    tokens = load_tokens("satz", "train", 300, tokenizer=record)
+    assert tokens[-1] == german.token_to_id(MARK) and "Das ist ein Satz" in read_tokenizer("german").decode(tokens[:40])
+    for vocab_size, other, name in (300, None, "unknown"), (50257, None, "gpt2"), (300, dict(name="x-1", path="/x"), "x-1"):
+        with pytest.raises(UserError, match=f"holds {record['name']} tokens .* of {name} tokens"):
+            load_tokens("satz", "train", vocab_size, tokenizer=other)
+    shutil.copytree("german", "copy")
+    assert load_tokens("satz", "train", 300, tokenizer=tokenizer_record("copy")) is not None  # the same under another name
+    write_model("german", 300)
+    said = run_here("perplexity.py", "german", "satz", "--json_out=out.json")
+    assert said.returncode == 0, said.stderr
+    assert json.loads(Path("out.json").read_text())["satz"]["bits_per_byte"] > 0
+
+
+def test_documents_need_an_end_and_a_tokenizer_without_one_is_a_line(german, workdir):
+    Path("german/tokenizer_config.json").write_text("{}")
+    workdir.joinpath("text.txt").write_text("a\n\nb\n\nc")
+    said = run_here("prepare_owt.py", "--data_files=text.txt", "--out=satz", "--tokenizer=german")
+    assert said.returncode == 2 and "has no end-of-text token: name one as eos_token in its tokenizer_config" in said.stderr
+    assert said.stderr.count("\n") == 1 and not Path("data").exists()
+
+
+def test_an_export_takes_the_tokenizer_along_as_data(german, workdir):
+    from transformers import AutoTokenizer
+
+    write_model("german", 300)
+    Path("german/evil.py").write_text("raise SystemExit")
+    said = run_here("kron_to_gpt.py", "german", "exported")
+    assert said.returncode == 0, said.stderr
+    assert Path("exported/tokenizer.json").read_bytes() == Path("german/tokenizer.json").read_bytes()
+    assert "auto_map" not in Path("exported/tokenizer_config.json").read_text() and not Path("exported/evil.py").exists()
+    theirs = AutoTokenizer.from_pretrained("exported", trust_remote_code=False)
+    assert theirs(TEXT).input_ids == german.encode(TEXT).ids and theirs.eos_token == MARK
+    assert json.loads(Path("exported/config.json").read_text())["eos_token_id"] == german.token_to_id(MARK)
+    assert tokenizer_record("exported")["name"].rpartition("-")[2] == tokenizer_record("german")["name"].rpartition("-")[2]
+
+
+def test_an_export_without_its_tokenizer_has_the_weights_and_a_line(german, workdir):
+    write_model("german", 300)
+    Path("german/tokenizer.json").unlink()
+    Path("german/vocab.txt").write_text("[PAD]")
+    said = run_here("kron_to_gpt.py", "german", "exported")
+    assert said.returncode == 0, said.stderr
+    assert "in a form that is not read here (vocab.txt)" in said.stdout and "only the weights are written" in said.stdout
+    assert Path("exported/model.safetensors").exists() and not list(Path("exported").glob("*token*"))
+
+
+@pytest.mark.parametrize("record", ["gpt2", 5, [], {}, dict(name=3, path="x"), dict(name="a"), dict(name="a", path=3)])
+def test_what_is_no_record_in_a_file_of_others_is_none(record):
+    assert isinstance(open_tokenizer(record, 256), BytesTokenizer)
+
+
+@pytest.mark.parametrize("make", [BytesTokenizer, GPT2Tokenizer, lambda: HuggingFaceTokenizer("german")])
+def test_lone_surrogates_are_replaced_as_by_tiktoken(make, shared, german):
+    ours = make()
+    for text, replaced in ("a\ud83db", "a\ufffdb"), ("\ud83d\ude42", "🙂"), ("x\udc80", "x\ufffd"):
+        assert ours.decode(ours.encode(text)) == replaced and ours.encode(text).tolist() == ours.encode(replaced).tolist()
+        if isinstance(ours, GPT2Tokenizer):
+            assert ours.encode(text).tolist() == ours.encoding.encode(text)
+
+
+def test_end_of_text_in_a_prompt_is_the_token(shared):
+    gpt2 = GPT2Tokenizer()
+    for text in END_OF_TEXT, f"a {END_OF_TEXT}\n b", "", f"{END_OF_TEXT}{END_OF_TEXT}":
+        assert gpt2.encode_prompt(text) == (gpt2.encoding.encode(text, allowed_special={END_OF_TEXT}) or [50256])
+    assert BytesTokenizer().encode_prompt(f"a{END_OF_TEXT}") == [ord("a"), ord("\n")]
+
+
+# A data set whose tokenizer nobody knows, such as nanoGPT's characters.
+
+class Pickled:
+    def __reduce__(self):
+        return Path.touch, (Path("pwned"),)
+
+
+@pytest.fixture
+def char(workdir):
+    import pickle
+
+    tokens = np.random.default_rng(0).integers(65, size=3000)
+    tokens[7] = 64
+    directory = write_dataset("char", tokens, tokens[:500], meta=None)
+    (directory / "meta.pkl").write_bytes(pickle.dumps(Pickled()))
+    return directory
+
+
+def test_nanogpts_characters_get_a_line_that_says_what_to_write_and_with_that_they_train(char, workdir):
+    line = '{"vocab_size": 65, "tokenizer": "unknown"}'
+    train = ["train.py", "--dataset=char", "--block_size=16", "--batch_size=2", "--gradient_accumulation_steps=1",
+             "--n_layer=1", "--n_head=1", "--n_embd=16", "--max_iters=1", "--eval_iters=1"]
+    said = run_here(*train)
+    assert said.returncode == 2 and said.stderr.count("\n") == 1
+    assert f"write {line} into data/char/meta.json" in said.stderr
+    assert not Path("pwned").exists()
+    (char / "meta.json").write_text(line)
+    checkpoint.save("char.pt", model_of(65))
+    assert len(load_tokens("char", "train", 65, 32)) == 3000
+    assert data_tokenizer("char") == dict(name="unknown", path=None)
+    said = run_here("perplexity.py", "char.pt", "char", "--json_out=out.json")
+    assert said.returncode == 0, said.stderr
+    result = json.loads(Path("out.json").read_text())["char"]
+    assert result["bits_per_byte"] is None and result["tokens_scored"] == 500 - 16
+    assert not Path("pwned").exists()
+    said = run_here(*train)
+    assert said.returncode == 0, said.stderr
+    for vocab_size in 50257, 256, 66:
+        with pytest.raises(UserError, match="holds unknown tokens"):
+            load_tokens("char", "train", vocab_size)
+    assert len(load_tokens("char", "train", 256, tokenizer=data_tokenizer("char"))) == 3000
+
+
+def test_a_model_without_a_tokenizer_prints_numbers_and_takes_no_text(workdir):
+    model = model_of(65)
+    checkpoint.save("char.pt", model)
+    said = run_here("sample.py", "char.pt", "--start=", "--max_new_tokens=5", "--temperature=0")
+    assert said.returncode == 0, said.stderr
+    ids = model.generate(torch.tensor([[0]]), 5, temperature=0)[0].tolist()
+    assert said.stdout.split("\n")[1] == " ".join(map(str, ids))
+    said = run_here("sample.py", "char.pt", "--start=to be")
+    assert said.returncode == 2 and "no tokenizer has the model's vocabulary of 65" in said.stderr
+    assert "--tokenizer=DIRECTORY" in said.stderr and said.stderr.count("\n") == 1
+    assert isinstance(open_tokenizer(dict(name="unknown", path=None), 256), UnknownTokenizer)
