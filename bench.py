@@ -10,7 +10,7 @@ Models have GPT-2's sizes and random weights; the shapes are those of the MLPs. 
 after a warm-up, and the median of each is reported. Read the ratios, not the seconds: above 1 is faster (smaller) than the
 dense model. `models` writes table.md, results.json and ratios.png to out_dir.
 """
-import ctypes
+import glob
 import io
 import json
 import math
@@ -42,7 +42,7 @@ shapes = "768,768,1 768,1536,1 384,3072,1 256,64,10 768,1,153"  # dim_1,dim_2,fa
 layer_shapes = "768,3072,1 16,48,20 32,64,4 128,32,16 1,1,1 1,768,3 384,768,2 256,256,1 768,512,2"  # more, for `layer`
 layer_tokens = "1 64 1024 4096"  # numbers of tokens, for `layer`
 device = ""  # cuda, cpu, ...; default: CUDA if available
-dtype = "float32"  # or bfloat16, by autocast
+dtype = "float32"  # or bfloat16 or float16, by autocast
 out_dir = "out/bench"  # directory of the table and the picture
 
 CONTEXTS, SEQUENCES = (64, 900), (1, 8)  # of generation: tokens at the end, and sequences at once
@@ -62,6 +62,14 @@ def parse_numbers(text, n):
     if not text.strip() or not all(re.fullmatch(pattern, group) for group in text.split()):
         raise UserError(f"expected {'shapes such as 768,768,1 256,64,10' if n > 1 else 'numbers such as 1 64'}, not {text}")
     return [tuple(map(int, group.split(","))) for group in text.split()]
+
+
+def check_shapes(measured):
+    """Raise UserError where one of the shapes does not fit the models: before the first one is measured for minutes."""
+    from model import KronyGPTConfig, mlp_shapes
+
+    for shape in measured:
+        KronyGPTConfig(n_layer=1, n_head=n_head, n_embd=n_embd, shapes=mlp_shapes(*shape[:2], shape[2:]))
 
 
 def run_script(script, *args):
@@ -91,29 +99,6 @@ def time_in_turns(function, names, n_turns, once=()):
                 function(name)
                 seconds[name].append(clock() - start)
     return {name: statistics.median(values[1:] or values) for name, values in seconds.items()}
-
-
-def peak_memory(function, device):
-    """Bytes that a call allocates at its peak, on top of those before it; None on systems that do not tell."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    status = Path("/proc/self/status")  # Linux
-    if not status.exists():
-        return None
-
-    def read(field):
-        return 1024 * int(re.search(rf"{field}:\s*(\d+)", status.read_text())[1])
-
-    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system: it would hide allocations of the call
-    Path("/proc/self/clear_refs").write_text("5")  # restart the peak
-    before = read("VmRSS")
-    function()
-    return read("VmHWM") - before
 
 
 def make_candidates(shape, is_first):
@@ -164,7 +149,7 @@ def measure(candidates, device):
     """Measure candidates in turns: {name: {measurement: seconds, or bytes}}."""
     import torch
 
-    from device import autocast_to
+    from device import autocast_to, peak_memory
 
     idx = torch.randint(vocab_size, (max(batch_size, memory_batch_size), block_size + 1),
                         generator=torch.Generator().manual_seed(0)).to(device)
@@ -208,13 +193,13 @@ def measure(candidates, device):
 
 def bench_models():
     """Measure the models of each shape against the dense one."""
-    from device import matmul_flops, pick_device
+    from device import Speed, pick_device
 
     check_range(globals(), "new_tokens", below=min(*CONTEXTS, block_size))
     measured_shapes, torch_device = parse_numbers(shapes, 3), pick_device(device)
-    peak_flops = matmul_flops(torch_device, dtype)
-    print(f"a large matrix product runs at {peak_flops / 1e9:,.0f} GFLOP/s here ({torch_device}, {dtype})")
-    results = {}
+    check_shapes(measured_shapes)
+    speed, results = Speed(torch_device, dtype), {}
+    print(f"mfu is a share of {speed}: {torch_device}, {dtype}")
     for shape in measured_shapes:
         candidates = make_candidates(shape, is_first=not results)
         print(", ".join(candidates))
@@ -222,7 +207,7 @@ def bench_models():
         for name, candidate in candidates.items():
             ratios = {what: measured["dense"][what] / value for what, value in measured[name].items() if value}
             flops = (candidate.flops_per_token or 0) * batch_size * block_size / measured[name]["training step"]
-            results.setdefault(name, dict(measured=measured[name], faster_than_dense=ratios, mfu=flops / peak_flops))
+            results.setdefault(name, dict(measured=measured[name], faster_than_dense=ratios, mfu=speed.mfu(flops)))
         del candidates, candidate  # before the next ones are made
     columns = list(results["dense"]["measured"])
     lines = [f"| model | {' | '.join(columns)} | mfu |", "|---|" + "---:|" * (len(columns) + 1)]
@@ -291,10 +276,11 @@ def bench_layer():
     from model import KronyGPTConfig, mlp_shapes
 
     torch_device = pick_device(device)
+    measured_shapes, numbers = parse_numbers(f"{shapes} {layer_shapes}", 3), parse_numbers(layer_tokens, 1)
+    check_shapes(measured_shapes)
     choices = {"forward": [], "backward": []}  # of (time over the best, shape, matrix, tokens)
     print(f"{'shape':>14} {'matrix':>6} {'tokens':>6} {'':>8} {'A first':>9} {'B first':>9} {'W':>9}  chosen, over the best")
-    for shape, matrix, (tokens,) in product(parse_numbers(f"{shapes} {layer_shapes}", 3), ("c_fc", "c_proj"),
-                                            parse_numbers(layer_tokens, 1)):
+    for shape, matrix, (tokens,) in product(measured_shapes, ("c_fc", "c_proj"), numbers):
         config = KronyGPTConfig(n_layer=1, n_head=n_head, n_embd=n_embd, shapes=mlp_shapes(*shape[:2], shape[2:]))
         m, n, (dim_1, dim_2, r) = config.size_and_shape(f"mlp.{matrix}", layer=0)
         A_shape, B_shape = (r, dim_1, dim_2), (r, m // dim_1, n // dim_2)
@@ -316,8 +302,10 @@ def bench_tokenize(path):
     import tiktoken
     from datasets import load_dataset
 
+    if not (os.path.isfile(path) and os.path.getsize(path)):
+        raise UserError(f"no documents in {path}: give a .jsonl file with a `text` in each line")
     start = time.perf_counter()
-    output = run_script("prepare_owt.py", f"--data_files={Path(path).resolve()}", "--out=bench_tokenize")
+    output = run_script("prepare_owt.py", f"--data_files={glob.escape(str(Path(path).resolve()))}", "--out=bench_tokenize")
     whole_seconds = time.perf_counter() - start
     ours = float(re.search(r"tokenized .* in ([\d.]+) s", output)[1])
 
@@ -352,13 +340,22 @@ def bench_score(path, dense, ckpt):
     """Compare tokens/s of perplexity.py, for a dense and a compressed model, with a plain loop over transformers' GPT-2."""
     import tiktoken
     import torch
-    from transformers import GPT2LMHeadModel
 
+    import checkpoint
+    import hugging_face
     from device import autocast_to, pick_device
 
     torch_device = pick_device(device)
+
+    def script(source):
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder, "result.json")
+            run_script("perplexity.py", source, path, f"--device={torch_device}", f"--dtype={dtype}", f"--json_out={result}")
+            return json.loads(result.read_text())[path]["tokens_per_second"]
+
+    script(dense), script(ckpt)  # a warm-up, which also reads the text and the models, and says what is wrong with them
     tokens = torch.tensor(tiktoken.get_encoding("gpt2").encode_ordinary(Path(path).read_text(encoding="utf-8")))
-    model = GPT2LMHeadModel.from_pretrained(dense, trust_remote_code=False).to(torch_device).eval()
+    model = hugging_face.to_transformers(checkpoint.load(dense)[0]).to(torch_device)
 
     def loop():
         start = time.perf_counter()
@@ -367,14 +364,8 @@ def bench_score(path, dense, ckpt):
                 model(window[None], labels=window[None]).loss.item()
         return len(tokens) / (time.perf_counter() - start)
 
-    def script(source):
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder, "result.json")
-            run_script("perplexity.py", source, path, f"--device={torch_device}", f"--dtype={dtype}", f"--json_out={result}")
-            return json.loads(result.read_text())[path]["tokens_per_second"]
-
-    ways = {"transformers, one window at a time": loop, f"perplexity.py {dense}": partial(script, dense),
-            f"perplexity.py {ckpt}": partial(script, ckpt)}
+    ways = {"transformers, one window at a time": loop, f"perplexity.py, dense: {dense}": partial(script, dense),
+            f"perplexity.py, compressed: {ckpt}": partial(script, ckpt)}
     turns = [{name: way() for name, way in ways.items()} for _ in range(repeats)]
     medians = {name: statistics.median(turn[name] for turn in turns) for name in ways}
     for name, speed in medians.items():
@@ -389,7 +380,7 @@ def main(command="models", path=None, dense=None, ckpt=None):
         raise UserError("bench.py takes models, layer, tokenize DOCUMENTS.jsonl, or score TEXT DENSE_MODEL MODEL")
     check_range(globals(), "n_layer n_head n_embd vocab_size block_size batch_size memory_batch_size repeats new_tokens",
                 at_least=1)
-    check_choice(globals(), "dtype", "float32", "bfloat16")
+    check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
     commands[command, len(arguments)](*arguments)
 
 

@@ -1,4 +1,4 @@
-"""Every file format of a model, in and out: checkpoints (.pt) of every age, Hugging Face directories and hub names.
+"""Every file format of a model, in and out: checkpoints (.pt) of every age, Hugging Face files and hub names.
 
 A checkpoint that we write is a dict of plain types and tensors: `model` (a state dict), `model_args` (the fields of
 KronyGPTConfig), `optimizer` (a state dict or None), `iter_num`, `best_val_loss` and `config` (the script's options).
@@ -7,10 +7,12 @@ always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and 
 
 - the published Krony-PT files: a bare state dict with the same names;
 - older ones, with each factor by itself: c_fc_{f}_{k} and c_proj_{f}_{k} for side k of factor f, perhaps no MLP biases;
-- nanoGPT's own dense checkpoints;
-- any of them with the prefixes that DDP and torch.compile leave (`module.`, `_orig_mod.`).
+- nanoGPT's own dense checkpoints, and Lightning's;
+- transformers' GPT-2: a directory, or a .safetensors or .bin file of it;
+- any of them with the prefixes of DDP, FSDP, torch.compile or another wrapper.
 
-Every load in the project is torch.load(weights_only=True): a checkpoint is data, and never runs code.
+A model is data, and loading it never runs code: .pt and .bin files are read with torch.load(weights_only=True), and
+config.json and safetensors directly, without transformers.
 """
 import pickle
 import re
@@ -18,24 +20,32 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from configurator import UserError
 from files import atomic_write
+from hugging_face import WEIGHTS, download, open_directory
 from model import KronyGPT
+from tokenizer import tokenizer_record
 
 MODELS_DIR = Path("models")
 GPT2_HEAD_DIM = 64  # n_embd / n_head in GPT-2 small, medium, large and xl
-DEFAULTS = dict(optimizer=None, iter_num=0, best_val_loss=float("inf"), config={})  # what a file may hold beside a model
-RESUME_TYPES = dict(optimizer=dict, iter_num=int, best_val_loss=(int, float), config=dict)
-PREFIX = re.compile(r"^(module\.|_orig_mod\.)+")
+GPT2_WIDTHS = (768, 1024, 1280, 1600)
+# what a file may hold beside a model
+DEFAULTS = dict(optimizer=None, scaler=None, iter_num=0, best_val_loss=float("inf"), config={}, tokenizer=None)
+RESUME_TYPES = dict(optimizer=(dict,), iter_num=(int,), best_val_loss=(int, float), config=(dict,))
+WRAPPERS = {"module", "model", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 MATRIX = r"(transformer\.h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))"
 IN_MEMORY = re.compile(MATRIX + r"\.(A|B|bias)")
 IN_FILE = re.compile(MATRIX + r"(_0|_1|_bias|\.weight|\.bias)")
 UNSTACKED = re.compile(r"(.*\.mlp\.c_(?:fc|proj))_(\d+)_([01])")
 MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
+TIED_RTOL, TIED_ATOL = 2**-8, 1e-6  # the rounding of half precision: an output matrix nearer to the embedding is tied
+SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer"}
 
 
-def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None):
+def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None, scaler=None):
     """Write a checkpoint atomically.
 
     Args:
@@ -45,10 +55,11 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
         iter_num: optimizer steps done.
         best_val_loss: in nats per token.
         config: {option: value} of the script that writes it.
+        scaler: a GradScaler whose state is kept for a resume, or None.
     """
     content = dict(model=to_file_names(model.state_dict()), model_args=model.config.as_plain_types(),
                    optimizer=optimizer.state_dict() if optimizer else None, iter_num=iter_num, best_val_loss=best_val_loss,
-                   config=config or {})
+                   config=config or {}, **({"scaler": scaler.state_dict()} if scaler else {}))
     try:
         with atomic_write(path) as file:
             torch.save(content, file)
@@ -66,27 +77,43 @@ def load(source, dropout=0.0):
     """Load a model from anywhere.
 
     Args:
-        source: a .pt file, a Hugging Face GPT-2 directory, a directory with a ckpt.pt, a name under models/, or a hub
-            name (gpt2, gpt2-medium, ...).
+        source: a .pt, .bin or .safetensors file, a Hugging Face GPT-2 directory, a directory with a ckpt.pt, a name under
+            models/, or a hub name (gpt2, gpt2-medium, ...).
         dropout: of the model; checkpoints keep none.
 
     Returns:
-        (model, rest): a KronyGPT in float32 on the CPU, and what else the file held: `optimizer`, `iter_num`,
-        `best_val_loss` and `config`, as they are in the file (None, 0, inf and {} where it held none).
+        (model, rest): a KronyGPT in float32 on the CPU, and what else the file held, as it is there: `optimizer`,
+        `scaler`, `iter_num`, `best_val_loss` and `config` (None, None, 0, inf and {} where it held none), and
+        `tokenizer`, the tokenizer record of data.py.
 
     Raises:
         FileNotFoundError: there is nothing of this name.
         UserError: it could not be read as a model; says what and why.
     """
     path = next((p for p in (Path(source), MODELS_DIR / source) if p.exists()), None)
-    if path is not None and path.is_dir() and not (path / "config.json").exists() and (path / "ckpt.pt").exists():
-        path = path / "ckpt.pt"
-    if path is not None and path.is_file():
-        model_args, state_dict, rest = read_file(path)
-    elif path is not None or looks_like_hub_name(source):
-        model_args, state_dict, rest = read_hugging_face(path or source)
-    else:
+    if path is None and not looks_like_hub_name(source):
         raise FileNotFoundError(f"no checkpoint {source}")
+    path = path or download(source)
+    if path.is_dir() and not (path / "config.json").exists() and (path / "ckpt.pt").exists():
+        path = path / "ckpt.pt"
+    if path.is_dir() or (path.name in WEIGHTS and (path.parent / "config.json").exists()):
+        directory, weights = (path, None) if path.is_dir() else (path.parent, path)
+        config, files = open_directory(directory, weights)
+        content = dict(model_args=config, tokenizer=tokenizer_record(directory))
+        tensors = {name: p for file in files for name, p in read_file(file)[0].items()}
+        if not config.get("tie_word_embeddings", True) and "lm_head.weight" not in tensors:
+            raise UserError(f"{path} says tie_word_embeddings=false and lacks lm_head.weight")
+    else:
+        tensors, content = read_file(path)
+        warn_of_exact_gelu(content, tensors, path)
+    check_tensors(tensors, path)
+    try:
+        state_dict = upgrade_state_dict(tensors)
+        model_args = infer_model_args(state_dict)
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise UserError(f"{path} holds no GPT-2 that we know: {first_line(error)}") from None
+    check_tied(state_dict, path)
+    model_args["n_head"] = number_of_heads(content, model_args, path)
     try:
         model = KronyGPT.from_state_dict(dict(model_args, dropout=dropout), state_dict)
     except UserError as error:
@@ -94,58 +121,31 @@ def load(source, dropout=0.0):
     for name, p in model.named_parameters():
         if not torch.stack(p.detach().aminmax()).isfinite().all():  # one pass, and nothing as large as the weights
             raise UserError(f"{source} has weights that are not finite: {name}")
+    rest = {name: content.get(name, default) for name, default in DEFAULTS.items()}
+    if isinstance(rest["best_val_loss"], torch.Tensor) and rest["best_val_loss"].numel() == 1:  # as nanoGPT keeps it
+        rest["best_val_loss"] = rest["best_val_loss"].item()
+    if rest["tokenizer"] is None and isinstance(rest["config"], dict):
+        rest["tokenizer"] = rest["config"].get("tokenizer")
     return model, rest
 
 
 def looks_like_hub_name(source):
-    """gpt2 or org/name: a hub name has at most one slash, and is no path to a .pt file."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith(".") and not source.endswith(".pt")
-
-
-def read_hugging_face(source):
-    """(model_args, state dict, rest) of a Hugging Face GPT-2: a directory (a Path) or a hub name."""
-    from transformers import AutoConfig, GPT2LMHeadModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    is_directory = isinstance(source, Path)
-    if is_directory and not (source / "config.json").exists():
-        raise UserError(f"directory {source} holds no model: neither config.json (Hugging Face) nor ckpt.pt")
-    try:
-        hf_config = AutoConfig.from_pretrained(source)
-        check_is_gpt2(hf_config, source)
-        hf_model, report = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        if is_directory:
-            raise UserError(f"cannot read {source} as a Hugging Face GPT-2: {' '.join(str(error).split())}") from None
-        raise FileNotFoundError(f"no file or directory {source}, nor {MODELS_DIR / source}, and no such model could "
-                                f"be fetched from the Hugging Face hub (is there a network?)") from None
-    except Exception as error:  # safetensors has an error class of its own, that derives from Exception alone
-        raise UserError(f"cannot read {source} as a Hugging Face GPT-2: {error}") from None
-    if report["missing_keys"]:
-        raise UserError(f"{source} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}, ...")
-    args = dict(block_size=hf_config.n_positions, vocab_size=hf_config.vocab_size, n_layer=hf_config.n_layer,
-                n_head=hf_config.n_head, n_embd=hf_config.n_embd, n_inner=hf_config.n_inner)
-    return args, from_transformers_names(hf_model.state_dict()), dict(DEFAULTS)
-
-
-def check_is_gpt2(hf_config, source):
-    """Raise UserError unless a transformers config describes the function that KronyGPT computes."""
-    if hf_config.model_type != "gpt2":
-        raise UserError(f"{source} is a {hf_config.model_type} model, not a GPT-2")
-    wanted = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                  scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)
-    for name, value in wanted.items():
-        if getattr(hf_config, name) != value:
-            raise UserError(f"{source} is a GPT-2 with {name}={getattr(hf_config, name)}, where {value} is needed")
+    """gpt2 or org/name: a hub name has at most one slash, and is no path to a file of weights."""
+    is_file_name = source.startswith(".") or source.endswith((".pt", ".bin", ".safetensors"))
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not is_file_name
 
 
 def read_file(path):
-    """(model_args, state dict, rest) of a .pt file of any layout."""
+    """Read a file of torch.save or safetensors.
+
+    Returns:
+        ({name: tensor}, content): content is the rest of what the file holds.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no checkpoint: it is no regular file")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path), {}
         with warnings.catch_warnings(action="ignore"):  # of pickles that are refused in any case
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -155,61 +155,99 @@ def read_file(path):
         if error.filename:
             raise
         raise UserError(f"{path} cannot be read: it is truncated or damaged ({error})") from None  # torch's seek
-    except Exception as error:  # bytes that are no pickle can make the unpickler raise anything
+    except (SafetensorError, Exception) as error:  # bytes that are no pickle can make the unpickler raise anything
         raise UserError(f"{path} cannot be read: it is truncated or damaged ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
-    state_dict = content.get("model", content)
-    if not isinstance(state_dict, dict) or not all(isinstance(name, str) for name in state_dict):
-        raise UserError(f"{path} is no checkpoint: its `model` is no dict of tensors")
-    state_dict = {PREFIX.sub("", name): p for name, p in state_dict.items() if isinstance(p, torch.Tensor)}
-    for name, p in state_dict.items():
-        if p.layout != torch.strided or not (p.is_floating_point() or name.endswith(MASKS)):
+    key = next((key for key in ("model", "state_dict") if key in content), None)
+    tensors = content.pop(key) if key else content
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise UserError(f"{path} is no checkpoint: its `{key}` is no dict of tensors")
+    return {name: p for name, p in tensors.items() if isinstance(p, torch.Tensor)}, content if key else {}
+
+
+def check_tensors(tensors, path):
+    """Raise UserError unless tensors are dense, hold real numbers, and as many as they claim."""
+    for name, p in tensors.items():
+        if p.layout != torch.strided or p.is_meta or not (p.is_floating_point() or name.endswith(MASKS)):
             raise UserError(f"{path} is no checkpoint: {name} is no dense tensor of real numbers")
         if p.numel() * p.element_size() > p.untyped_storage().nbytes():  # strides of 0 make any size of a few bytes
             raise UserError(f"{path} claims more numbers than it holds: {name} is {tuple(p.shape)}")
-    try:
-        state_dict = upgrade_state_dict(state_dict)
-        model_args = infer_model_args(state_dict)
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path} holds no GPT-2 that we know: {first_line(error)}") from None
-    rest = {name: content.get(name, default) if "model" in content else default for name, default in DEFAULTS.items()}
-    if "model" in content and isinstance(content.get("model_args"), dict):
-        n_head = content["model_args"].get("n_head")
-        model_args["n_head"] = n_head if isinstance(n_head, int) else model_args["n_head"]
-    return model_args, state_dict, rest
+
+
+def warn_of_exact_gelu(content, tensors, path):
+    """Warn of a file of nanoGPT or Krony-PT: their GELU is the exact one, where GPT-2's and KronyGPT's is the tanh form."""
+    stated = content.get("model_args")
+    is_ours = isinstance(stated, dict) and ("shapes" in stated or "dim_1" in stated)  # dim_1: the first edition
+    if not is_ours and any(".mlp.c_fc" in name for name in tensors) and not is_conv1d(tensors):
+        warnings.warn(f"{path} is a file of nanoGPT or Krony-PT, which compute the exact GELU; here it is GPT-2's tanh "
+                      "form, and logits differ by up to 1e-3", stacklevel=3)
+
+
+def check_tied(state_dict, path):
+    """Raise UserError where the output matrix is not the embedding, then make them one tensor."""
+    head, embedding = state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]
+    if head.shape != embedding.shape or not torch.allclose(head, embedding, TIED_RTOL, TIED_ATOL, True):
+        raise UserError(f"{path} has an output matrix (lm_head.weight) that differs from its embedding, and a KronyGPT has "
+                        "one matrix for both: tie them and train further, with the program that made it")
+    state_dict["lm_head.weight"] = embedding
+
+
+def number_of_heads(content, model_args, path):
+    """The number of heads, from model_args or config.json, whose sizes must be those of the tensors; else of width 64."""
+    stated = content.get("model_args")
+    stated = stated if isinstance(stated, dict) else {}
+    for name, ours in SIZES.items():
+        if type(stated.get(name)) is int and stated[name] != model_args[ours]:
+            raise UserError(f"{path} does not fit together: its config says {name}={stated[name]}, its weights "
+                            f"{model_args[ours]}")
+    n_head = stated.get("n_head", stated.get("num_attention_heads"))
+    if type(n_head) is int:
+        return n_head
+    if model_args["n_embd"] not in GPT2_WIDTHS:
+        warnings.warn(f"{path} does not say its number of heads: {model_args['n_head']} of width "
+                      f"{model_args['n_embd'] // model_args['n_head']} taken", stacklevel=2)
+    return model_args["n_head"]
 
 
 def first_line(error):
+    if isinstance(error, KeyError):
+        return f"it lacks {str(error.args[0]).removesuffix('.A')}"
     return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def load_to_resume(path, dropout=0.0):
     """Load a checkpoint of train.py, with what a resume needs.
 
-    Returns:
-        (model, rest), as load() does.
-
-    Raises:
-        UserError: also where that is missing or damaged.
+    Returns what load() returns, and raises UserError also where that is missing or damaged.
     """
     model, rest = load(str(path), dropout)
-    for name, wanted in RESUME_TYPES.items():
-        if not isinstance(rest[name], wanted):
-            raise UserError(f"{path} cannot be resumed: its {name} is a {type(rest[name]).__name__}. Start from its "
-                            f"weights, --init_from={path} with another --out_dir")
+    wrong = [name for name, types in RESUME_TYPES.items() if type(rest[name]) not in types]
+    if not wrong and (rest["iter_num"] < 0 or (rest["iter_num"] and not rest["optimizer"].get("state"))):
+        wrong = ["iter_num"]
+    if wrong:
+        raise UserError(f"{path} cannot be resumed: its {wrong[0]} is no {wrong[0]} of a run. Start from its weights, "
+                        f"--init_from={path} with another --out_dir")
     return model, rest
 
 
 def check_optimizer_state(optimizer, state, path):
-    """Raise UserError unless the state of an optimizer, from a checkpoint, is laid out as an optimizer's own.
-
-    Earlier versions stored the factors in another order, under other names.
+    """Raise UserError unless an AdamW's state from a checkpoint has the layout of the optimizer's own: all names, types and
+    shapes, since the fused step writes to the moments unchecked. (The first edition named and ordered parameters otherwise.)
     """
-    names = [group["param_names"] for group in optimizer.state_dict()["param_groups"]]
-    groups = state.get("param_groups")
-    is_state = isinstance(groups, list) and isinstance(state.get("state"), dict)
-    if not is_state or [isinstance(g, dict) and g.get("param_names") for g in groups] != names:
+    def layout(state):
+        return [({key: type(value) for key, value in group.items()}, group["params"], group["param_names"])
+                for group in state["param_groups"]]
+
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    wanted = {i: dict(step=(), exp_avg=shape, exp_avg_sq=shape) for i, shape in enumerate(shapes)}
+    try:
+        found = {i: {key: t.shape for key, t in moments.items() if t.is_contiguous() and t.dtype == torch.float32}
+                 for i, moments in state["state"].items()}
+        fits = layout(state) == layout(optimizer.state_dict()) and found in ({}, wanted)
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
         raise UserError(f"the optimizer's state in {path} is not that of these options, or of an earlier version: resume "
                         f"with the options that the run was started with, or start from its weights, --init_from={path} "
                         "with another --out_dir")
@@ -231,36 +269,41 @@ def to_file_names(state_dict):
 
 
 def from_file_names(state_dict):
-    """A KronyGPT's state dict from one under the published names, or from nanoGPT's dense one."""
-    renamed = {}
+    """A KronyGPT's state dict from one under the published names, or from a dense one of nanoGPT or transformers."""
+    renamed, transposed = {}, not is_conv1d(state_dict)
     for name, p in state_dict.items():
         stem, part = match.groups() if (match := IN_FILE.fullmatch(name)) else (name, None)
         if not part:
-            renamed[name] = p
-        elif part == ".weight":  # a dense nn.Linear, [out, in]
-            renamed |= dense_matrix(stem, p.t())
+            new = {name: p}
+        elif part == ".weight":
+            new = dense_matrix(stem, p.t() if transposed else p)
         else:
-            renamed[stem + {"_0": ".A", "_1": ".B", "_bias": ".bias", ".bias": ".bias"}[part]] = p
+            new = {stem + {"_0": ".A", "_1": ".B", "_bias": ".bias", ".bias": ".bias"}[part]: p}
+        if twice := new.keys() & renamed.keys():
+            raise ValueError(f"{min(twice)} is there twice, under different names")
+        renamed |= new
     return renamed
 
 
-def from_transformers_names(state_dict):
-    """A KronyGPT's state dict from that of transformers' GPT-2, whose Conv1D weights are [in, out]."""
-    renamed = {}
-    for name, p in state_dict.items():
-        match = IN_FILE.fullmatch(name)
-        if not name.endswith(MASKS):
-            renamed |= dense_matrix(match[1], p) if match and match[2] == ".weight" else {name: p}
-    return renamed
+def is_conv1d(state_dict):
+    """Whether dense weights are [in, out], as in transformers' GPT-2, and not those of an nn.Linear."""
+    c_attn = next((p for name, p in state_dict.items() if name.endswith("h.0.attn.c_attn.weight")), None)
+    return c_attn is not None and c_attn.dim() == 2 and c_attn.shape[1] == 3 * c_attn.shape[0]
 
 
 def dense_matrix(stem, W):
     return {f"{stem}.A": W.contiguous()[None], f"{stem}.B": W.new_ones(1, 1, 1)}
 
 
+def plain_name(name):
+    """The name of a tensor without the prefixes of wrappers, and with transformers' prefix of the whole model."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    return ".".join(["transformer", *parts] if parts[0] in ("wte", "wpe", "h", "ln_f") else parts)
+
+
 def upgrade_state_dict(state_dict):
     """Convert the state dict of any file to that of a KronyGPT: stacked factors, all biases, contiguous float32."""
-    state_dict = {name: p.float() for name, p in state_dict.items() if not name.endswith(MASKS)}
+    state_dict = {plain_name(name): p.float() for name, p in state_dict.items() if not name.endswith(MASKS)}
     sides = {}  # {(c_fc or c_proj of a layer, side): {factor: tensor}}
     for name in list(state_dict):
         if match := UNSTACKED.fullmatch(name):
@@ -285,7 +328,7 @@ def upgrade_state_dict(state_dict):
 
 
 def infer_model_args(state_dict):
-    """The fields of KronyGPTConfig that the shapes of a KronyGPT's state dict tell; heads are 64 wide, as GPT-2's."""
+    """The fields of KronyGPTConfig that the shapes of a KronyGPT's state dict tell; heads of width 64, as in GPT-2."""
     vocab_size, n_embd = state_dict["transformer.wte.weight"].shape
     n_layer = len({name.split(".")[2] for name in state_dict if name.startswith("transformer.h.")})
     shapes = {}

@@ -15,6 +15,7 @@ import torch
 import checkpoint
 from configurator import UserError
 from kron import van_loan
+from least_squares import share
 from model import KronyGPT
 
 
@@ -88,16 +89,16 @@ def print_errors(dense, new, fits=None):
     if fits:
         print("relative errors of the weights ‖W - Ŵ‖/‖W‖ and of the output on text, before → after calibration\n"
               f"{'layer':>5}  {'matrix':<11}  {'factors':>7}  {'weights':>17}  {'output':>17}")
-    else:
-        print(f"{'layer':>5}  {'matrix':<11}  {'factors':>7}  {'error ‖W - Ŵ‖/‖W‖':>18}  {'energy kept':>11}")
-    for fit in fits or ():
-        print(f"{fit.layer:>5}  {fit.name:<11}  {fit.n_factors:>7}  "
-              f"{fit.weight_error_before:>7.4f} → {fit.weight_error:>7.4f}  "
-              f"{fit.output_error_before:>7.4f} → {fit.output_error:>7.4f}")
+        for fit in fits:
+            print(f"{fit.layer:>5}  {fit.name:<11}  {fit.n_factors:>7}  "
+                  f"{fit.weight_error_before:>7.4f} → {fit.weight_error:>7.4f}  "
+                  f"{fit.output_error_before:>7.4f} → {fit.output_error:>7.4f}")
+        return
+    print(f"{'layer':>5}  {'matrix':<11}  {'factors':>7}  {'error ‖W - Ŵ‖/‖W‖':>18}  {'energy kept':>11}")
     for (name, old), (_, matrix) in zip(dense.matrices(), new.matrices()):
-        if fits or (matrix.is_dense and torch.equal(old.weight, matrix.weight)):
+        if ".attn." in name and torch.equal(old.weight, matrix.weight):  # left as it was
             continue
-        error = ((old.weight - matrix.weight).norm() / old.weight.norm()).item()
+        error = share((old.weight - matrix.weight).norm(), old.weight.norm())
         _, _, layer, kind = name.split(".", 3)
         print(f"{layer:>5}  {kind:<11}  {len(matrix.A):>7}  {error:>18.4f}  {1 - error**2:>11.1%}")
 

@@ -89,7 +89,7 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         n_layer, n_embd = GPT2_SIZES[init_from]
         config = KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // checkpoint.GPT2_HEAD_DIM)
         return print_shapes(shapes_within(config, limit))
-    dense, _ = checkpoint.load(init_from)
+    dense, rest = checkpoint.load(init_from)
     if not dim_1 and not calibrate:
         return print_shapes(shapes_within(dense.config, limit))
 
@@ -97,17 +97,19 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     path = out or f"checkpoints/{('calibrated' if calibrate else 'VL') if dim_1 else 'best'}_{name}.pt"
     checkpoint.check_is_file(path)
     if calibrate:
-        text, _ = calibration.calibration_text(calibrate, calibration_tokens, dense.config, device)
+        source = dict(dataset=calibrate, n_tokens=calibration_tokens, config=dense.config, device=device,
+                      tokenizer=rest["tokenizer"])
+        text, _ = calibration.calibration_text(**source)
         dense.to(text.device)
     if dim_1:
         shape = parse_shape(dim_1, dim_2, n_factors, dense.config.n_layer)
     else:
-        held_out = calibration.calibration_text(calibrate, calibration_tokens, dense.config, device, between=True)
+        held_out = calibration.calibration_text(**source, between=True)
         shapes, candidates = search(dense, text, held_out, limit)
         print_search(shapes, candidates)
         shape = candidates[0].dim_1, candidates[0].dim_2, candidates[0].factors
 
-    start, fits, options = time.perf_counter(), None, dict(init_from=init_from)
+    start, fits, options = time.perf_counter(), None, dict(init_from=init_from, tokenizer=rest["tokenizer"])
     new = compress.factorize(dense, mlp_shapes(*shape), van_loan)
     if calibrate:
         fits = calibration.calibrate(dense, new, text, refine_steps=refine_steps)

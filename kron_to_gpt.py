@@ -4,67 +4,126 @@
     python kron_to_gpt.py out/ckpt.pt my_model      # → my_model/
 
 The Kronecker sums are expanded, so the result is a dense GPT-2 that computes the same function. It is compared with the
-checkpoint's model before it is moved into place.
+checkpoint's model before it is moved into place. Its tokenizer comes along as data: GPT-2's, bytes, or the model's own.
 """
-import base64
+import json
 import os
+import shutil
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from configurator import UserError, run
 
+tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 tolerance = 1e-3  # largest difference of a logit that counts as rounding
 seed = 1337  # of the random tokens for the comparison
 
 TOKENS_COMPARED = 256
 
 
-def make_tokenizer(vocab_size, block_size):
-    """The transformers tokenizer of a model: GPT-2's BPE, or one token for each byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
+def gpt2_vocabulary():
+    """GPT-2's {token: id} and its merges, [(left, right), ...], from tiktoken's ranks.
 
-    from data import tokenizer_for
+    The pair whose merge made a token is what byte pair encoding with the tokens before it leaves of the token.
+    """
+    from tokenizer import END_OF_TEXT, GPT2Tokenizer, bytes_to_unicode
 
-    ours = tokenizer_for(vocab_size)
-    if ours.name == "bytes":
-        vocab = {character: byte for byte, character in bytes_to_unicode().items()}
-        tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=block_size)
-    encoding, end = ours.encoding, "<|endoftext|>"
-    with tempfile.NamedTemporaryFile("wb") as ranks:  # in tiktoken's own format, which the converter reads
-        for token in sorted(encoding.token_byte_values(), key=encoding.encode_single_token):
-            ranks.write(base64.b64encode(token) + b" %d\n" % encoding.encode_single_token(token))
-        ranks.flush()
-        tokenizer = TikTokenConverter(ranks.name, encoding._pat_str, extra_special_tokens=[end]).converted()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end,
-                                   model_max_length=block_size)
+    gpt2, characters = GPT2Tokenizer(), bytes_to_unicode()
+    tokens = [gpt2.decode_bytes([number]) for number in range(gpt2.end_of_text)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    texts = {token: "".join(characters[byte] for byte in token) for token in tokens}
+    merges = [[texts[part] for part in parts_before(token, ranks)] for token in tokens if len(token) > 1]
+    return {texts[token]: rank for token, rank in ranks.items()} | {END_OF_TEXT: gpt2.end_of_text}, merges
+
+
+def parts_before(token, ranks):
+    """The two parts that the merges of lower ranks make of a token of this rank."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        first = pairs.index(min(pairs))
+        parts[first:first + 2] = [parts[first] + parts[first + 1]]
+    return parts
+
+
+def write_built_in(directory, ours):
+    """Write GPT-2's or the byte tokenizer's files; returns what tokenizer_config.json says of it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    from tokenizer import END_OF_TEXT, GPT2Tokenizer, bytes_to_unicode
+
+    is_gpt2 = ours.name == GPT2Tokenizer.name
+    characters = bytes_to_unicode()
+    vocab, merges = gpt2_vocabulary() if is_gpt2 else ({text: byte for byte, text in characters.items()}, [])
+    made = Tokenizer(models.BPE(vocab, [tuple(pair) for pair in merges]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt2)
+    made.decoder = decoders.ByteLevel()
+    if is_gpt2:
+        made.post_processor = processors.ByteLevel(trim_offsets=False)
+        made.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+        made.model.save(str(directory))  # vocab.json and merges.txt, which transformers 4 and llama.cpp read
+        settings = dict(tokenizer_class="GPT2Tokenizer", add_prefix_space=False, bos_token=END_OF_TEXT,
+                        eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
+    else:  # a document ends with a line end, but the character that stands for it in the vocabulary is also a letter
+        end = characters[ours.end_of_text]
+        settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end, split_special_tokens=True,
+                        clean_up_tokenization_spaces=False)
+    made.save(str(directory / "tokenizer.json"))
+    return settings
+
+
+def write_own(directory, ours):
+    """Copy the files of a model's own tokenizer; returns what tokenizer_config.json says of it."""
+    from tokenizer import READABLE, special_token
+
+    for name in READABLE:
+        if (ours.directory / name).exists():
+            shutil.copyfile(ours.directory / name, directory / name)
+    if not (directory / "tokenizer.json").exists():
+        ours.tokenizer.save(str(directory / "tokenizer.json"))
+    stated = {name: special_token(ours.directory, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    if ours.end_of_text is not None:
+        stated["eos_token"] = ours.end_name
+    return dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
+                **{name: token for name, token in stated.items() if token})
+
+
+def write_tokenizer(directory, ours, block_size):
+    """Write a tokenizer for transformers into a directory: data files alone, which name no code.
+
+    Args:
+        directory: of the model.
+        ours: a Tokenizer.
+        block_size: the model's context.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = write_own(directory, ours) if ours.directory else write_built_in(directory, ours)
+    text = json.dumps(dict(settings, model_max_length=block_size), indent=2, ensure_ascii=False)
+    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def find_tokenizer(record, vocab_size):
+    """The model's tokenizer; where it cannot be had, a line is printed, since the weights do not need it."""
+    from tokenizer import UnknownTokenizer, open_tokenizer
+
+    try:
+        ours = open_tokenizer(record, vocab_size, tokenizer)
+        if ours.name != UnknownTokenizer.name:
+            return ours
+        why = f"no tokenizer is known for the vocabulary of {vocab_size} (--tokenizer=DIRECTORY names one)"
+    except UserError as error:
+        if tokenizer:
+            raise
+        why = error
+    print(f"{why}: only the weights are written")
+    return UnknownTokenizer(vocab_size)
 
 
 def default_name(path):
     """The name of a checkpoint's model: that of the file, or of its folder where the file is ckpt.pt or best.pt."""
     path = Path(path).resolve()
     return path.parent.name if path.stem in ("ckpt", "best") else path.stem
-
-
-def to_transformers(model):
-    """The transformers GPT2LMHeadModel that computes the same function as a KronyGPT, with the Kronecker sums expanded."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = model.config
-    hf_model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
-        n_head=config.n_head, n_inner=None if config.n_inner == 4 * config.n_embd else config.n_inner,
-        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout))
-    state_dict = model.state_dict()
-    for name, matrix in model.matrices():
-        state_dict[f"{name}.weight"] = matrix.weight  # [in, out], as Conv1D has it
-        del state_dict[f"{name}.A"], state_dict[f"{name}.B"]
-    hf_model.load_state_dict(state_dict)
-    return hf_model.eval()
 
 
 def largest_difference(model, directory):
@@ -76,7 +135,7 @@ def largest_difference(model, directory):
     length = min(TOKENS_COMPARED, model.config.block_size)
     idx = torch.randint(model.config.vocab_size, (2, length), generator=generator)
     with torch.no_grad():
-        exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
         return (model.eval()(idx) - exported(idx).logits).abs().max().item()
 
 
@@ -84,22 +143,27 @@ def main(ckpt, out_dir=None):
     from transformers.utils import logging
 
     import checkpoint
+    import hugging_face
+    from tokenizer import BytesTokenizer, UnknownTokenizer
 
     out_dir = Path(out_dir or checkpoint.MODELS_DIR / default_name(ckpt))
     if out_dir.exists() and not (out_dir / "config.json").exists():
         raise UserError(f"{out_dir} exists and is no Hugging Face model: name another directory")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    model, _ = checkpoint.load(ckpt)
+    model, rest = checkpoint.load(ckpt)
+    ours = find_tokenizer(rest.get("tokenizer"), model.config.vocab_size)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as folder:
         aside = Path(folder) / out_dir.name
-        tokenizer = make_tokenizer(model.config.vocab_size, model.config.block_size)
-        exported = to_transformers(model)
-        exported.config.bos_token_id = exported.config.eos_token_id = tokenizer.eos_token_id
-        exported.generation_config.bos_token_id = exported.generation_config.eos_token_id = tokenizer.eos_token_id
+        exported = hugging_face.to_transformers(model)
+        # generation ends at GPT-2's <|endoftext|>, but not at the line end that ends a document of bytes
+        end = None if ours.name in (BytesTokenizer.name, UnknownTokenizer.name) else ours.end_of_text
+        for config in exported.config, exported.generation_config:
+            config.bos_token_id = config.eos_token_id = end
         exported.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        if ours.name != UnknownTokenizer.name:
+            write_tokenizer(aside, ours, model.config.block_size)
         difference = largest_difference(model, aside)
         if not difference < tolerance:
             raise UserError(f"the converted model differs from {ckpt} by {difference:.1e} in a logit, more than "

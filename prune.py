@@ -98,7 +98,7 @@ def main():
     from model import mlp_shapes
 
     check_options()
-    dense, _ = checkpoint.load(init_from)
+    dense, rest = checkpoint.load(init_from)
     config = dense.config
     n_units = {"embd": config.n_embd, "hidden": config.n_inner}.get(dim)
     if dim == "layer" and offset >= config.n_layer:
@@ -112,7 +112,7 @@ def main():
     name = "_".join(("prune", str(dim_1), str(dim_2), *filter(None, remarks)))
     path = out or f"checkpoints/{name if n_units else f'layers_{keep}_{offset}'}.pt"
     checkpoint.check_is_file(path)
-    options = dict(init_from=init_from, dim=dim, keep=keep, offset=kept)
+    options = dict(init_from=init_from, tokenizer=rest["tokenizer"], dim=dim, keep=keep, offset=kept)
 
     fits = None
     if dim == "layer":
@@ -123,7 +123,8 @@ def main():
         options |= dict(epsilon=epsilon, select=select, refit=refit, calibrate=calibrate,
                         calibration_tokens=calibration_tokens)
         if calibrate:
-            text, _ = calibration.calibration_text(calibrate, calibration_tokens, config, device)
+            text, _ = calibration.calibration_text(calibrate, calibration_tokens, config, device,
+                                                   tokenizer=rest["tokenizer"])
             dense.to(text.device)
         if select in ("norm", "contribution"):  # the strongest units take the places that are kept
             hidden, embd = calibration.contributions(dense, text) if select == "contribution" else calibration.norms(dense)

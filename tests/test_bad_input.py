@@ -43,9 +43,9 @@ BAD_MODELS = {  # {what: words of the line}
     "nan.pt": "nan.pt has weights that are not finite: transformer.h.1.mlp.c_fc.B",
     "folder": "directory folder holds no model",
     "bert": "bert is a bert model, not a GPT-2",
-    "half_hf": "half_hf lacks the weights",
-    "cut_hf": "cannot read cut_hf as a Hugging Face GPT-2",
-    "text_hf": "cannot read text_hf as a Hugging Face GPT-2",
+    "half_hf": "half_hf does not fit together: its config says n_layer=2, its weights 1",
+    "cut_hf": "cut_hf/model.safetensors cannot be read",
+    "text_hf": "cannot read text_hf/config.json",
     "nan_hf": "nan_hf has weights that are not finite: transformer.wpe.weight",
 }
 TRAIN = MODEL_COMMANDS["train"].format("good.pt")
@@ -89,7 +89,7 @@ ROWS |= {command: (command, words) for command, words in {
     "perplexity.py good.pt tiny --batch_size=0": "--batch_size is at least 1",
     "perplexity.py good.pt tiny --stride=0": "--stride is from 1",
     "perplexity.py good.pt tiny --stride=17": "--stride is from 1",
-    "perplexity.py good.pt tiny --dtype=float8": "dtype is float32 or bfloat16",
+    "perplexity.py good.pt tiny --dtype=float8": "--dtype is float32, bfloat16 or float16",
     "perplexity.py good.pt tiny --device=abacus": "no device 'abacus'",
     "perplexity.py good.pt tiny --json_out=none/a.json": "no folder for --json_out",
     "sample.py good.pt --num_samples=0": "--num_samples",

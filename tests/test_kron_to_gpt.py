@@ -11,7 +11,8 @@ import torch
 from conftest import run_here
 
 import checkpoint
-from kron_to_gpt import default_name, make_tokenizer
+from kron_to_gpt import default_name, gpt2_vocabulary, write_tokenizer
+from tokenizer import BytesTokenizer, GPT2Tokenizer
 
 TEXTS = ["", " ", "Hello world", "  two  spaces \r\n\ttab .\n\n\n", "don't I'LL it's", "naïve — “quoted” €5½",
          "漢字かな 한국어", "🙂👩‍👩‍👧 e\u0301", "\0\x01\x7f", "<|endoftext|> 12345 x_1=3.14;", "Ġĉ ▁", "\ufeffbom\u2028line"]
@@ -59,25 +60,78 @@ def test_transformers_alone_computes_the_same(exported, small_model, tmp_path_fa
     assert found["texts"] == TEXTS
 
 
-def test_bytes_that_are_no_utf8_decode_as_python_does():
-    tokenizer = make_tokenizer(256, 32)
+def load_tokenizer(directory):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def test_bytes_that_are_no_utf8_decode_as_python_does(tmp_path):
+    write_tokenizer(tmp_path, BytesTokenizer(), 32)
+    tokenizer = load_tokenizer(tmp_path)
     assert len(tokenizer) == 256 and tokenizer.model_max_length == 32
     broken = [72, 195, 164, 240, 159, 33]
     assert tokenizer.decode(broken) == bytes(broken).decode(errors="replace")
 
 
+def test_the_end_of_text_of_bytes_is_the_line_end_and_letters_stay_letters(tmp_path):
+    write_tokenizer(tmp_path, BytesTokenizer(), 32)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == 10
+    assert tokenizer("Ċ\n").input_ids == [0xC4, 0x8A, 10]  # the letter that stands for a line end in the vocabulary
+
+
 def test_gpt2_tokenizer_is_tiktokens(shared, tmp_path):
     import tiktoken
-    from transformers import AutoTokenizer
 
-    make_tokenizer(50257, 1024).save_pretrained(tmp_path)
-    tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path), tiktoken.get_encoding("gpt2")
+    write_tokenizer(tmp_path, GPT2Tokenizer(), 1024)
+    tokenizer, encoding = load_tokenizer(tmp_path), tiktoken.get_encoding("gpt2")
     words = shared.joinpath("data/lambada/lambada_test.jsonl").read_text(encoding="utf-8")[:20000]
     for text in [*TEXTS, words]:
         ids = encoding.encode(text, allowed_special="all")
         assert tokenizer(text).input_ids == ids
         assert tokenizer.decode(ids) == text
     assert len(tokenizer) == 50257 and tokenizer.eos_token_id == tokenizer.bos_token_id == 50256
+
+
+def test_gpt2_merges_are_those_that_openai_published(shared, tmp_path):
+    files = [path for path in shared.joinpath("data/tiktoken_cache").iterdir() if path.read_bytes()[:9] == b"#version:"]
+    published = files[0].read_text(encoding="utf-8").split("\n")[1:-1]
+    assert [" ".join(pair) for pair in gpt2_vocabulary()[1]] == published
+    write_tokenizer(tmp_path, GPT2Tokenizer(), 1024)
+    assert (tmp_path / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1] == published
+    assert json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")) == gpt2_vocabulary()[0]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "GPT2Tokenizer"
+
+
+def test_what_other_programs_ask_of_an_export(exported):
+    """llama.cpp's converter asks for n_ctx, transformers 4 for a class that it knows, and nobody for code."""
+    config = json.loads((exported / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 32
+    settings = json.loads((exported / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "auto_map" not in config and "auto_map" not in settings
+
+
+def test_generation_does_not_end_at_the_line_end_of_bytes(exported):
+    from transformers import GenerationConfig
+
+    assert GenerationConfig.from_pretrained(exported).eos_token_id is None
+
+
+def test_an_unknown_vocabulary_is_exported_without_a_tokenizer(small_model, workdir):
+    from transformers import AutoModelForCausalLM
+
+    odd = type(small_model)(type(small_model.config)(**dict(small_model.config.as_plain_types(), vocab_size=300))).eval()
+    checkpoint.save("odd.pt", odd)
+    said = run_here("kron_to_gpt.py", "odd.pt")
+    assert said.returncode == 0, said.stderr
+    assert "no tokenizer is known for the vocabulary of 300 (--tokenizer=DIRECTORY names one): only the" in said.stdout
+    idx = torch.randint(300, (1, 32))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained("models/odd", trust_remote_code=False).eval()(idx).logits
+        torch.testing.assert_close(theirs, odd(idx), rtol=0, atol=1e-4)
+    assert not list(Path("models/odd").glob("*token*"))
 
 
 @pytest.mark.parametrize("path, name", [
@@ -122,13 +176,11 @@ def test_an_export_that_differs_too_much_leaves_everything_as_it_was(tolerance, 
     (["nothing.pt"], "no checkpoint nothing.pt"),
     (["notes"], "directory notes holds no model"),
     (["notes/todo.txt"], "notes/todo.txt"),
-    (["odd.pt"], "no tokenizer has the model's vocabulary of 300"),
+    (["small.pt", "--tokenizer=notes"], "no tokenizer in notes"),
     ([], "missing argument; usage: kron_to_gpt.py ckpt [out_dir]"),
 ])
 def test_wrong_arguments_get_one_line_and_write_nothing(args, message, small_model, workdir):
     checkpoint.save("small.pt", small_model)
-    odd = dict(small_model.config.as_plain_types(), vocab_size=300)
-    checkpoint.save("odd.pt", type(small_model)(type(small_model.config)(**odd)))
     workdir.joinpath("notes").mkdir()
     workdir.joinpath("notes/todo.txt").write_text("write")
     before = contents(workdir)

@@ -1,0 +1,92 @@
+"""Hugging Face's GPT-2: directories and hub names, read as data, without transformers and without running code; and a
+KronyGPT as a model of transformers."""
+from pathlib import Path
+
+from configurator import UserError
+from tokenizer import TOKENIZER_FILES, read_json
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+FUNCTION = {  # fields of a GPT-2's config.json that change its function, with the values of the one computed here
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    "quantization_config": (None,),
+}
+
+
+def download(name):
+    """Fetch a model from the Hugging Face hub, or find it in the hub's local cache; only its data files.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileNotFoundError: there is no such model, or no network.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
+            directory = Path(snapshot_download(name, allow_patterns=["config.json", weights, *TOKENIZER_FILES]))
+            if any((directory / file).exists() for file in WEIGHTS):
+                break
+        return directory
+    except Exception as error:  # the hub's errors have no class in common
+        raise FileNotFoundError(f"no file or directory {name}, nor models/{name}, and no such model could be fetched "
+                                f"from the Hugging Face hub ({type(error).__name__}): is there a network?") from None
+
+
+def open_directory(path, weights=None):
+    """Look into a Hugging Face GPT-2 directory.
+
+    Args:
+        path: of the directory.
+        weights: path of the file in it to read; default: the first of WEIGHTS that is there.
+
+    Returns:
+        config, the fields of config.json, and the paths of the files with the tensors.
+
+    Raises:
+        UserError: it holds no GPT-2 that a KronyGPT can be equal to.
+    """
+    if not (path / "config.json").exists():
+        raise UserError(f"directory {path} holds no model: neither config.json (Hugging Face) nor ckpt.pt")
+    config = read_json(path / "config.json")
+    check_is_gpt2(config, path)
+    weights = weights or next((path / name for name in WEIGHTS if (path / name).exists()), None)
+    if weights is None:
+        raise UserError(f"directory {path} has no weights: none of {', '.join(WEIGHTS)}")
+    shards = [weights.name]
+    if weights.suffix == ".json":
+        index = read_json(weights).get("weight_map")
+        shards = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
+        if not shards or any(Path(shard).name != shard for shard in shards):  # which could lead out of the directory
+            raise UserError(f"{weights} is damaged: its weight_map does not name files of {path}")
+    return config, [path / shard for shard in shards]
+
+
+def check_is_gpt2(config, source):
+    """Raise UserError unless the content of a config.json describes the function that KronyGPT computes."""
+    if config.get("model_type") != "gpt2":
+        raise UserError(f"{source} is a {config.get('model_type', 'nameless')} model, not a GPT-2")
+    for name, values in FUNCTION.items():
+        if config.get(name, values[0]) not in values:
+            raise UserError(f"{source} is a GPT-2 with {name}={config[name]}, where {values[0]} is needed")
+
+
+def to_transformers(model):
+    """The transformers GPT2LMHeadModel that computes the same function as a KronyGPT, with the Kronecker sums expanded."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = model.config
+    hf_model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size,
+        n_ctx=config.block_size,  # an older name, which llama.cpp's converter asks for
+        n_embd=config.n_embd, n_layer=config.n_layer,
+        n_head=config.n_head, n_inner=None if config.n_inner == 4 * config.n_embd else config.n_inner,
+        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout))
+    state_dict = model.state_dict()
+    for name, matrix in model.matrices():
+        state_dict[f"{name}.weight"] = matrix.weight  # [in, out], as Conv1D has it
+        del state_dict[f"{name}.A"], state_dict[f"{name}.B"]
+    hf_model.load_state_dict(state_dict)
+    return hf_model.eval()

@@ -1,0 +1,266 @@
+"""Models as other programs write them: heads of their own, other names, odd containers; and none that runs code."""
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, load_gpt2, random_tokens, run_here
+from safetensors.torch import load_file, save_file
+from test_train import write_dataset
+
+import checkpoint
+from configurator import UserError
+
+IDX = random_tokens(2, 32)
+
+
+@pytest.fixture
+def directory(gpt2_dir, tmp_path):
+    """A copy of the small GPT-2's directory, to be changed."""
+    return shutil.copytree(gpt2_dir, tmp_path / "copy")
+
+
+@torch.no_grad()
+def logits(model):
+    output = model.eval()(IDX)
+    return getattr(output, "logits", output)
+
+
+def change(directory, tensors=None, **config):
+    """Write other tensors into model.safetensors and other fields into config.json."""
+    if tensors:
+        weights = directory / "model.safetensors"
+        save_file(load_file(weights) | tensors, weights, {"format": "pt"})
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+def test_an_output_matrix_of_its_own_is_refused(directory, tmp_path):
+    embedding = load_file(directory / "model.safetensors")["transformer.wte.weight"]
+    change(directory, {"lm_head.weight": embedding * 1.1})
+    hf_state_dict = load_gpt2(directory).state_dict() | {"lm_head.weight": embedding * 1.1}
+    torch.save({"model": {f"module.{name}": p for name, p in hf_state_dict.items()}}, tmp_path / "a.pt")
+    for source in directory, tmp_path / "a.pt":
+        with pytest.raises(UserError, match=r"an output matrix \(lm_head.weight\) that differs from its embedding"):
+            checkpoint.load(str(source))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_output_matrix_within_rounding_of_the_embedding_is_tied(dtype, directory):
+    embedding = load_file(directory / "model.safetensors")["transformer.wte.weight"]
+    change(directory, {"lm_head.weight": embedding.to(dtype)}, tie_word_embeddings=False)
+    model, _ = checkpoint.load(str(directory))
+    assert model.lm_head.weight is model.transformer.wte.weight and torch.equal(model.lm_head.weight, embedding)
+
+
+def test_an_untied_model_without_its_output_matrix_is_refused(directory):
+    change(directory, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"says tie_word_embeddings=false and lacks lm_head.weight"):
+        checkpoint.load(str(directory))
+
+
+def test_weights_named_as_a_file_are_the_model(gpt2_dir, directory, tmp_path):
+    """A .safetensors or .bin file by itself, and a state dict of transformers saved with torch.save."""
+    theirs = load_gpt2(gpt2_dir)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(theirs.transformer.state_dict(), tmp_path / "base.pt")
+    shutil.copy(gpt2_dir / "model.safetensors", tmp_path / "mine.safetensors")
+    for name in "pytorch_model.bin", "base.pt", "mine.safetensors":
+        with pytest.warns(UserWarning, match="does not say its number of heads: 1 of width 64 taken"):
+            model, _ = checkpoint.load(str(tmp_path / name))
+        expected = {name: p for name, p in checkpoint.load(str(gpt2_dir))[0].state_dict().items()}
+        assert all(torch.equal(p, expected[name]) for name, p in model.state_dict().items())
+    model, _ = checkpoint.load(str(directory / "model.safetensors"))  # beside its config.json
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-5)
+
+
+def test_the_width_of_gpt2_tells_its_heads(tmp_path, recwarn):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.save(GPT2LMHeadModel(GPT2Config(n_layer=1, n_positions=8, vocab_size=16)).state_dict(), tmp_path / "a.pt")
+    assert checkpoint.load(str(tmp_path / "a.pt"))[0].config.n_head == 12
+    assert not [w for w in recwarn if "heads" in str(w.message)]
+
+
+@pytest.mark.parametrize("rename", [
+    lambda name: f"model.{name}", lambda name: f"_forward_module.module.{name}",
+    lambda name: name.replace(".h.0.", ".h.0._orig_mod."), lambda name: f"_fsdp_wrapped_module.{name}",
+    lambda name: name.replace(".h.1.", ".h.1._checkpoint_wrapped_module.")], ids=["lightning", "deepspeed", "block compiled",
+                                                                                  "fsdp", "checkpointed block"])
+def test_wrappers_leave_prefixes_anywhere_in_a_name(rename, small_model, tmp_path):
+    state_dict = {rename(name): p for name, p in checkpoint.to_file_names(small_model.state_dict()).items()}
+    torch.save({"state_dict": state_dict, "hyper_parameters": {"lr": 1e-3}, "optimizer_states": [{}],
+                "loops": {}, "epoch": 1}, tmp_path / "a.ckpt")
+    model, rest = checkpoint.load(str(tmp_path / "a.ckpt"))
+    assert torch.equal(logits(model), logits(small_model)) and rest == checkpoint.DEFAULTS
+
+
+def test_an_exact_gelu_is_said_where_it_is_not_computed(small_model, shared, recwarn):
+    """nanoGPT's and Krony-PT's GELU; those programs' own logits are up to 2e-4 from ours."""
+    foreign = shared / "data" / "foreign"
+    expected = torch.load(foreign / "expected.pt", weights_only=True)
+    for name in "nanogpt_ckpt.pt", "nanogpt_nobias_ckpt.pt", "krony_pt_bare.pt":
+        with pytest.warns(UserWarning, match=f"{name} is a file of nanoGPT or Krony-PT, which compute the exact GELU"):
+            model, _ = checkpoint.load(str(foreign / name))
+        with torch.no_grad():
+            assert 1e-5 < (model.eval()(expected["idx"]) - expected[name]).abs().max() < 1e-3
+    recwarn.clear()
+    for name in "transformers_4", "hub_2019":
+        checkpoint.load(str(foreign / name))
+    assert not recwarn.list
+
+
+def test_a_number_is_a_number_and_only_a_resume_needs_the_rest(small_model, tmp_path):
+    content = dict(model=checkpoint.to_file_names(small_model.state_dict()), model_args=dict(n_head=1), iter_num=7,
+                   best_val_loss=torch.tensor(1.5))
+    for odd in {}, dict(optimizer=None), dict(optimizer=[1]), dict(config=None), dict(config=[1]), dict(iter_num=None):
+        torch.save(content | odd, tmp_path / "a.pt")
+        model, _ = checkpoint.load(str(tmp_path / "a.pt"))
+        assert torch.equal(logits(model), logits(small_model))
+        with pytest.raises(UserError, match=r"cannot be resumed: its .* Start from its weights"):
+            checkpoint.load_to_resume(tmp_path / "a.pt")
+    assert checkpoint.load(str(tmp_path / "a.pt"))[1]["best_val_loss"] == 1.5
+
+
+@pytest.mark.parametrize("n_inner", [16, 96, 512])
+def test_a_pruned_gpt2_loads_and_is_compressed(n_inner, workdir):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=32, vocab_size=256, n_inner=n_inner,
+                                        initializer_range=0.2)).eval()
+    theirs.save_pretrained("hf")
+    model, _ = checkpoint.load("hf")
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-5)
+    assert run_here("kron_decompose.py", 64, n_inner, 1, "--init_from=hf", "--out=dense.pt").returncode == 0
+    torch.testing.assert_close(logits(checkpoint.load("dense.pt")[0]), logits(theirs), rtol=0, atol=1e-5)
+    assert run_here("kron_decompose.py", 32, n_inner // 2, 2, "--init_from=hf", "--out=small.pt").returncode == 0
+    said = run_here("kron_to_gpt.py", "small.pt", "exported")
+    assert said.returncode == 0, said.stderr
+    exported = load_gpt2("exported")
+    assert exported.config.n_inner == n_inner
+    torch.testing.assert_close(logits(exported), logits(checkpoint.load("small.pt")[0]), rtol=0, atol=1e-4)
+
+
+def test_a_config_that_contradicts_the_weights_is_one_line(directory):
+    for name, value in dict(n_layer=10**7, n_embd=32, vocab_size=300, n_positions=64).items():
+        whole = (directory / "config.json").read_text()
+        change(directory, **{name: value})
+        with pytest.raises(UserError, match=f"does not fit together: its config says {name}={value}"):
+            checkpoint.load(str(directory))
+        (directory / "config.json").write_text(whole)
+
+
+def test_files_outside_a_directory_are_not_read(directory):
+    shutil.copy(directory / "model.safetensors", directory.parent / "secret.safetensors")
+    (directory / "model.safetensors").unlink()
+    for shard in "../secret.safetensors", str(directory.parent / "secret.safetensors"):
+        index = {"weight_map": {"transformer.wte.weight": shard}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match="its weight_map does not name files"):
+            checkpoint.load(str(directory))
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(directory):
+    for name in "config.json", "model.safetensors":
+        (directory / name).rename(directory / "aside")
+        os.mkfifo(directory / name)
+        with pytest.raises(UserError, match=f"{name}.*no regular file"):
+            checkpoint.load(str(directory))
+        (directory / "aside").replace(directory / name)
+
+
+def test_nested_json_is_one_line(directory):
+    (directory / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
+        checkpoint.load(str(directory))
+
+
+# A model's directory with every place from which transformers would take code; each would leave a mark.
+
+MARK = "import pathlib\npathlib.Path(__file__).with_name('mark').touch()\npathlib.Path({mark!r}).touch()\n" \
+       "from transformers import GPT2Config as C, GPT2LMHeadModel as M, GPT2TokenizerFast as T\n"
+SCRIPTS = {
+    "kron_decompose.py": ["64", "64", "1", "--init_from={}", "--out=made.pt"],
+    "prune.py": ["--init_from={}", "--out=made.pt"],
+    "kron_to_gpt.py": ["{}", "made"],
+    "perplexity.py": ["{}", "tiny"],
+    "sample.py": ["{}", "--max_new_tokens=1"],
+    "train.py": ["--init_from={}", "--dataset=tiny", "--block_size=16", "--max_iters=1", "--eval_iters=1",
+                 "--gradient_accumulation_steps=1"],
+    "train.py teacher": ["--teacher={}", "--dataset=tiny", "--block_size=16", "--max_iters=1", "--eval_iters=1",
+                         "--gradient_accumulation_steps=1", "--n_layer=1", "--n_head=1", "--n_embd=16"],
+    "bench.py": ["score", "text.txt", "{}", "{}", "--repeats=1"],
+    "compare.py": ["--base={}", "--dataset=tiny", "--out_dir=out", "--starts=a: prune.py"],
+}
+
+
+class Pickled:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def trap(directory, kind):
+    """Make a directory one that runs code where it is trusted."""
+    mark = directory.parent / "mark"
+    (directory / "evil.py").write_text(MARK.format(mark=str(mark)))
+    auto_map = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", "evil.T"]}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}))
+    if kind == "unknown type":
+        change(directory, model_type="evil", auto_map=auto_map)
+    elif kind == "auto_map":
+        change(directory, auto_map=auto_map)
+    elif kind == "kernel":
+        change(directory, _attn_implementation="evil/kernel", attn_implementation="evil/kernel")
+    elif kind == "pickle":
+        (directory / "model.safetensors").unlink()
+        (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"transformer.wte.weight": Pickled(mark)}))
+    else:
+        adapter = {"base_model_name_or_path": str(directory.parent / "other"), "peft_type": "LORA"}
+        (directory / "adapter_config.json").write_text(json.dumps(adapter))
+    return mark
+
+
+@pytest.mark.parametrize("kind", ["unknown type", "auto_map", "kernel", "pickle", "adapter"])
+def test_a_directory_runs_no_code_in_any_script(kind, directory, workdir):
+    write_dataset("tiny", 2000)
+    Path("text.txt").write_text("some text " * 20)
+    mark = trap(directory, kind)
+    for script, arguments in SCRIPTS.items():
+        if script in ("compare.py", "bench.py") and kind in ("auto_map", "kernel", "adapter"):
+            continue  # a good model: minutes; they run scripts that are here themselves
+        said = run_here(script.split()[0], *(argument.format(directory) for argument in arguments))
+        assert not mark.exists() and not (directory / "mark").exists(), (script, kind)
+        if kind in ("unknown type", "pickle"):
+            assert said.returncode in (1, 2) and "Traceback" not in said.stderr, (script, said.stderr)
+        else:
+            assert said.returncode == 0, (script, said.stderr)
+        shutil.rmtree("out", ignore_errors=True)
+
+
+def test_a_yes_on_stdin_changes_nothing(directory, workdir):
+    mark = trap(directory, "unknown type")
+    write_dataset("tiny", 2000)
+    for script in "perplexity.py", "kron_to_gpt.py":
+        command = [sys.executable, str(ROOT / script), *(argument.format(directory) for argument in SCRIPTS[script])]
+        said = subprocess.run(command, input="y\n" * 20, capture_output=True, text=True, timeout=60,
+                              env=dict(os.environ, HF_HUB_OFFLINE="1"))
+        assert said.returncode == 2 and said.stderr.count("\n") == 1 and "is a evil model" in said.stderr
+        assert "y/N" not in said.stdout + said.stderr and not mark.exists()
+
+
+def test_the_trap_works(directory):
+    """transformers, told to trust it, runs the directory's code."""
+    mark = trap(directory, "unknown type")
+    code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(directory)!r}, trust_remote_code=True)"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60,
+                   env=dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(directory.parent)))
+    assert mark.exists()
