@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from configurator import UserError
 from data import even_starts, load_tokens, windows
-from device import pick_device
-from least_squares import Moments, Problem, check_size, fit, initial_factors
+from device import float64, pick_device
+from least_squares import ROUNDING, Moments, Problem, check_size, fit, initial_factors, share
 
 TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
 REFINE_RATE = 1e-3  # learning rate of the refinement, at its beginning
@@ -79,12 +79,12 @@ class HiddenStatistics:
     """How much the hidden units of an MLP matter on real text."""
 
     def __init__(self, mlp):
-        self.norms = mlp.c_proj.weight.double().square().sum(1)  # of the rows of c_proj
+        self.norms = float64(mlp.c_proj.weight).square().sum(1)  # of the rows of c_proj
         self.sums, self.count = self.norms.new_zeros(3, len(self.norms)), 0
 
     def add(self, z, h):
         """Add a batch of pre-activations z and activations h (tokens, n_inner)."""
-        self.sums += torch.stack((h.sum(0), h.square().sum(0), gelu_slope(z).square().sum(0)))
+        self.sums += float64(torch.stack((h.sum(0), h.square().sum(0), gelu_slope(z).square().sum(0))))
         self.count += len(z)
 
     def contribution(self):
@@ -125,10 +125,10 @@ def contributions(model, tokens):
         statistics, sums = HiddenStatistics(block.mlp), 0
         for _, x, z, h, _ in stream.mlp(layer):
             statistics.add(z, h)
-            sums = sums + torch.stack((x.sum(0), x.square().sum(0))).double()
+            sums = sums + float64(torch.stack((x.sum(0), x.square().sum(0))))
         mean, square = sums / statistics.count
         hidden.append(statistics.contribution())
-        embd = embd + (square - mean.square()) * block.mlp.c_fc.weight.square().sum(1)
+        embd = embd + (square - mean.square()) * float64(block.mlp.c_fc.weight.square().sum(1))
     return torch.stack(hidden), embd
 
 
@@ -143,7 +143,7 @@ def norms(model):
 @dataclass
 class Fit:
     """What calibration did to one matrix: relative errors of the weights, ‖W − Ŵ‖ / ‖W‖, and of their output on real text,
-    ‖Y − X̂ Ŵ − b‖ over the norm of the centred Y; before and after."""
+    ‖Y − X̂ Ŵ − b‖ over the norm of the centred Y; before and after. The absolute ones, where the norm is 0."""
 
     layer: int
     name: str
@@ -169,10 +169,11 @@ def fit_matrix(matrix, problem, W, old, fixed_B):
     """
     r, dim_1, dim_2 = matrix.A.shape
     start = (matrix.A, matrix.B) if fixed_B else initial_factors(problem, dim_1, dim_2, r)
-    matrix.A.data, matrix.B.data = (side.to(W.dtype) for side in fit(problem, *start, fixed_B=fixed_B))
-    matrix.bias.data = problem.bias(matrix.weight).to(W.dtype)
+    A, B = fit(problem, *start, fixed_B=fixed_B)
+    matrix.A.data, matrix.B.data = (side.to(W.dtype).to(W.device) for side in (A, B))
+    matrix.bias.data = problem.bias(matrix.weight).to(W.dtype).to(W.device)
     pairs = old, (matrix.weight, matrix.bias)
-    return (*(((W - V).norm() / W.norm()).item() for V, _ in pairs), *(problem.error(V, b) ** 0.5 for V, b in pairs))
+    return (*(share((W - V).norm(), W.norm()) for V, _ in pairs), *(problem.error(V, b) ** 0.5 for V, b in pairs))
 
 
 @torch.no_grad()
@@ -219,7 +220,7 @@ def calibrate(dense, compressed, tokens, fixed_B=False, reorder=True, refine_ste
             statistics.add(z, h)
         order = slice(None)
         if reorder:
-            order = interleave(statistics.contribution(), mlp.c_fc.A.shape[2], mlp.c_fc.B.shape[2])
+            order = interleave(statistics.contribution(), mlp.c_fc.A.shape[2], mlp.c_fc.B.shape[2]).to(tokens.device)
         W = target.c_fc.weight[:, order]
         problem = Problem(moments.reordered(targets=order), W, statistics.sensitivity()[order])
         old = mlp.c_fc.weight[:, order], mlp.c_fc.bias[order]
@@ -257,7 +258,7 @@ def refine(teacher, student, layer, steps):
         rows = torch.randint(len(teacher.x), (n_rows,), generator=generator).to(teacher.x.device)
         x, y = student.mlp_input(layer, rows), (teacher.x[rows] - student.x[rows]).flatten(0, 1)
         with torch.enable_grad():
-            loss = (mlp(x) - y).square().mean() / y.var()
+            loss = (mlp(x) - y).square().mean() / y.var().clamp(min=ROUNDING)
             gradients = torch.autograd.grad(loss, trained)
         for p, gradient in zip(trained, gradients):
             p.grad = gradient
@@ -266,7 +267,7 @@ def refine(teacher, student, layer, steps):
     optimizer.zero_grad()
 
 
-def calibration_text(dataset, n_tokens, config, device, between=False):
+def calibration_text(dataset, n_tokens, config, device, between=False, tokenizer=None):
     """Windows spread evenly over the training split of a data set.
 
     Args:
@@ -274,6 +275,7 @@ def calibration_text(dataset, n_tokens, config, device, between=False):
         n_tokens: number of tokens.
         config: the KronyGPTConfig of the model that reads them.
         device: its name, or "" for the default.
+        tokenizer: the model's record of its tokenizer, or None where its vocabulary tells it.
         between: the windows halfway between those, one fewer: text that calibration has not seen.
 
     Returns:
@@ -286,7 +288,7 @@ def calibration_text(dataset, n_tokens, config, device, between=False):
     if n_tokens < max(context, hidden):
         raise UserError(f"{n_tokens} calibration tokens are too few: a window has {context}, and a matrix up to {hidden} "
                         "inputs, which fewer tokens cannot tell apart")
-    tokens = load_tokens(dataset, "train", config.vocab_size, context)
+    tokens = load_tokens(dataset, "train", config.vocab_size, context, tokenizer)
     n = n_tokens // context
     starts = even_starts(len(tokens), context, max(3, 2 * n - 1))[1::2] if between else even_starts(len(tokens), context, n)
     return windows(tokens, starts, context, config.vocab_size, pick_device(device))

@@ -17,8 +17,10 @@ import inspect
 import math
 import operator
 import os
+import re
 import sys
 import tokenize
+import warnings
 from pathlib import Path
 from typing import get_args
 
@@ -223,8 +225,13 @@ def run(main):
     """Run a script: configure its module's options, call main with the positional arguments, and exit.
 
     Errors that a person can act on become one line on stderr: UserError with its status, FileNotFoundError and its
-    kind with exit status 2, any other OSError with 1. Everything else is a bug and keeps its traceback.
+    kind with exit status 2, any other OSError with 1, and memory that is too small, for which a script says in its
+    OUT_OF_MEMORY what helps. Everything else is a bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a pipe in latin-1 or ASCII gets \u2016 for what it cannot write
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
     argv = sys.argv[1:]
     parameters = inspect.signature(main).parameters
     try:
@@ -246,5 +253,19 @@ def run(main):
         sys.exit(1)
     except (UserError, OSError) as error:
         is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(getattr(error, "status", 2 if is_missing else 1))
+        exit_with(error, getattr(error, "status", 2 if is_missing else 1))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = main.__globals__.get("OUT_OF_MEMORY", "use a smaller model or batch, or a device with more memory")
+        exit_with(f"out of memory: {advice} ({str(error).strip().partition(chr(10))[0]})", status=1)
+
+
+def exit_with(message, status):
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def is_out_of_memory(error):
+    """Whether an error says that memory is too small: Python's, or torch's of a GPU, of mps or of the CPU."""
+    return isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))

@@ -6,6 +6,8 @@ Low rank is the member with n1 = m2 = 1; the dense matrix is the member with m2 
 """
 import torch
 
+from device import float64
+
 COPY = 64  # multiply-adds that take as long as writing one number to memory; 32 to 500 choose alike
 WIDE = 16  # columns from which a batch of small products beats one large product on a transposed copy
 NEARLY_EXACT = 1e-3  # share of the largest eigenvalue that the discarded ones must reach for float32 to separate them
@@ -174,7 +176,7 @@ def van_loan(W, dim_1, dim_2, n_factors):
         A [n_factors, dim_1, dim_2] and B [n_factors, m/dim_1, n/dim_2] in W's dtype, with W ≈ Σ_f A_f ⊗ B_f.
     """
     m, n = W.shape
-    R = rearrange(W, dim_1, dim_2).double()
+    R = float64(rearrange(W, dim_1, dim_2))
     is_long = R.shape[0] >= R.shape[1]
     if min(R.shape) == 1:
         small, large = R.new_ones(1, 1), R.reshape(-1, 1)
@@ -185,8 +187,8 @@ def van_loan(W, dim_1, dim_2, n_factors):
         share = norms.clamp(min=max(torch.finfo(W.dtype).eps * norms[0], torch.finfo(W.dtype).tiny)).sqrt() * signs
         small, large = small * share, large / share
     A, B = (large, small) if is_long else (small, large)
-    return (A.T.reshape(-1, dim_1, dim_2).to(W.dtype).contiguous(),
-            B.T.reshape(-1, m // dim_1, n // dim_2).to(W.dtype).contiguous())
+    return (A.T.reshape(-1, dim_1, dim_2).to(W).contiguous(),
+            B.T.reshape(-1, m // dim_1, n // dim_2).to(W).contiguous())
 
 
 def balanced(A, B):

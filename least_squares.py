@@ -12,6 +12,7 @@ import math
 import torch
 
 from configurator import UserError
+from device import float64, float64_device
 from kron import balanced, kron_weight, van_loan
 
 RIDGE = 1e-3  # pull towards the trained weights, as a share of the mean second moment of an input
@@ -35,7 +36,8 @@ def gram(X):
 class Moments:
     """Means and centred second moments of inputs X [m] and targets Y [n] over any number of tokens, in float64.
 
-    Products of a batch are in float32, relative to the first batch's means, and summed up in float64.
+    Products of a batch are in float32, relative to the first batch's means, and summed up in float64, on the CPU where
+    their device has none; what follows from the sums stays there.
     """
 
     def __init__(self):
@@ -46,10 +48,11 @@ class Moments:
         if not self.count:
             self.origin = X.mean(0), Y.mean(0)
             m, n = X.shape[1], Y.shape[1]
-            self.sums = [X.new_zeros(shape, dtype=torch.float64) for shape in (m, n, (m, m), (m, n), n)]
+            self.sums = [torch.zeros(shape, dtype=torch.float64, device=float64_device(X.device))
+                         for shape in (m, n, (m, m), (m, n), n)]
         X, Y = X - self.origin[0], Y - self.origin[1]
         for total, part in zip(self.sums, (X.sum(0), Y.sum(0), gram(X), X.T @ Y, Y.square().sum(0))):
-            total += part
+            total += part.to(total.device)
         self.count += len(X)
 
     def reordered(self, inputs=slice(None), targets=slice(None)):
@@ -64,7 +67,8 @@ class Moments:
         """(mean_x [m], mean_y [n], G [m, m], C [m, n], variance of Y [n]): G and C are averages over the tokens of the
         products of the centred X and Y."""
         x, y, G, C, yy = (total / self.count for total in self.sums)
-        return (x + self.origin[0], y + self.origin[1], G - x[:, None] * x, C - x[:, None] * y,
+        origin_x, origin_y = map(float64, self.origin)
+        return (x + origin_x, y + origin_y, G - x[:, None] * x, C - x[:, None] * y,
                 (yy - y.square()).clamp(min=0))
 
 
@@ -74,17 +78,21 @@ class Problem:
     Args:
         moments: Moments of X̂ and Y.
         W: [m, n], the trained weights, towards which a ridge pulls.
-        weights: [n], the cost of an error in each column; a cost of 0 is raised to a rounding error. Default: all alike.
-        ridge: share of the mean second moment of an input.
+        weights: [n], the cost of an error in each column; a cost of 0 is raised to a rounding error. Default: all alike,
+            which they are also where all of them cost nothing.
+        ridge: share of the mean second moment of an input. Inputs that never change tell nothing, and the ridge alone
+            decides: the weights stay.
     """
 
     def __init__(self, moments, W, weights=None, ridge=RIDGE):
         self.mean_x, self.mean_y, self.G, self.C, self.variance = moments.centred()
-        weights = torch.ones_like(self.variance) if weights is None else weights.double()
-        self.weights = (weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny)).clamp(min=ROUNDING)
-        self.W = W.double()
-        self.penalty = ridge * self.G.diagonal().mean()
-        self.ridged_G = self.G + self.penalty * torch.eye(len(self.G), dtype=torch.float64, device=W.device)
+        weights = torch.ones_like(self.variance) if weights is None else float64(weights)
+        weights = weights / weights.mean() if weights.any() else torch.ones_like(weights)
+        self.weights = weights.clamp(min=ROUNDING)
+        self.W = float64(W)
+        size = torch.maximum(ridge * self.G.diagonal().mean(), ROUNDING * self.mean_x.square().mean())  # above G's rounding
+        self.penalty = torch.where(size > torch.finfo(size.dtype).tiny, size, 1.0)
+        self.ridged_G = self.G + self.penalty * torch.eye(len(self.G), dtype=torch.float64, device=self.G.device)
         self.ridged_C = self.C + self.penalty * self.W
 
     def squared_errors(self, W):
@@ -93,27 +101,32 @@ class Problem:
 
     def error(self, W, bias=None):
         """Weighted mean of (Y − X̂ W − b)² over tokens and columns, relative to the variance of Y; default: the best b."""
-        W = W.double()
+        W = float64(W)
         residual = self.squared_errors(W)
         if bias is not None:
-            residual = residual + (self.mean_y - self.mean_x @ W - bias.double()).square()
+            residual = residual + (self.mean_y - self.mean_x @ W - float64(bias)).square()
         residual = residual.clamp(min=0)  # rounding of the moments can make it negative
-        return ((self.weights * residual).sum() / (self.weights * self.variance).sum()).item()
+        return share((self.weights * residual).sum(), (self.weights * self.variance).sum())
 
     def objective(self, W, weights):
         """The objective of a fit: the sum of the squared errors and the ridge, by columns, times their weights [n]."""
-        W = W.double()
+        W = float64(W)
         ridge = self.penalty * (W - self.W).square().sum(0)
         return (weights * (self.squared_errors(W) + ridge)).sum().item()
 
     def bias(self, W):
         """The best bias [n] for weights W."""
-        return self.mean_y - self.mean_x @ W.double()
+        return self.mean_y - self.mean_x @ float64(W)
 
     def separable_weights(self, n1, n2):
         """u [n1] and v [n2] such that u ⊗ v, which an ALS step can use, is near the columns' weights."""
         grid = self.weights.view(n1, n2)
         return grid.mean(1), grid.mean(0)
+
+
+def share(part, whole):
+    """part / whole of two scalar tensors, a float; the part itself where the whole is 0."""
+    return (part / whole).item() if whole else part.item()
 
 
 def als_step(G, C, B, m1, weights):
@@ -138,7 +151,8 @@ def als_step(G, C, B, m1, weights):
     blocks = G.view(m1, m2, m1, m2).permute(0, 2, 1, 3).reshape(m1 * m1, m2 * m2)
     products = torch.einsum("fij,j,gkj->ikfg", B, weights, B).reshape(m2 * m2, r * r)
     M = (blocks @ products).view(m1, m1, r, r).permute(2, 0, 3, 1).reshape(r * m1, r * m1)
-    M.diagonal().add_(ROUNDING * M.diagonal().mean())  # factors that are alike make it singular
+    mean = M.diagonal().mean()  # factors that are alike make it singular, and those of a zero matrix zero
+    M.diagonal().add_(torch.where(mean > 0, ROUNDING * mean, 1.0))
     return torch.cholesky_solve(target, torch.linalg.cholesky(M)).view(r, m1, n1)
 
 
@@ -203,7 +217,7 @@ def fit(problem, A, B, steps=ALS_STEPS, fixed_B=False):
     Raises:
         UserError: the normal matrix is too large.
     """
-    A, B = A.double(), B.double()
+    A, B = float64(A), float64(B)
     (r, m1, n1), (_, m2, n2) = A.shape, B.shape
     if is_low_rank(A.shape, B.shape) and not fixed_B:
         return reduced_rank(problem, r, A_is_column=n1 == 1)

@@ -58,17 +58,19 @@ teacher: str | None = None  # the teacher: a checkpoint, a Hugging Face director
 distill = 0.5  # weight of the divergence from the teacher in the loss; 1 - distill is that of the cross entropy
 temperature = 1.0  # divides the logits of both models in the divergence
 # the machine
-device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
-dtype = ""  # float32 or bfloat16; default: bfloat16 on a GPU that has it, else float32
+device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
+dtype = ""  # float32, bfloat16 or float16; default on CUDA: bfloat16 if the GPU has it, else float16; elsewhere float32
 compile = False  # torch.compile the model
 recompute = False  # compute the MLPs' activations again in backward: less memory, more time
 # wandb
-wandb_mode = "off"  # off, online or offline
+wandb_mode = "off"  # off, online or offline; the latter two are overridden by WANDB_MODE in the environment
 wandb_project = "kronygpt"  # the project of the run
 wandb_run_name: str | None = None  # default: the name of out_dir
 
 
 RUN_BY_RUN = ("init_from", "overwrite")  # options that a resumed run need not share with the original
+OUT_OF_MEMORY = "lower --batch_size and raise --gradient_accumulation_steps by as much, or give --recompute=True"
+MOST_SKIPPED = 32  # steps in a row whose gradients may overflow in float16, each of which halves the scale
 
 
 def learning_rate_at(step):
@@ -97,10 +99,11 @@ def check_options(world_size):
 
 
 def make_model(vocab_size):
-    """The model that init_from names, and what else its checkpoint holds."""
+    """The model that init_from names, the record of its tokenizer, and for a resume, what else its checkpoint holds."""
     import torch
 
     import checkpoint
+    from data import data_tokenizer
     from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
     if init_from == "scratch":
@@ -111,55 +114,54 @@ def make_model(vocab_size):
             raise UserError(f"--factors is a whole number or a comma list of them, not {factors}") from None
         per_layer = per_layer * n_layer if len(per_layer) == 1 else per_layer
         shapes = mlp_shapes(n_embd if dim_1 is None else dim_1, 4 * n_embd if dim_2 is None else dim_2, per_layer)
-        model, rest = KronyGPT(KronyGPTConfig(block_size=block_size or 1024, vocab_size=vocab_size, n_layer=n_layer,
-                                              n_head=n_head, n_embd=n_embd, dropout=dropout, shapes=shapes)), {}
+        model = KronyGPT(KronyGPTConfig(block_size=block_size or 1024, vocab_size=vocab_size, n_layer=n_layer,
+                                        n_head=n_head, n_embd=n_embd, dropout=dropout, shapes=shapes))
+        rest = dict(tokenizer=data_tokenizer(dataset))
     elif init_from == "resume":
         model, rest = checkpoint.load_to_resume(Path(out_dir, "ckpt.pt"), dropout)
     else:
-        model, rest = checkpoint.load(init_from, dropout)[0], {}
+        model, rest = checkpoint.load(init_from, dropout)
     if (block_size or 1) > model.config.block_size:
         raise UserError(f"--block_size={block_size} is more than the model's context of {model.config.block_size}")
     model.config.recompute = recompute
     if factors_only:
         model.freeze_all_but_factors()
-    return model, rest
+    return model, rest["tokenizer"], rest if init_from == "resume" else {}
 
 
-def wrap(model, context, processes):
+def wrap(model, tokenizer, context, processes):
     """The module that computes the loss of a batch: with a teacher, compiled, on several processes, as the options say."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
     import checkpoint
     from loss import Distillation
+    from tokenizer import is_same, name_for
 
     if teacher:
-        teacher_model, _ = checkpoint.load(teacher)
+        teacher_model, teacher_rest = checkpoint.load(teacher)
         ours, theirs = model.config, teacher_model.config
         if theirs.vocab_size != ours.vocab_size or theirs.block_size < context:
             raise UserError(f"--teacher={teacher} has a vocabulary of {theirs.vocab_size} and a context of "
                             f"{theirs.block_size}, and the run needs {ours.vocab_size} and at least {context}")
+        names = [name_for(record, ours.vocab_size) for record in (teacher_rest["tokenizer"], tokenizer)]
+        if not is_same(*names):
+            raise UserError(f"--teacher={teacher} has the tokenizer {names[0]}, and the model {names[1]}")
         model = Distillation(model, teacher_model.to(processes.device), distill, temperature)
     if compile:
         model = torch.compile(model)
     return DistributedDataParallel(model, broadcast_buffers=False) if processes.world_size > 1 else model
 
 
-def start_wandb(options):
-    import wandb
-
-    return wandb.init(project=wandb_project, name=wandb_run_name or Path(out_dir).name, config=options, mode=wandb_mode)
-
-
-def print_plan(model, n_tokens, tokens_per_step, resumed_options):
-    """Print what will be trained on how much, and what differs from the run that is resumed."""
+def print_plan(model, n_tokens, tokens_per_step, speed, resumed_options):
+    """Print what will be trained on how much, what mfu means, and what differs from the run that is resumed."""
     counts = model.count_parameters()
     print(f"parameters: {counts['total']:,} = Kronecker factors {counts['factors']:,} + other matrices "
           f"{counts['matrices']:,} + biases and layer norms {counts['vectors']:,}")
     if factors_only:
         print("training the Kronecker factors only")
     print(f"seed: {seed}; data: {dataset}, {n_tokens:,} tokens; a step takes {tokens_per_step:,}, the run "
-          f"{tokens_per_step * max_iters / n_tokens:.2f} times the data")
+          f"{tokens_per_step * max_iters / n_tokens:.2f} times the data; mfu is a share of {speed}")
     for name, value in resumed_options.items():
         if name in option_types(globals()) and name not in RUN_BY_RUN and value != globals()[name]:
             print(f"resumed with --{name}={globals()[name]}, where it was {value}")
@@ -170,7 +172,7 @@ def main():
 
     import checkpoint
     from data import batch_starts, even_starts, load_meta, load_tokens, step_seed, windows
-    from device import Processes, autocast_to, default_dtype, matmul_flops
+    from device import Processes, Speed, autocast_to, default_dtype, gradient_scaler
     from files import RunDir
 
     # processes and the machine
@@ -180,40 +182,38 @@ def main():
     processes = Processes(device)
     rank, world_size, torch_device = processes.rank, processes.world_size, processes.device
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on a GPU
-    autocast = autocast_to(torch_device, dtype or default_dtype(torch_device))
+    dtype_name = dtype or default_dtype(torch_device)
+    autocast = autocast_to(torch_device, dtype_name)
 
     # data, model, optimizer
-    model, rest = make_model(load_meta(dataset)["vocab_size"])
+    model, tokenizer, rest = make_model(load_meta(dataset)["vocab_size"])
     context, vocab_size = block_size or model.config.block_size, model.config.vocab_size
-    tokens = {split: load_tokens(dataset, split, vocab_size, context) for split in ("train", "val")}
+    tokens = {split: load_tokens(dataset, split, vocab_size, context, tokenizer) for split in ("train", "val")}
     model.to(torch_device)
     optimizer = model.configure_optimizers(learning_rate, weight_decay, (beta1, beta2), factor_lr_scale)
     if is_resume:
         checkpoint.check_optimizer_state(optimizer, rest["optimizer"], run_dir.last)
         optimizer.load_state_dict(rest["optimizer"])
-    ddp_model = wrap(model, context, processes)
+    scaler = gradient_scaler(torch_device, dtype_name, rest.get("scaler"))
+    ddp_model = wrap(model, tokenizer, context, processes)
     step, best_val_loss = rest.get("iter_num", 0), rest.get("best_val_loss", math.inf)
     micro_steps = gradient_accumulation_steps // world_size
     tokens_per_step = batch_size * gradient_accumulation_steps * context
 
     # logs and files are written by one process
-    options = {name: globals()[name] for name in option_types(globals())}
+    options = {name: globals()[name] for name in option_types(globals())} | dict(tokenizer=tokenizer)
     if processes.is_main:
+        resumed_options = rest.get("config", {})
+        run_dir.start_wandb(options, resumed_options.get("wandb_run_id"))
         run_dir.claim(is_resume, overwrite)
-        print_plan(model, len(tokens["train"]), tokens_per_step, rest.get("config", {}))
+        speed = Speed(torch_device, dtype_name, world_size, step)
+        print_plan(model, len(tokens["train"]), tokens_per_step, speed, resumed_options)
         run_dir.open_log(step)
-        peak_flops = matmul_flops(torch_device, dtype or default_dtype(torch_device)) * world_size
-        wandb_run = None if wandb_mode == "off" else start_wandb(options)
-
-    def log(**entry):
-        run_dir.log(**entry)
-        if wandb_run:
-            wandb_run.log(entry, step=entry["step"])
 
     def fail(what, bad_step):
         kept = f"{run_dir.last} is the last good checkpoint" if run_dir.last.exists() else "no checkpoint was written yet"
         raise UserError(f"{what} not finite with step {bad_step} at learning rate {learning_rate_at(bad_step):.2e}, "
-                        f"rank {rank}; {kept}: try a lower rate or --grad_clip", status=1)
+                        f"rank {rank}; {kept}: try a lower rate, --grad_clip or --dtype=float32", status=1)
 
     @torch.no_grad()
     def evaluate(split):
@@ -234,7 +234,8 @@ def main():
         if not all(p.isfinite().all() for p in model.parameters()):
             fail("the weights are", step - 1)
         if processes.is_main:
-            checkpoint.save(path, model, optimizer if with_optimizer else None, step, best_val_loss, options)
+            states = dict(optimizer=optimizer, scaler=scaler) if with_optimizer else {}
+            checkpoint.save(path, model, iter_num=step, best_val_loss=best_val_loss, config=options, **states)
 
     def save_last():
         nonlocal saved_step, saved_at
@@ -250,19 +251,21 @@ def main():
             fail("the evaluation's loss is", step - 1)
         if processes.is_main:
             print(f"step {step:>6} | train loss {train_loss:.4f} | val loss {val_loss:.4f}")
-            log(step=step, train_loss=train_loss, val_loss=val_loss)
+            run_dir.log(step=step, train_loss=train_loss, val_loss=val_loss)
         if val_loss < best_val_loss:
             best_val_loss = val_loss
             save(run_dir.best, with_optimizer=False)
+        if processes.is_main:
+            speed.restart(step)
 
     # the loop: `step` counts the optimizer steps done
     processes.catch_signals()
     first_bad_step = torch.full((), -1, device=torch_device)  # on the device: reading it would wait for the step
+    skipped = torch.zeros((), device=torch_device)  # steps in a row whose gradients are not finite
     saved_step, saved_at = step, time.monotonic()
     if step == 0:
         save_last()
         evaluate_and_save_best()
-    interval_start, interval_steps = time.perf_counter(), 0
     model.train()
     stopping = False
     while step < max_iters and not stopping:
@@ -279,15 +282,17 @@ def main():
             with ddp_model.no_sync() if world_size > 1 and not is_last else nullcontext():  # reduce gradients once
                 with autocast:
                     loss = ddp_model(x, y) / micro_steps
-                loss.backward()
+                scaler.scale(loss).backward()
             total += loss.detach()
+        scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        is_bad = ~torch.isfinite(total + grad_norm) & (first_bad_step < 0)
-        first_bad_step = torch.where(is_bad, step, first_bad_step)
-        optimizer.step()
+        skipped = torch.where(grad_norm.isfinite(), 0, skipped + 1)
+        is_bad = ~total.isfinite() | (skipped > (MOST_SKIPPED if scaler.is_enabled() else 0))
+        first_bad_step = torch.where(is_bad & (first_bad_step < 0), step, first_bad_step)
+        scaler.step(optimizer)  # in float16, nothing where a gradient is not finite
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        interval_steps += 1
 
         stopping = processes.must_stop()
         is_last = stopping or step == max_iters
@@ -296,17 +301,15 @@ def main():
                 fail("the loss or the gradient is", first_bad_step.item())
             loss = processes.mean(total, 1)
             if processes.is_main:
-                seconds = time.perf_counter() - interval_start
-                speed = tokens_per_step * interval_steps / seconds
-                mfu = speed * model.flops_per_token() / peak_flops
-                left = time.strftime("%H:%M:%S", time.gmtime((max_iters - step) * seconds / interval_steps))
-                print(f"step {step:>6}/{max_iters} | loss {loss:.4f} | lr {rate:.2e} | norm {grad_norm.item():.2f} | "
-                      f"{speed:,.0f} tokens/s | mfu {mfu:.0%} | {left} left")
-                log(step=step, loss=loss, lr=rate, grad_norm=grad_norm.item(), tokens_per_second=speed, mfu=mfu)
-            interval_start, interval_steps = time.perf_counter(), 0
+                norm = grad_norm.item()
+                tokens_per_second, mfu, seconds = speed.read(step, tokens_per_step, model.flops_per_token())
+                left = time.strftime("%H:%M:%S", time.gmtime((max_iters - step) * seconds))
+                print(f"step {step:>6}/{max_iters} | loss {loss:.4f} | lr {rate:.2e} | norm {norm:.2f} | "
+                      f"{tokens_per_second:,.0f} tokens/s | mfu {mfu:.0%} | {left} left")
+                run_dir.log(step=step, loss=loss, lr=rate, grad_norm=norm if norm < math.inf else None,  # JSON has no inf
+                            tokens_per_second=tokens_per_second, mfu=mfu)
         if step % eval_interval == 0 or step == max_iters:
             evaluate_and_save_best()
-            interval_start = time.perf_counter()
         is_due = checkpoint_minutes and processes.is_main and time.monotonic() - saved_at > 60 * checkpoint_minutes
         if step % eval_interval == 0 or is_last or is_due:
             save_last()
@@ -317,8 +320,6 @@ def main():
         else:
             print(f"done: best validation loss {best_val_loss:.4f}, in {run_dir.best}")
         run_dir.close()
-        if wandb_run:
-            wandb_run.finish()
     processes.leave()
 
 

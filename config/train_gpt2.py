@@ -20,6 +20,6 @@ eval_interval = 500
 eval_iters = 50
 log_interval = 10
 
-wandb_mode = "online"
+wandb_mode = "offline"  # `wandb sync` uploads it; WANDB_MODE=online in the environment does so at once
 wandb_project = "kronygpt"
 wandb_run_name = "VL_768_768_1"

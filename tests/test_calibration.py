@@ -111,6 +111,48 @@ def test_hidden_units_that_are_gone_cost_nothing(trained):
         assert all(0 <= f.output_error < 1 for f in fits) and math.isfinite(loss(new, tokens))
 
 
+def make_dead(block, what):
+    """Zeros that models have after pruning or a bad start, each of which leaves some moments without a spread."""
+    mlp, norm = block.mlp, block.ln_2
+    zeroed = {"c_fc": [mlp.c_fc.A], "c_proj": [mlp.c_proj.A], "both": [mlp.c_fc.A, mlp.c_proj.A],
+              "a block": [mlp.c_fc.A, mlp.c_fc.bias, mlp.c_proj.A, mlp.c_proj.bias],
+              "half of c_fc": [mlp.c_fc.A[:, :, ::2]], "half of c_proj": [mlp.c_proj.A[:, ::2]],
+              "rows of c_fc": [mlp.c_fc.A[:, :8]], "columns of c_proj": [mlp.c_proj.A[:, :, :8]],
+              "the layer norm's weight": [norm.weight], "the layer norm": [norm.weight, norm.bias]}[what]
+    for p in zeroed:
+        p.data.zero_()
+
+
+@pytest.mark.parametrize("what", ["c_fc", "c_proj", "both", "a block", "half of c_fc", "half of c_proj", "rows of c_fc",
+                                  "columns of c_proj", "the layer norm's weight", "the layer norm"])
+def test_zeros_are_fitted_to_zeros(trained, what):
+    model, tokens = copy.deepcopy(trained[0]), trained[1]
+    for block in model.transformer.h:
+        make_dead(block, what)
+    for shape in ((32, 32, [1, 1]), (16, 16, [2, 3]), (32, 1, [8, 8]), (1, 128, [8, 8])):
+        for options in (dict(), dict(refine_steps=3), dict(fixed_B=True, reorder=False)):
+            new, fits = calibrate(model, tokens, shape, **options)
+            assert all(p.isfinite().all() for p in new.parameters()), (shape, options)
+            assert all(math.isfinite(number) for f in fits for number in (
+                f.weight_error_before, f.weight_error, f.output_error_before, f.output_error)), (shape, options, fits)
+            for (name, old), (_, matrix) in zip(model.matrices(), new.matrices()):
+                if "c_fc" in name and not old.weight.any() and "refine_steps" not in options:
+                    assert matrix.weight.abs().max() < 1e-6
+            assert math.isfinite(loss(new, tokens))
+
+
+@pytest.mark.parametrize("what", ["c_fc", "c_proj"])
+def test_script_calibrates_a_model_with_zeros(trained, workdir, what):
+    model = copy.deepcopy(trained[0])
+    make_dead(model.transformer.h[0], what)
+    checkpoint.save("dense.pt", model)
+    make_data(trained[1])
+    done = run_here("kron_decompose.py", 32, 32, 1, "--init_from=dense.pt", "--calibrate=pattern", "--out=a.pt",
+                    "--calibration_tokens=1024", "--refine_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "nan" not in done.stdout and math.isfinite(loss(checkpoint.load("a.pt")[0], trained[1]))
+
+
 def test_another_order_is_the_same_function(small_model):
     generator = torch.Generator().manual_seed(0)
     hidden = [torch.randperm(256, generator=generator) for _ in range(2)]

@@ -144,3 +144,33 @@ def test_a_normal_matrix_that_is_too_large_is_refused(monkeypatch):
     _, _, W, problem = random_problem()
     with pytest.raises(UserError, match="normal matrix"):
         fit(problem, *van_loan(W, 4, 5, 4))
+
+
+def constant_problem(value, noise=0.0):
+    """Inputs that never change, or by rounding only, and targets of W."""
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(12, 20, generator=generator)
+    X = value + noise * torch.randn(50, 12, generator=generator)
+    moments = Moments()
+    for part in (X[:20], X[20:]):
+        moments.add(part, part @ W)
+    return W, Problem(moments, W)
+
+
+@pytest.mark.parametrize("value, noise", [(0.0, 0.0), (3.7, 0.0), (3.7, 1e-7), (1e-30, 0.0), (1e4, 0.0)])
+def test_inputs_that_tell_nothing_leave_the_weights(value, noise):
+    W, problem = constant_problem(value, noise)
+    for dim_1, dim_2, r in ((12, 20, 1), (12, 1, 12), (4, 5, 12)):  # which reach every matrix
+        A, B = fit(problem, *initial_factors(problem, dim_1, dim_2, r))
+        np.testing.assert_allclose(kron_sum(A, B), W, rtol=0.02, atol=0.02)
+
+
+def test_a_problem_of_zeros_has_factors_of_zeros_and_no_error():
+    moments = Moments()
+    moments.add(torch.randn(50, 12, generator=torch.Generator().manual_seed(0)), torch.zeros(50, 20))
+    problem = Problem(moments, torch.zeros(12, 20), weights=torch.zeros(20))
+    for dim_1, dim_2, r in ((4, 5, 3), (12, 1, 2), (1, 20, 2)):
+        A, B = fit(problem, *initial_factors(problem, dim_1, dim_2, r))
+        assert A.isfinite().all() and B.isfinite().all() and not kron_sum(A, B).any()
+        assert problem.error(kron_sum(A, B), torch.zeros(20)) == 0.0
+    assert problem.error(torch.zeros(12, 20), torch.full((20,), 2.0)) == 20 * 4  # there is no variance to be a share of

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, kron_sum, run_here
+from conftest import ROOT, StandIn, kron_sum, run_here
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
@@ -243,12 +243,68 @@ def test_learning_rate_warms_up_and_decays_to_its_lowest(monkeypatch):
     assert [train.learning_rate_at(step) for step in (0, 10, 110)] == pytest.approx([1 / 11, 1.0, 1.0])
 
 
-def test_bfloat16_trains_like_float32(tokens):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_like_float32(dtype, tokens):
     run_train("--out_dir=full")
-    run_train("--out_dir=half", "--dtype=bfloat16")
+    run_train("--out_dir=half", f"--dtype={dtype}")
     full, half = losses_of("full"), losses_of("half")
     assert full != half
     assert list(half.values()) == pytest.approx(list(full.values()), abs=0.05)
+    norms = [[entry["grad_norm"] for entry in log_of(run) if "loss" in entry] for run in ("full", "half")]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1), "clipped before the gradients were unscaled"
+
+
+def overflow_above(scale, monkeypatch):
+    """Let gradients overflow where the scaler multiplies the loss by more than a number."""
+    unscale = torch.amp.GradScaler.unscale_
+
+    def unscale_(scaler, optimizer):
+        if scaler.is_enabled() and scaler.get_scale() > scale:
+            optimizer.param_groups[0]["params"][0].grad.view(-1)[0] = math.inf
+        return unscale(scaler, optimizer)
+
+    monkeypatch.setattr("device.torch", StandIn(torch, amp=StandIn(torch.amp, GradScaler=type(
+        "GradScaler", (torch.amp.GradScaler,), dict(unscale_=unscale_)))))
+
+
+def test_a_step_whose_gradients_overflow_is_skipped_and_the_run_resumes_bit_for_bit(tokens, monkeypatch):
+    overflow_above(2**12, monkeypatch)  # the scale begins at 2**16
+    options = ["--dtype=float16", "--dropout=0.2", "--log_interval=1"]
+    run_train(*options)
+    norms = [entry["grad_norm"] for entry in log_of("out") if "loss" in entry]
+    assert norms[:4] == [None] * 4 and None not in norms[4:]
+    whole = load("out/ckpt.pt")
+    assert whole["scaler"]["scale"] == 2**12 and whole["scaler"]["_growth_tracker"] == 16
+    assert {float(state["step"]) for state in whole["optimizer"]["state"].values()} == {16}
+    for first in (2, 10):  # amid the skipped steps, and after them
+        parts = f"--out_dir=parts{first}"
+        run_train(*options, parts, f"--max_iters={first}", "--lr_decay_iters=20")
+        if first == 2:
+            start = load("parts2/ckpt.pt")
+            assert start["scaler"]["scale"] == 2**14 and start["best_val_loss"] == log_of("parts2")[0]["val_loss"]
+        run_train(*options, parts, "--init_from=resume")
+        resumed = load(f"parts{first}/ckpt.pt")
+        for key in ("model", "optimizer", "scaler"):
+            assert same(whole[key], resumed[key]), key
+
+
+def test_gradients_that_overflow_at_every_scale_end_the_run(tokens, monkeypatch):
+    overflow_above(0, monkeypatch)
+    said = run_here("train.py", *RUN, "--dtype=float16", "--max_iters=60", "--eval_interval=100")
+    assert said.returncode == 1 and said.stderr.count("\n") == 1
+    assert f"the gradient is not finite with step {train.MOST_SKIPPED} " in said.stderr and "--dtype=float32" in said.stderr
+
+
+def test_a_float16_run_resumes_from_a_float32_one_and_refuses_a_damaged_scaler(tokens):
+    run_train("--max_iters=2")
+    run_train("--max_iters=4", "--init_from=resume", "--dtype=float16")
+    content = load("out/ckpt.pt")
+    assert content["scaler"]["_growth_tracker"] == 2
+    for damaged in (dict(content["scaler"], scale="large"), dict(scale=1.0), [1]):
+        torch.save(dict(content, scaler=damaged), "out/ckpt.pt")
+        said = run_here("train.py", *RUN, "--init_from=resume", "--dtype=float16")
+        assert said.returncode == 2 and "gradient scaler" in said.stderr and said.stderr.count("\n") == 1
+    run_train("--init_from=resume", "--max_iters=5")  # which needs none
 
 
 @pytest.mark.parametrize("options, message", [
@@ -264,7 +320,7 @@ def test_bfloat16_trains_like_float32(tokens):
     (["--factors=two"], "--factors is a whole number"),
     (["--factors=1,1,1"], "mlp.c_fc has 3 shapes for 2 blocks"),
     (["--dim_1=5"], "dim_1=5 does not divide the 32 rows of mlp.c_fc"),
-    (["--dtype=float8"], "dtype is float32 or bfloat16"),
+    (["--dtype=float8"], "--dtype is float32, bfloat16 or float16"),
     (["--device=abacus"], "no device 'abacus'"),
     (["--wandb_mode=on"], "--wandb_mode is off, online or offline"),
     (["--bath_size=4"], "did you mean --batch_size?"),

@@ -1,0 +1,107 @@
+"""The model and train.py on CUDA, beside the CPU: `pytest -m gpu`. Skipped where there is no CUDA."""
+import copy
+import os
+
+import pytest
+import torch
+from conftest import random_tokens, run_here
+from test_train import RUN, as_it_was, load, losses_of, run_train, same, write_dataset  # noqa: F401
+from torch.nn.parallel import DistributedDataParallel
+
+from device import default_dtype
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: cuBLAS is deterministic with it
+DEVICE = "cuda"
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_it_was"),
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]
+
+
+@pytest.fixture
+def tokens(workdir):
+    return write_dataset("tiny", 5000)
+
+
+@pytest.fixture
+def exact():
+    """float32 products in float32, and deterministic algorithms."""
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def gradients(model, x, y):
+    model.zero_grad()
+    loss = model(x, y)
+    loss.backward()
+    return loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_logits_and_gradients_are_those_of_the_cpu(mixed_model, exact):
+    x, y = random_tokens(3, 33)[:, :-1], random_tokens(3, 33)[:, 1:]
+    on_gpu = copy.deepcopy(mixed_model).to(DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(on_gpu(x.to(DEVICE)).cpu(), mixed_model(x), rtol=1e-3, atol=1e-3)
+    (loss, expected), (gpu_loss, found) = gradients(mixed_model, x, y), gradients(on_gpu, x.to(DEVICE), y.to(DEVICE))
+    assert gpu_loss == pytest.approx(loss, rel=1e-4)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_training_steps_are_those_of_the_cpu(dtype, tokens):
+    run_train("--out_dir=cpu", "--device=cpu", "--dtype=float32")
+    said = run_train(f"--device={DEVICE}", f"--dtype={dtype}")
+    assert list(losses_of("out").values()) == pytest.approx(list(losses_of("cpu").values()), abs=0.05)
+    assert "mfu is a share of" in said.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_resumed_run_is_the_uninterrupted_one(dtype, tokens, exact):
+    options = [f"--device={DEVICE}", f"--dtype={dtype}", "--dropout=0.2"]
+    run_train(*options)
+    run_train(*options, "--out_dir=parts", "--max_iters=10", "--lr_decay_iters=20")
+    torch.manual_seed(99)
+    run_train(*options, "--out_dir=parts", "--init_from=resume")
+    whole, parts = load("out/ckpt.pt"), load("parts/ckpt.pt")
+    for key in ("model", "optimizer", "scaler", "best_val_loss"):
+        assert same(whole[key], parts[key]), key
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_compiled_model_trains_as_the_eager_one(steps, tokens):
+    options = [f"--device={DEVICE}", "--max_iters=10", f"--gradient_accumulation_steps={steps}"]
+    run_train(*options)
+    run_train(*options, "--compile=True", "--out_dir=compiled")
+    assert list(losses_of("compiled").values()) == pytest.approx(list(losses_of("out").values()), abs=0.05)
+
+
+def test_gradients_of_one_process_over_nccl_are_those_without(mixed_model, tmp_path, exact):
+    model = mixed_model.to(DEVICE)
+    x, y = random_tokens(3, 33)[:, :-1].to(DEVICE), random_tokens(3, 33)[:, 1:].to(DEVICE)
+    _, expected = gradients(model, x, y)
+    torch.distributed.init_process_group("nccl" if DEVICE == "cuda" else "gloo", init_method=f"file://{tmp_path}/store",
+                                         rank=0, world_size=1)
+    try:
+        _, found = gradients(DistributedDataParallel(model, broadcast_buffers=False), x, y)
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[f"module.{name}"], gradient, msg=name)
+
+
+def test_memory_that_is_too_small_is_one_line(tokens):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.005)
+    try:
+        said = run_here("train.py", *RUN, f"--device={DEVICE}", "--batch_size=65536", "--eval_interval=100")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert said.returncode == 1 and said.stderr.count("\n") == 1
+    assert "out of memory: lower --batch_size" in said.stderr and "--recompute=True" in said.stderr
+
+
+def test_the_default_dtype_is_one_that_the_gpu_computes_in(tokens):
+    dtype = default_dtype(torch.device(DEVICE))
+    assert dtype == ("bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16")
+    run_train(f"--device={DEVICE}", "--max_iters=2")
