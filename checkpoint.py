@@ -231,8 +231,8 @@ def load_to_resume(path, dropout=0.0):
     return model, rest
 
 
-def check_optimizer_state(optimizer, state, path):
-    """Raise UserError unless an AdamW's state from a checkpoint has the layout of the optimizer's own: all names, types and
+def load_optimizer_state(optimizer, state, path):
+    """Load an AdamW's state from a checkpoint; UserError unless it has the optimizer's own layout: all names, types and
     shapes, since the fused step writes to the moments unchecked. (The first edition named and ordered parameters otherwise.)
     """
     def layout(state):
@@ -251,6 +251,7 @@ def check_optimizer_state(optimizer, state, path):
         raise UserError(f"the optimizer's state in {path} is not that of these options, or of an earlier version: resume "
                         f"with the options that the run was started with, or start from its weights, --init_from={path} "
                         "with another --out_dir")
+    optimizer.load_state_dict(state)
 
 
 def to_file_names(state_dict):

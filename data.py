@@ -34,7 +34,8 @@ CHECKED_TOKENS = 1024  # looked at, spread evenly over a split, before anything 
 
 
 class DatasetWriter:
-    """Writes data/<name>/ as a context manager: the files appear under their names when all of them are complete.
+    """Writes data/<name>/ as a context manager: the files appear under their names when all of them are complete, and then
+    `report` says what they hold.
 
     with DatasetWriter("mytext", tokenizer, source="where it came from") as writer:
         writer.add("train", tokens_of_a_document)
@@ -92,8 +93,8 @@ class DatasetWriter:
             meta["tokenizer_path"] = str(self.tokenizer.directory)
         with atomic_write(self.directory / "meta.json", "w") as file:
             file.write(json.dumps(meta, indent=2) + "\n")
-        for split in SPLITS:
-            print(f"{self.directory / split}.bin: {tokens[split]:,} tokens of {self.documents[split]:,} documents")
+        self.report = "\n".join(f"{self.directory / split}.bin: {tokens[split]:,} tokens of {self.documents[split]:,} "
+                                "documents" for split in SPLITS)
 
 
 def find_dataset(name):

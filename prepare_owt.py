@@ -161,8 +161,9 @@ def main():
         if len(documents) < 2:
             raise UserError(f"too few documents to hold one out: {len(documents)}; --sample_by=line makes more of a .txt")
         start = time.perf_counter()
-        write(documents, ours, DatasetWriter(out, ours, source=data_files or HUB_NAME))
-        print(f"tokenized {len(documents):,} documents in {time.perf_counter() - start:.1f} s{remark}")
+        dataset = DatasetWriter(out, ours, source=data_files or HUB_NAME)
+        write(documents, ours, dataset)
+        print(f"{dataset.report}\ntokenized {len(documents):,} documents in {time.perf_counter() - start:.1f} s{remark}")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def main():
     with DatasetWriter(out, tokenizer, source) as writer:
         for i, text in enumerate(texts):
             writer.add("val" if i < n_val else "train", tokenizer.encode(text))
+    print(writer.report)
 
 
 if __name__ == "__main__":

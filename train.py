@@ -6,9 +6,8 @@
     python train.py config/train_gpt2.py --init_from=resume               # continue a run
     python train.py config/train_gpt2.py --teacher=gpt2                   # distillation from GPT-2
 
-Writes ckpt.pt (the latest), best.pt (the lowest validation loss) and log.jsonl to out_dir. Ctrl-C or SIGTERM finishes
-the step, saves and exits; a second one exits at once. A run that was stopped or killed at any moment continues with
---init_from=resume and ends with the same weights as an uninterrupted run.
+Writes ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl to out_dir. Ctrl-C or SIGTERM finishes the step
+and saves; a second one exits at once. A stopped or killed run resumes and ends with the weights of an uninterrupted one.
 """
 import math
 import os
@@ -67,7 +66,6 @@ wandb_mode = "off"  # off, online or offline; the latter two are overridden by W
 wandb_project = "kronygpt"  # the project of the run
 wandb_run_name: str | None = None  # default: the name of out_dir
 
-
 RUN_BY_RUN = ("init_from", "overwrite")  # options that a resumed run need not share with the original
 OUT_OF_MEMORY = "lower --batch_size and raise --gradient_accumulation_steps by as much, or give --recompute=True"
 MOST_SKIPPED = 32  # steps in a row whose gradients may overflow in float16, each of which halves the scale
@@ -112,8 +110,8 @@ def make_model(vocab_size):
             per_layer = [int(r) for r in factors.split(",")]
         except ValueError:
             raise UserError(f"--factors is a whole number or a comma list of them, not {factors}") from None
-        per_layer = per_layer * n_layer if len(per_layer) == 1 else per_layer
-        shapes = mlp_shapes(n_embd if dim_1 is None else dim_1, 4 * n_embd if dim_2 is None else dim_2, per_layer)
+        shapes = mlp_shapes(n_embd if dim_1 is None else dim_1, 4 * n_embd if dim_2 is None else dim_2,
+                            per_layer * n_layer if len(per_layer) == 1 else per_layer)
         model = KronyGPT(KronyGPTConfig(block_size=block_size or 1024, vocab_size=vocab_size, n_layer=n_layer,
                                         n_head=n_head, n_embd=n_embd, dropout=dropout, shapes=shapes))
         rest = dict(tokenizer=data_tokenizer(dataset))
@@ -158,8 +156,6 @@ def print_plan(model, n_tokens, tokens_per_step, speed, resumed_options):
     counts = model.count_parameters()
     print(f"parameters: {counts['total']:,} = Kronecker factors {counts['factors']:,} + other matrices "
           f"{counts['matrices']:,} + biases and layer norms {counts['vectors']:,}")
-    if factors_only:
-        print("training the Kronecker factors only")
     print(f"seed: {seed}; data: {dataset}, {n_tokens:,} tokens; a step takes {tokens_per_step:,}, the run "
           f"{tokens_per_step * max_iters / n_tokens:.2f} times the data; mfu is a share of {speed}")
     for name, value in resumed_options.items():
@@ -192,8 +188,7 @@ def main():
     model.to(torch_device)
     optimizer = model.configure_optimizers(learning_rate, weight_decay, (beta1, beta2), factor_lr_scale)
     if is_resume:
-        checkpoint.check_optimizer_state(optimizer, rest["optimizer"], run_dir.last)
-        optimizer.load_state_dict(rest["optimizer"])
+        checkpoint.load_optimizer_state(optimizer, rest["optimizer"], run_dir.last)
     scaler = gradient_scaler(torch_device, dtype_name, rest.get("scaler"))
     ddp_model = wrap(model, tokenizer, context, processes)
     step, best_val_loss = rest.get("iter_num", 0), rest.get("best_val_loss", math.inf)
@@ -203,11 +198,10 @@ def main():
     # logs and files are written by one process
     options = {name: globals()[name] for name in option_types(globals())} | dict(tokenizer=tokenizer)
     if processes.is_main:
-        resumed_options = rest.get("config", {})
-        run_dir.start_wandb(options, resumed_options.get("wandb_run_id"))
+        run_dir.start_wandb(options, rest.get("config", {}).get("wandb_run_id"))
         run_dir.claim(is_resume, overwrite)
         speed = Speed(torch_device, dtype_name, world_size, step)
-        print_plan(model, len(tokens["train"]), tokens_per_step, speed, resumed_options)
+        print_plan(model, len(tokens["train"]), tokens_per_step, speed, rest.get("config", {}))
         run_dir.open_log(step)
 
     def fail(what, bad_step):
@@ -266,7 +260,6 @@ def main():
     if step == 0:
         save_last()
         evaluate_and_save_best()
-    model.train()
     stopping = False
     while step < max_iters and not stopping:
         rate = learning_rate_at(step)
@@ -278,8 +271,7 @@ def main():
         for micro_step in range(micro_steps):
             begin = (micro_step * world_size + rank) * batch_size
             x, y = windows(tokens["train"], starts[begin:begin + batch_size], context, vocab_size, torch_device)
-            is_last = micro_step == micro_steps - 1
-            with ddp_model.no_sync() if world_size > 1 and not is_last else nullcontext():  # reduce gradients once
+            with ddp_model.no_sync() if world_size > 1 and micro_step < micro_steps - 1 else nullcontext():  # reduce once
                 with autocast:
                     loss = ddp_model(x, y) / micro_steps
                 scaler.scale(loss).backward()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import checkpoint
 import files
-from checkpoint import check_optimizer_state, from_file_names, load_to_resume, to_file_names
+from checkpoint import from_file_names, load_optimizer_state, load_to_resume, to_file_names
 from configurator import UserError
 from hugging_face import check_is_gpt2
 
@@ -211,7 +211,7 @@ def test_a_nanogpt_checkpoint_brings_what_it_holds(source, shared):
     assert type(rest["best_val_loss"]) is float and rest["best_val_loss"] == pytest.approx(math.log(256), rel=0.01)
     assert len(rest["optimizer"]["param_groups"]) == 2  # with and without weight decay
     with pytest.raises(UserError, match="is not that of these options, or of an earlier version"):
-        check_optimizer_state(model.configure_optimizers(1e-3, 0.1, (0.9, 0.95)), rest["optimizer"], source)
+        load_optimizer_state(model.configure_optimizers(1e-3, 0.1, (0.9, 0.95)), rest["optimizer"], source)
 
 
 def test_a_hugging_face_mlp_may_have_any_width(shared):
@@ -235,7 +235,7 @@ def test_a_run_of_the_first_edition_is_not_resumed_but_started_from():
     optimizer = model.configure_optimizers(1e-2, 0.1, (0.9, 0.95))
     advice = f"start from its weights, --init_from={path} with another --out_dir"
     with pytest.raises(UserError, match=re.escape(advice)) as caught:
-        check_optimizer_state(optimizer, rest["optimizer"], path)
+        load_optimizer_state(optimizer, rest["optimizer"], path)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -247,7 +247,7 @@ def test_a_run_of_ours_is_resumed(model, tmp_path):
     again, rest = load_to_resume(tmp_path / "a.pt", dropout=0.5)
     assert again.config.dropout == 0.5
     resumed = again.configure_optimizers(1e-3, 0.1, (0.9, 0.95))
-    check_optimizer_state(resumed, rest["optimizer"], "a.pt")
+    load_optimizer_state(resumed, rest["optimizer"], "a.pt")
     resumed.load_state_dict(rest["optimizer"])
     for run, its_optimizer in (model, optimizer), (again.eval(), resumed):
         run.zero_grad()
@@ -280,24 +280,24 @@ def test_the_state_of_another_optimizer_is_refused(mixed_model):
     nameless = [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
     for param_groups in groups[:2], swapped, nameless, groups[::-1], [], None, {}, [None, None, None], "groups":
         with pytest.raises(UserError, match="is not that of these options, or of an earlier version"):
-            check_optimizer_state(optimizer, dict(state, param_groups=param_groups), "a.pt")
+            load_optimizer_state(optimizer, dict(state, param_groups=param_groups), "a.pt")
     with pytest.raises(UserError, match=r"optimizer's state in a\.pt is not"):
-        check_optimizer_state(optimizer, {}, "a.pt")
+        load_optimizer_state(optimizer, {}, "a.pt")
     exp_avg = state["state"][0]["exp_avg"]
     for damaged in torch.zeros(3), exp_avg.half(), exp_avg[:1].expand_as(exp_avg), exp_avg.tolist(), None:
         moments = dict(state["state"][0], exp_avg=damaged)
         with pytest.raises(UserError, match="is not that of these options"):  # the fused step would write beyond it
-            check_optimizer_state(optimizer, dict(state, state={**state["state"], 0: moments}), "a.pt")
+            load_optimizer_state(optimizer, dict(state, state={**state["state"], 0: moments}), "a.pt")
     for damaged in {0: state["state"][0]}, {**state["state"], 999: state["state"][0]}, {0: {}}, [], None:
         with pytest.raises(UserError, match="is not that of these options"):
-            check_optimizer_state(optimizer, dict(state, state=damaged), "a.pt")
+            load_optimizer_state(optimizer, dict(state, state=damaged), "a.pt")
     for group in dict(groups[0], betas="0.9"), {key: groups[0][key] for key in ("params", "param_names")}:
         with pytest.raises(UserError, match="is not that of these options"):
-            check_optimizer_state(optimizer, dict(state, param_groups=[group, *groups[1:]]), "a.pt")
-    check_optimizer_state(optimizer, state, "a.pt")
+            load_optimizer_state(optimizer, dict(state, param_groups=[group, *groups[1:]]), "a.pt")
+    load_optimizer_state(optimizer, state, "a.pt")
     mixed_model.freeze_all_but_factors()
     with pytest.raises(UserError, match="resume with the options that the run was started with"):
-        check_optimizer_state(mixed_model.configure_optimizers(1e-3, 0.1, (0.9, 0.95)), state, "a.pt")
+        load_optimizer_state(mixed_model.configure_optimizers(1e-3, 0.1, (0.9, 0.95)), state, "a.pt")
 
 
 # other layouts

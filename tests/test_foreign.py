@@ -1,4 +1,5 @@
 """Models as other programs write them: heads of their own, other names, odd containers; and none that runs code."""
+import io
 import json
 import os
 import pickle
@@ -230,7 +231,8 @@ def trap(directory, kind):
 
 
 @pytest.mark.parametrize("kind", ["unknown type", "auto_map", "kernel", "pickle", "adapter"])
-def test_a_directory_runs_no_code_in_any_script(kind, directory, workdir):
+def test_a_directory_runs_no_code_in_any_script(kind, directory, workdir, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))  # to whatever is asked
     write_dataset("tiny", 2000)
     Path("text.txt").write_text("some text " * 20)
     mark = trap(directory, kind)

@@ -383,3 +383,45 @@ def test_teachers_that_do_not_fit(tokens, options, message):
     run_train("--out_dir=short", "--block_size=8", "--max_iters=1")
     said = run_here("train.py", *RUN, "--out_dir=new", *options)
     assert said.returncode == 2 and message in said.stderr and not Path("new").exists()
+
+
+@pytest.fixture
+def mixed_start(tokens, mixed_model):
+    """A checkpoint in which all four matrices are factored, in shapes that differ from block to block."""
+    checkpoint.save("mixed.pt", mixed_model)
+    return ["--init_from=mixed.pt", "--block_size=16", "--max_iters=12", "--eval_interval=6", "--learning_rate=1e-3"]
+
+
+def test_attention_and_mlps_in_shapes_of_their_own_train_resume_and_generate(mixed_start):
+    run_train(*mixed_start, "--dropout=0.2")
+    run_train(*mixed_start, "--dropout=0.2", "--out_dir=parts", "--max_iters=6", "--lr_decay_iters=12")
+    run_train(*mixed_start, "--dropout=0.2", "--out_dir=parts", "--init_from=resume", "--lr_decay_iters=12")
+    for key in ("model", "optimizer", "best_val_loss"):
+        assert same(load("out/ckpt.pt")[key], load("parts/ckpt.pt")[key]), key
+    start, end = load("mixed.pt"), load("out/ckpt.pt")
+    before, after = start["model"], end["model"]
+    assert before.keys() == after.keys() and start["model_args"]["shapes"] == end["model_args"]["shapes"]
+    assert all(not torch.equal(p, after[name]) for name, p in before.items() if p.numel() > 1)  # everything is trained
+    model, _ = checkpoint.load("out/ckpt.pt")
+    idx = torch.arange(8)[None]
+    plain = idx
+    with torch.no_grad():
+        for _ in range(6):
+            plain = torch.cat((plain, model.eval()(plain)[:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(model.generate(idx, 6, temperature=0), plain)
+
+
+def test_attention_and_mlps_in_shapes_of_their_own_train_on_two_processes_and_compiled(mixed_start):
+    run_train(*mixed_start, "--out_dir=one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    said = subprocess.run([*command, *RUN, *mixed_start, "--out_dir=two"], capture_output=True, text=True, timeout=100,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert said.returncode == 0, said.stderr
+    one, two = losses_of("one"), losses_of("two")
+    assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-4) and len(one) == 12
+    model, x = checkpoint.load("mixed.pt")[0], torch.arange(34).view(2, 17)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    losses = [m(x[:, :-1], x[:, 1:]) for m in (model, compiled)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+    gradients = [torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]) for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
