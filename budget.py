@@ -50,14 +50,22 @@ class MLPShape:
         return all(largest_system(*shapes) <= LARGEST_SYSTEM for shapes in self.factor_shapes(config))
 
 
-def shapes_within(config, limit):
-    """The MLPShapes with which a model of a KronyGPTConfig, whose own shapes do not matter, has at most `limit` parameters,
-    and at least SLACK of them.
+def shapes_within(config, limit, largest=None):
+    """The MLPShapes with which a model of a KronyGPTConfig, whose own shapes do not matter, fits a number of parameters.
+
+    Args:
+        config: a KronyGPTConfig.
+        limit: number of parameters, of which a model must use SLACK.
+        largest: the most that it may have; default: limit.
+
+    Returns:
+        The shapes in the order of people's interest: Krony-PT's, with one factor and all of n_embd in A, low rank, and the
+        others by multiply-adds.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none; names the nearest number of parameters that can be had.
     """
-    C, hidden = config.n_embd, config.n_inner
+    C, hidden, largest = config.n_embd, config.n_inner, largest or limit
     with torch.device("meta"):
         counts = KronyGPT(replace(config, shapes={})).count_parameters()
     rest = counts["total"] - 2 * config.n_layer * C * hidden
@@ -66,17 +74,21 @@ def shapes_within(config, limit):
         for dim_2 in (d for d in range(1, hidden + 1) if hidden % d == 0):
             m1, n1, m2, n2 = dim_1, dim_2, C // dim_1, hidden // dim_2
             per_factor = 2 * config.n_layer * (m1 * n1 + m2 * n2)
-            r = min((limit - rest) // per_factor, m1 * n1, m2 * n2)
-            total = rest + r * per_factor
-            if r < 1 or total < SLACK * limit:
-                continue
-            shape = MLPShape(dim_1, dim_2, r, total, 0.0, min(C, r * min(m1, n1) * min(m2, n2)))
+            r = max(1, min((largest - rest) // per_factor, m1 * n1, m2 * n2))
+            shape = MLPShape(dim_1, dim_2, r, rest + r * per_factor, 0.0, min(C, r * min(m1, n1) * min(m2, n2)))
             macs = sum(min(multiply_adds(*sides).values()) for sides in shape.factor_shapes(config))
             shapes.append(replace(shape, multiply_adds=macs / (2 * C * hidden)))
-    if not shapes:
-        raise UserError(f"no shapes fit {limit:,} parameters: without its MLP matrices the model has {rest:,}, "
-                        f"with them {counts['total']:,}")
-    return sorted(shapes, key=lambda shape: (shape.parameters, shape.dim_1, shape.dim_2, shape.n_factors))
+    fitting = [shape for shape in shapes if SLACK * limit <= shape.parameters <= largest]
+    if not fitting:
+        nearest = min((min(shape.parameters, counts["total"]) for shape in shapes), key=lambda total: abs(total - limit))
+        raise UserError(f"no shapes fit {limit:,} parameters: the nearest size is {nearest:,}; without its MLP matrices the "
+                        f"model has {rest:,}, with them {counts['total']:,}")
+
+    def interest(shape):
+        is_krony_pt, is_low_rank = shape.dim_1 == C and shape.n_factors == 1, (shape.dim_1, shape.dim_2) == (C, 1)
+        return not is_krony_pt, not is_low_rank, round(shape.multiply_adds, 2), -shape.rank, shape.dim_1, shape.dim_2
+
+    return sorted(fitting, key=interest)
 
 
 @dataclass

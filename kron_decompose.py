@@ -16,6 +16,7 @@ minutes, and a GPU helps. With --calibrate and no shape, the shapes that fit the
 on the text, the best of them are tried on other text, and the best one of these is written.
 """
 import time
+from decimal import Decimal
 
 from configurator import UserError, check_range, run
 
@@ -28,16 +29,20 @@ device = ""  # of the calibration; default: CUDA if available, else the CPU
 budget = "82M"  # total number of parameters, for the table of shapes and the search
 
 GPT2_SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
-SHOWN = 20  # rows of the ranking that are printed
+SHOWN = 20  # rows that are printed
 
 
-def parse_number(text):
-    """A number of parameters such as 82M, 1.5B, 900K or 82000000."""
+def parse_budget(text):
+    """A number of parameters such as 82M, 1.5B or 82000000, and the largest that is written so: 82M is 82.x million."""
     units = {"K": 10**3, "M": 10**6, "B": 10**9}
+    unit = units.get(text[-1:].upper(), 1)
     try:
-        unit = units.get(text[-1:].upper(), 1)
-        return int(float(text[:-1] if unit > 1 else text) * unit)
-    except (ValueError, OverflowError):
+        number = Decimal(text[:-1] if unit > 1 else text)
+        if number <= 0:
+            raise ValueError
+        last_digit = Decimal(1).scaleb(number.as_tuple().exponent) * unit
+        return int(number * unit), int(number * unit + last_digit) - 1
+    except (ArithmeticError, ValueError, TypeError):
         raise UserError(f"--budget takes a number of parameters such as 82M, not {text}") from None
 
 
@@ -51,6 +56,13 @@ def print_shapes(shapes):
                          if error is not None)
         print(f"{s.parameters:>12,}  {s.dim_1:>5}  {s.dim_2:>5}  {s.n_factors:>7}  {s.multiply_adds:>16.2f} × dense  "
               f"{s.rank:>13}{errors}")
+
+
+def print_table(shapes):
+    """Print the first of some budget.MLPShapes."""
+    print_shapes(shapes[:SHOWN])
+    if len(shapes) > SHOWN:
+        print(f"... and {len(shapes) - SHOWN} more with as many multiply-adds or more")
 
 
 def parse_shape(dim_1, dim_2, n_factors, n_layer):
@@ -81,17 +93,17 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     from kron import van_loan
     from model import KronyGPTConfig, mlp_shapes
 
-    limit = parse_number(budget)
+    limit, largest = parse_budget(budget)
     check_range(globals(), "refine_steps", at_least=0)
     if dim_1 and not n_factors:
         raise UserError("give all three of dim_1 dim_2 n_factors, or none of them for the table of shapes")
     if not dim_1 and not calibrate and init_from in GPT2_SIZES:  # which need no download
         n_layer, n_embd = GPT2_SIZES[init_from]
         config = KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // checkpoint.GPT2_HEAD_DIM)
-        return print_shapes(shapes_within(config, limit))
+        return print_table(shapes_within(config, limit, largest))
     dense, rest = checkpoint.load(init_from)
     if not dim_1 and not calibrate:
-        return print_shapes(shapes_within(dense.config, limit))
+        return print_table(shapes_within(dense.config, limit, largest))
 
     name = f"{dim_1}_{dim_2}_{n_factors.replace(',', '-')}" if dim_1 else budget
     path = out or f"checkpoints/{('calibrated' if calibrate else 'VL') if dim_1 else 'best'}_{name}.pt"

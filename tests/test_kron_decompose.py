@@ -1,4 +1,5 @@
 """kron_decompose.py against numpy.linalg.svd, torch.kron and plain counting."""
+import re
 import subprocess
 import sys
 
@@ -6,6 +7,10 @@ import pytest
 import torch
 from conftest import ROOT, kron_sum, random_matrix, run_here, smallest_error
 from transformers import GPT2Config, GPT2LMHeadModel
+
+import budget
+import kron_decompose
+from model import KronyGPTConfig
 
 
 def n_parameters(model):
@@ -84,14 +89,9 @@ def table(stdout):
     return [tuple(map(int, row[:4])) for row in words], [(float(row[4]), int(row[5])) for row in words]
 
 
-@pytest.mark.parametrize("source, n_layer, n_embd, limit", [
-    ("gpt2", 12, 768, 82_000_000),
-    ("gpt2-medium", 24, 1024, 220_000_000),
-    ("gpt2-large", 36, 1280, 500_000_000),
-    ("gpt2-xl", 48, 1600, 1_000_000_000),
-])
-def test_table_lists_every_shape_that_comes_near_the_budget(source, n_layer, n_embd, limit):
-    said = run_here("kron_decompose.py", f"--init_from={source}", f"--budget={limit // 10**6}M")
+@pytest.mark.parametrize("n_layer, n_embd, limit", [
+    (12, 768, 82_000_000), (24, 1024, 220_000_000), (36, 1280, 500_000_000), (48, 1600, 1_000_000_000)])
+def test_table_lists_every_shape_that_comes_near_the_budget(n_layer, n_embd, limit):
     with torch.device("meta"):
         dense = n_parameters(GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64)))
     hidden, rest = 4 * n_embd, dense - 2 * n_layer * 4 * n_embd**2
@@ -103,13 +103,41 @@ def test_table_lists_every_shape_that_comes_near_the_budget(source, n_layer, n_e
     for dim_1 in divisors(n_embd):
         for dim_2 in divisors(hidden):
             a, b = dim_1 * dim_2, n_embd * hidden // (dim_1 * dim_2)
-            fitting = [r for r in range(1, min(a, b) + 1) if rest + 2 * n_layer * r * (a + b) <= limit]
+            fitting = [r for r in range(1, min(a, b) + 1) if rest + 2 * n_layer * r * (a + b) < limit + 1_000_000]
             total = rest + 2 * n_layer * max(fitting, default=0) * (a + b)
             if fitting and total >= 0.99 * limit:
                 expected.add((total, dim_1, dim_2, max(fitting)))
-    rows, _ = table(said.stdout)
-    assert said.returncode == 0 and set(rows) == expected
-    assert rows == sorted(rows) and len(rows) == len(expected)
+    config = KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64)
+    shapes = budget.shapes_within(config, *kron_decompose.parse_budget(f"{limit // 10**6}M"))
+    found = [(s.parameters, s.dim_1, s.dim_2, s.n_factors) for s in shapes]
+    assert set(found) == expected and len(found) == len(expected)
+
+
+@pytest.mark.parametrize("source, first", [
+    ("gpt2", [(81_972_576, 768, 768, 1), (82_930_944, 768, 1, 164)]),
+    ("gpt2-medium", [(None, 1024, 1, None)]),  # 220M is not half or a quarter of its MLPs
+])
+def test_table_begins_with_the_shapes_that_people_ask_for(source, first):
+    size = {"gpt2": "82M", "gpt2-medium": "220M"}[source]
+    said = run_here("kron_decompose.py", f"--init_from={source}", f"--budget={size}")
+    rows, columns = table(said.stdout)
+    for row, wanted in zip(rows, first):
+        assert all(w is None or w == value for value, w in zip(row, wanted)), rows
+    costs = [cost for cost, _ in columns[len(first):]]
+    assert costs == sorted(costs) and len(rows) == 20
+    assert re.search(r"^\.\.\. and \d+ more", said.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("text, smallest, largest", [
+    ("67M", 67_000_000, 67_999_999), ("67.9M", 67_900_000, 67_999_999), ("1.5B", 1_500_000_000, 1_599_999_999),
+    ("900K", 900_000, 900_999), ("82000000", 82_000_000, 82_000_000), ("1.716m", 1_716_000, 1_716_999)])
+def test_a_budget_means_its_last_digit(text, smallest, largest):
+    assert kron_decompose.parse_budget(text) == (smallest, largest)
+
+
+def test_the_smallest_size_of_the_group_is_there():
+    said = run_here("kron_decompose.py", "--budget=67M")
+    assert said.returncode == 0 and all(67_000_000 <= row[0] < 68_000_000 for row in table(said.stdout)[0])
 
 
 def test_table_has_the_82M_model():
@@ -128,12 +156,12 @@ def test_rank_in_the_table_is_what_random_factors_reach(gpt2_dir):
         assert torch.linalg.matrix_rank(W) == rank
 
 
-@pytest.mark.parametrize("budget, message", [
-    ("lots", "82M"), ("", "82M"), ("nan", "82M"), ("1K", "no shapes fit 1,000"), ("-82M", "no shapes"),
-    ("500M", "no shapes"),
+@pytest.mark.parametrize("size, message", [
+    ("lots", "82M"), ("", "82M"), ("nan", "82M"), ("-82M", "82M"), ("0", "82M"),
+    ("1K", "no shapes fit 1,000 parameters: the nearest size is 67,890,432"), ("500M", "nearest size is 124,439,808"),
 ])
-def test_a_budget_that_no_shape_meets_gets_one_line(budget, message):
-    said = run_here("kron_decompose.py", f"--budget={budget}")
+def test_a_budget_that_no_shape_meets_gets_one_line(size, message):
+    said = run_here("kron_decompose.py", f"--budget={size}")
     assert said.returncode == 2
     assert message in said.stderr and said.stderr.count("\n") == 1
 
