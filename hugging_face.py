@@ -6,11 +6,35 @@ from configurator import UserError
 from tokenizer import TOKENIZER_FILES, read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+HUB_SECONDS = 5  # that the hub has for its first answer
 FUNCTION = {  # fields of a GPT-2's config.json that change its function, with the values of the one computed here
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
     "quantization_config": (None,),
 }
+
+
+def reach_hub():
+    """Ask the Hugging Face hub for an answer, once. Where there is none, use its local caches from now on, without minutes
+    of retries. It is called before `datasets` is imported."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        answers = get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS).status_code < 500
+    except Exception:  # the errors of its HTTP clients have no class in common
+        answers = False
+    if not answers:
+        constants.HF_HUB_OFFLINE = True
+
+
+def hub_dataset(name, config=None, split="train", revision=None):
+    """A data set of the hub, or from its local cache, as a datasets.Dataset."""
+    reach_hub()
+    from datasets import load_dataset
+
+    return load_dataset(name, config, split=split, revision=revision)
 
 
 def download(name):
@@ -24,6 +48,7 @@ def download(name):
     """
     from huggingface_hub import snapshot_download
 
+    reach_hub()
     try:
         for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
             directory = Path(snapshot_download(name, allow_patterns=["config.json", weights, *TOKENIZER_FILES]))

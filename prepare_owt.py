@@ -9,6 +9,7 @@ The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one
 2357, an end-of-text token after each document. The other scripts take the data set by its name, `--dataset=<out>`.
 """
 import glob
+import math
 import os
 import tempfile
 import time
@@ -108,12 +109,16 @@ def local_documents(files):
 @contextmanager
 def openwebtext():
     """OpenWebText, as one datasets.Dataset with a column `text`, and no remark."""
-    from datasets import load_dataset
+    from hugging_face import hub_dataset
 
     try:
-        documents = load_dataset(HUB_NAME, split="train")
-    except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
-        documents = load_dataset(HUB_NAME, split="train", revision="refs/convert/parquet")
+        try:
+            documents = hub_dataset(HUB_NAME)
+        except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
+            documents = hub_dataset(HUB_NAME, revision="refs/convert/parquet")
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot load {HUB_NAME} ({type(error).__name__}); "
+                      "with no network, --data_files=FILES reads local files") from None
     yield documents, ""
 
 
@@ -150,7 +155,8 @@ def main():
     from tokenizer import GPT2_VOCAB_SIZE, LARGEST_VOCABULARY, open_tokenizer
 
     check_range(globals(), "val_fraction", above=0, below=1)
-    check_range(globals(), "threads", at_least=1)
+    check_range(globals(), "seed", at_least=0)
+    check_range(globals(), "threads", at_least=1, at_most=10**9)
     check_choice(globals(), "sample_by", "line", "paragraph", "document")
     if separator == "":
         raise UserError("--separator is a text, not nothing")
@@ -160,6 +166,8 @@ def main():
     with local_documents(files) if files else openwebtext() as (documents, remark):
         if len(documents) < 2:
             raise UserError(f"too few documents to hold one out: {len(documents)}; --sample_by=line makes more of a .txt")
+        if math.ceil(val_fraction * len(documents)) >= len(documents):
+            raise UserError(f"--val_fraction={val_fraction} leaves none of {len(documents):,} documents for training")
         start = time.perf_counter()
         dataset = DatasetWriter(out, ours, source=data_files or HUB_NAME)
         write(documents, ours, dataset)
