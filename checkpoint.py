@@ -45,7 +45,24 @@ TIED_RTOL, TIED_ATOL = 2**-8, 1e-6  # the rounding of half precision: an output 
 SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer"}
 
 
-def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None, scaler=None):
+class ErrorKeeper:
+    """A file for torch.save, whose own errors do not say what the system said."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None, scaler=None, keep_as=None):
     """Write a checkpoint atomically.
 
     Args:
@@ -56,21 +73,17 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
         best_val_loss: in nats per token.
         config: {option: value} of the script that writes it.
         scaler: a GradScaler whose state is kept for a resume, or None.
+        keep_as: path of a second name for the checkpoint that it replaces, or None.
     """
     content = dict(model=to_file_names(model.state_dict()), model_args=model.config.as_plain_types(),
                    optimizer=optimizer.state_dict() if optimizer else None, iter_num=iter_num, best_val_loss=best_val_loss,
                    config=config or {}, **({"scaler": scaler.state_dict()} if scaler else {}))
-    try:
-        with atomic_write(path) as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # torch's own writer says this where the disk is full
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-
-
-def check_is_file(path):
-    """Raise UserError where a checkpoint cannot be written, before work is done for it."""
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a directory: name a .pt file to write")
+    with atomic_write(path, keep_as=keep_as) as file:
+        keeper = ErrorKeeper(file)
+        try:
+            torch.save(content, keeper)
+        except RuntimeError as error:
+            raise keeper.error or error from None
 
 
 def load(source, dropout=0.0):

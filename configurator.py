@@ -8,23 +8,35 @@ default is annotated with its type (`budget: str | None = None`). A script ends 
 
 and the parameters of main() are its positional arguments. Config files are Python that assigns options, as in nanoGPT:
 
-    python train.py config/train_gpt2.py --batch_size=32 --wandb_run_name=first    # the .py is optional
+    python train.py config/train_gpt2.py --batch_size=32 --wandb_run_name=first
     python train.py --help
+
+A config file is an argument that ends in .py; for a script without positional arguments the ending is optional. Nothing
+else that stands on a command line is executed.
 """
 import ast
 import difflib
+import errno
 import inspect
 import math
 import operator
 import os
 import re
+import signal
 import sys
+import threading
 import tokenize
 import warnings
 from pathlib import Path
 from typing import get_args
 
 OPTION_TYPES = (bool, int, float, str)
+INT_BITS = 63  # of a whole number
+SHOWN = 60  # characters of a wrong value
+SIGNALLED = 128  # and the number of a signal: the exit status of a script that it ended
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk that is full, or of a quota
+
+given = set()  # names of the options that the command line or a config file has set
 
 
 class UserError(Exception):
@@ -87,32 +99,44 @@ def parse_value(name, text, wanted):
     if wanted is str:
         return text
     try:
-        value = ast.literal_eval(text.capitalize() if wanted is bool else text)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings(action="ignore"):  # of strings with odd escapes
+            value = ast.literal_eval(text.capitalize() if wanted is bool else text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the latter two for nested brackets
         value = text
-    return checked_value(name, value, wanted)
-
-
-def checked_value(name, value, wanted, where=""):
-    if type(value) is int and wanted is float:
-        return float(value)
-    if type(value) is not wanted:
-        example = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[wanted]
-        raise UserError(f"--{name} takes {example}, not {value!r}{where}")
     return value
 
 
-def read_config_file(path, namespace, types):
+def shortened(value):
+    text = repr(value) if type(value) is not int or value.bit_length() <= INT_BITS else "a number of many digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def checked_value(name, value, wanted, may_be_empty, where=""):
+    """The value of an option, if it has the option's type and can be meant; else UserError."""
+    is_number = type(value) in (int, float)
+    if type(value) is int and value.bit_length() > INT_BITS:
+        raise UserError(f"--{name} is a number with more digits than can be meant{where}")
+    if is_number and wanted is float:
+        return float(value)
+    if type(value) is not wanted:
+        example = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[wanted]
+        raise UserError(f"--{name} takes {example}, not {shortened(value)}{where}")
+    if value == "" and name not in may_be_empty:
+        raise UserError(f"--{name} is empty{where}: give it a value, or omit it for the default")
+    return value
+
+
+def read_config_file(path, namespace, types, may_be_empty):
     """Execute a config file with the current options as its globals, and return the options that it assigned."""
     where = f" (in {path})"
     try:
-        code = compile(Path(path).read_text(), str(path), "exec")
-    except FileNotFoundError:
-        raise UserError(f"no config file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read config file {path}: {error}") from None
+        if not Path(path).is_file():
+            raise UserError(f"no config file {path}")
+        code = compile(Path(path).read_bytes(), str(path), "exec")  # bytes: their coding line or byte order mark counts
     except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+        raise UserError(f"{path}, line {error.lineno or '?'}: {error.msg}") from None
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"cannot read config file {path}: {type(error).__name__}: {error}") from None
     before = {name: namespace[name] for name in types}
     optional = namespace.get("__annotations__", {})  # options that may be None
     scope = dict(before, __file__=str(path), __name__="config")
@@ -125,8 +149,8 @@ def read_config_file(path, namespace, types):
         if name not in types and not name.startswith("_") and type(value) in OPTION_TYPES:
             raise unknown_option(name, types, where)
     assigned = {name: scope[name] for name in types if scope.get(name, before[name]) is not before[name]}
-    return {name: value if value is None and name in optional else checked_value(name, value, types[name], where)
-            for name, value in assigned.items()}
+    return {name: value if value is None and name in optional
+            else checked_value(name, value, types[name], may_be_empty, where) for name, value in assigned.items()}
 
 
 def iterate_traceback(error):
@@ -137,23 +161,19 @@ def iterate_traceback(error):
 
 
 def as_config_file(arg, takes_positionals):
-    """The path of the config file that an argument names, or None where it is a positional argument.
-
-    A bare word is a config file only to a script without positional arguments, so that a model called `model` is
-    not taken for model.py.
-    """
+    """The path of the config file that an argument names, or None where it is a positional argument: a model called
+    models/foo is not taken for models/foo.py."""
     if arg.endswith(".py"):
         return arg
-    if os.path.isfile(arg + ".py") and (os.sep in arg or not takes_positionals):
-        return arg + ".py"
-    return None
+    return f"{arg}.py" if not takes_positionals and os.path.isfile(f"{arg}.py") else None
 
 
 def configure(namespace, argv, takes_positionals=True):
     """Set the options in a module's globals from its command line.
 
     Args:
-        namespace: the globals of the script; its options are overwritten in place.
+        namespace: the globals of the script; its options are overwritten in place. Its MAY_BE_EMPTY names those that may
+            be empty strings, besides those that are by default.
         argv: the arguments after the script's name.
         takes_positionals: whether the script has positional arguments at all.
 
@@ -165,6 +185,8 @@ def configure(namespace, argv, takes_positionals=True):
     """
     types = option_types(namespace)
     defaults = {name: namespace[name] for name in types}
+    may_be_empty = {*namespace.get("MAY_BE_EMPTY", ()), *(name for name in types if defaults[name] == "")}
+    given.clear()
     positionals = []
     for arg in argv:
         if arg.startswith("--"):
@@ -173,9 +195,15 @@ def configure(namespace, argv, takes_positionals=True):
                 raise unknown_option(name, types)
             if not equals and types[name] is not bool:
                 raise UserError(f"--{name} needs a value: --{name}=...")
-            namespace[name] = parse_value(name, text, types[name]) if equals else True
+            value = parse_value(name, text, types[name]) if equals else True
+            namespace[name] = checked_value(name, value, types[name], may_be_empty)
+            given.add(name)
         elif config := as_config_file(arg, takes_positionals):
-            namespace.update(read_config_file(config, namespace, types))
+            assigned = read_config_file(config, namespace, types, may_be_empty)
+            namespace.update(assigned)
+            given.update(assigned)
+        elif not arg.strip():
+            raise UserError("an argument is empty: is a variable of the shell not set?")
         else:
             positionals.append(arg)
     changed = {name: namespace[name] for name in types if namespace[name] != defaults[name]}
@@ -232,6 +260,8 @@ def run(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(SIGNALLED + number))  # what is half-written is removed
     argv = sys.argv[1:]
     parameters = inspect.signature(main).parameters
     try:
@@ -253,6 +283,8 @@ def run(main):
         sys.exit(1)
     except (UserError, OSError) as error:
         is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+        if getattr(error, "errno", None) in FULL:
+            exit_with(f"the disk is full: {error.filename or error}", status=1)
         exit_with(error, getattr(error, "status", 2 if is_missing else 1))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -5,14 +5,14 @@ own script made) holds GPT-2 tokens. Tokenizers are in tokenizer.py.
 """
 import json
 import os
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from configurator import UserError
-from files import ASIDE, atomic_write, lock, remove_leftovers
+from files import atomic_write, lock, remove_leftovers
 from tokenizer import GPT2_VOCAB_SIZE, TOKEN_TYPE, BytesTokenizer, GPT2Tokenizer, UnknownTokenizer, is_same, name_for
 
 DATA_DIR = Path("data")
@@ -51,8 +51,11 @@ class DatasetWriter:
             raise UserError(f"the tokenizer {self.tokenizer.name} has no end-of-text token: name one as eos_token in its "
                             "tokenizer_config.json")
         self.lock = lock(self.directory)
-        self.paths = {split: self.directory / f"{split}.bin{ASIDE}" for split in SPLITS}
-        self.files = {split: open(path, "wb") for split, path in self.paths.items()}
+        self.writes = ExitStack()
+        paths = {split: self.directory / f"{split}.bin" for split in SPLITS}
+        for path in (*paths.values(), self.directory / "meta.json"):
+            remove_leftovers(path, is_locked=True)
+        self.files = {split: self.writes.enter_context(atomic_write(path)) for split, path in paths.items()}
         self.documents = dict.fromkeys(SPLITS, 0)
         self.end_of_text = np.array([self.tokenizer.end_of_text], dtype=TOKEN_TYPE)
         return self
@@ -67,13 +70,11 @@ class DatasetWriter:
         try:
             if error is None:
                 self.finish()
-            elif isinstance(error, OSError):  # a write that fails does not say to which file
-                error.filename = error.filename or str(self.directory)
+            else:
+                if isinstance(error, OSError):  # a write that fails does not say to which file
+                    error.filename = error.filename or str(self.directory)
+                self.writes.__exit__(error_type, error, traceback)
         finally:
-            for file in self.files.values():
-                with suppress(OSError):  # where the disk is full, what is left in a buffer fails once more
-                    file.close()
-            remove_leftovers(self.directory)
             self.directory.joinpath(".lock").unlink()
             if not any(self.directory.iterdir()):
                 self.directory.rmdir()
@@ -82,11 +83,10 @@ class DatasetWriter:
     def finish(self):
         """Give the files their names; a reader in between finds counts in meta.json that are not those of the files."""
         tokens = {split: file.tell() // self.end_of_text.itemsize for split, file in self.files.items()}
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        for split in SPLITS:
-            os.replace(self.paths[split], self.directory / f"{split}.bin")
+        with self.writes:
+            for file in self.files.values():  # whatever fails, fails before the first one has its name
+                file.flush()
+                os.fsync(file.fileno())
         meta = dict(vocab_size=self.tokenizer.vocab_size, tokenizer=self.tokenizer.name, tokens=tokens,
                     documents=self.documents, source=self.source)
         if self.tokenizer.directory:

@@ -1,47 +1,212 @@
-"""Durable files: atomic writes, directories that belong to one process, and the directory of a training run."""
+"""Durable files: atomic writes of files and directories, directories that belong to one process, and the directory of a
+training run."""
+import ctypes
 import errno
 import json
 import os
+import re
+import secrets
 import shutil
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from configurator import UserError
 
-ASIDE = ".tmp"  # the end of a name that a file has until it is complete
+try:
+    import fcntl
+except ImportError:  # Windows, which lets nobody remove a file that is open
+    fcntl = None
+
+ASIDE = "tmp"  # the end of a name that a file or directory has until it is complete: .<name>.<random>.tmp
+RANDOM_BYTES = 6  # in that name
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a file system without locks answers
 # what one answers that cannot flush a folder (SMB, FUSE)
 NO_FOLDER_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 REPLACE_TRIES, REPLACE_PAUSE = 50, 0.1  # on Windows, where a file cannot be replaced while another process reads it
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+
+
+def check_is_file(path):
+    """Raise UserError where a file cannot be written, before work is done for it: a directory, device, pipe or socket."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: name a file to write")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: name another file to write")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise UserError(f"{path} cannot be written: {folder} is a file")
+
+
+def claim(aside):
+    """Lock a file or directory that was just made, which tells others that its writer lives.
+
+    Returns:
+        A descriptor that holds the lock, or None where there are no locks.
+
+    Raises:
+        FileNotFoundError: another process took it for a leftover.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(aside, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise FileNotFoundError from None
+    return None
+
+
+def target_of(path):
+    """The path itself, or where it is a link, what it points to."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+
+
+def aside_name(path):
+    """A new name beside a path."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(RANDOM_BYTES)}.{ASIDE}")
 
 
 @contextmanager
-def atomic_write(path, mode="wb"):
+def made_aside(path, make):
+    """Make a file or directory beside a path that it is going to replace, and remove it in the end.
+
+    Args:
+        path: to be replaced; its folder is made.
+        make: function of a new path; it raises FileExistsError where there is something, a link included.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    while True:
+        aside = aside_name(path)
+        try:
+            make(aside)
+            descriptor = claim(aside)
+            break
+        except FileExistsError:
+            continue
+        except FileNotFoundError:  # taken for a leftover, or its folder is gone
+            if not path.parent.is_dir():
+                raise
+    try:
+        yield aside
+    except OSError as error:  # a write that fails does not say to which file
+        error.filename = path if error.filename is None else str(error.filename).replace(aside.name, path.name)
+        raise
+    finally:
+        remove(aside)
+        if descriptor is not None:
+            os.close(descriptor)
+    sync(path.parent)  # the new name is on disk, too
+
+
+def remove(path):
+    """Remove a file, or a directory and all that is in it, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):
+            path.unlink()
+
+
+def remove_leftovers(path, is_locked=False):
+    """Remove what processes that were killed have left half-written for a path.
+
+    Args:
+        path: of the file or directory that they were to replace.
+        is_locked: the caller holds the lock of its folder, so that nobody else writes there. Otherwise, what is locked by
+            its writer stays, and so does all where there are no locks.
+    """
+    name = re.compile(re.escape(f".{path.name}.") + f"[0-9a-f]{{{2 * RANDOM_BYTES}}}" + re.escape(f".{ASIDE}"))
+    for aside in path.parent.iterdir():
+        if not name.fullmatch(aside.name):
+            continue
+        try:
+            descriptor = claim(aside)
+        except FileNotFoundError:  # its writer lives, or has just removed it
+            descriptor = None
+        if is_locked or descriptor is not None:
+            remove(aside)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path, mode="wb", keep_as=None):
     """Open a file for writing that replaces the old one, as a whole, when the block ends.
 
-    It is written beside it, flushed to disk and renamed; a block that fails leaves the old file as it was.
+    It is written beside it, flushed to disk and renamed; a block that fails leaves the old file as it was. The target of
+    a link is replaced, not the link.
 
     with atomic_write("table.md", "w") as file:
         file.write(table)
+
+    Args:
+        path: of the file; its folder is made.
+        mode: "wb", or "w" for UTF-8 text.
+        keep_as: path of a second name for the old file. Where it cannot be had, a warning says so.
+
+    Raises:
+        UserError: there is a directory, a device or a pipe.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ASIDE)
-    try:
-        with open(aside, mode) as file:
+    check_is_file(path)
+    path = target_of(path)
+    with made_aside(path, lambda aside: open(aside, "xb").close()) as aside:
+        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep_as and path.exists() and not keep_as.exists():
+            try:
+                link_or_copy(path, keep_as)
+            except OSError as error:  # the new file is worth more than the old one
+                warnings.warn(f"{path} is not kept as {keep_as}: {error.strerror}", stacklevel=3)
         replace(aside, path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # a write that fails does not say to which file
-            error.filename = error.filename or str(path)
-        raise
-    sync_folder(path.parent)  # the new name is on disk, too
+
+
+@contextmanager
+def atomic_directory(path, is_ours):
+    """Make a directory that replaces the old one, as a whole, when the block ends.
+
+    with atomic_directory("models/mine", lambda name: name.endswith(".json")) as aside:
+        model.save_pretrained(aside)
+
+    Args:
+        path: of the directory; its folder is made.
+        is_ours: function of a name in it, whether we write such files. The others are copied from the old directory.
+    """
+    path = target_of(path)
+    with made_aside(path, os.mkdir) as aside:
+        yield aside
+        for old in path.iterdir() if path.exists() else ():
+            if not is_ours(old.name):
+                if old.is_dir() and not old.is_symlink():
+                    shutil.copytree(old, aside / old.name, symlinks=True)
+                else:
+                    shutil.copy2(old, aside / old.name, follow_symlinks=False)
+        for file in aside.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                sync(file)
+        exchange(aside, path)  # aside is now the old one, or gone
+
+
+def exchange(aside, path):
+    """Give a directory the name of another, or of none: in one step where the system can (Linux), otherwise in two."""
+    if not path.exists():
+        return os.replace(aside, path)
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if renameat2 and not renameat2(AT_FDCWD, os.fsencode(aside), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE):
+        return
+    old = aside_name(path)
+    os.replace(path, old)
+    os.replace(aside, path)
+    remove(old)
 
 
 def replace(source, target):
@@ -56,12 +221,12 @@ def replace(source, target):
     raise denied
 
 
-def sync_folder(folder):
-    """Flush a folder's names to disk, on systems that can."""
+def sync(path):
+    """Flush a file, or a folder's names, to disk, on systems that can."""
     if os.name == "nt":  # Windows cannot open a folder
         return
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -118,38 +283,38 @@ def lock(directory):
     return held
 
 
-def remove_leftovers(directory):
-    """Remove what a process that was killed has left half-written. The caller holds the lock."""
-    for path in Path(directory).glob(f"*{ASIDE}"):
-        path.unlink()
-
-
 class RunDir:
     """The directory of a training run: ckpt.pt (the latest), best.pt, older checkpoints and log.jsonl; and wandb's copy of
-    the log."""
+    the log. Other files in it are left alone."""
+
+    OLDER = re.compile(r"ckpt_(\d{7,})\.pt")
 
     def __init__(self, path):
         self.path, self.wandb_run = Path(path), None
-        self.last, self.best = self.path / "ckpt.pt", self.path / "best.pt"
+        self.last, self.best, self.log_path = (self.path / name for name in ("ckpt.pt", "best.pt", "log.jsonl"))
+
+    def older(self):
+        """The older checkpoints, in the order of their steps."""
+        found = {int(match[1]): path for path in self.path.iterdir() if (match := self.OLDER.fullmatch(path.name))}
+        return [found[step] for step in sorted(found)]
 
     def check(self, is_resume, overwrite):
-        """Raise UserError unless it holds what a resume needs, or nothing that a new run would destroy."""
+        """Raise UserError unless it holds what a resume needs, or nothing that a new run would destroy or be mixed with."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out_dir={self.path} is a file")
         if is_resume and not self.last.exists():
             raise UserError(f"nothing to resume: no {self.last}")
-        if not is_resume and self.last.exists() and not overwrite:
-            raise UserError(f"{self.path} holds a run already: --init_from=resume continues it, --overwrite=True starts "
-                            "over, another --out_dir keeps it")
+        there = [path for path in (*self.path.glob("ckpt*.pt"), self.best, self.log_path) if path.exists()]
+        if not is_resume and there and not overwrite:
+            raise UserError(f"{self.path} holds a run already ({there[0].name}): --init_from=resume continues it, "
+                            "--overwrite=True starts over, another --out_dir keeps it")
 
     def claim(self, is_resume, overwrite):
-        """Lock it for this process and clear it of half-written files, and for a new run, of the old one."""
+        """Lock it for this process and clear it of half-written files."""
         self.lock = lock(self.path)
         self.check(is_resume, overwrite)  # again: another run may have ended here since the first time
-        remove_leftovers(self.path)
-        if not is_resume:
-            for path in (*self.path.glob("ckpt*.pt"), *self.path.glob("best.pt")):
-                path.unlink()
+        for path in (self.last, self.best, self.log_path, *self.older()):
+            remove_leftovers(path, is_locked=True)
 
     def start_wandb(self, options, run_id):
         """Start a wandb run, or continue one, unless the option wandb_mode is "off".
@@ -176,13 +341,15 @@ class RunDir:
                             "--wandb_mode=offline needs no login, off none of it", status=1) from None
         options["wandb_run_id"] = self.wandb_run.id
 
-    def open_log(self, first_step):
-        """Open log.jsonl for appending, without the lines of steps after first_step, which will be done again."""
-        path = self.path / "log.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if first_step and path.exists() else []
-        with atomic_write(path, "w") as file:
-            file.writelines(line for line in lines if (step := step_of(line)) is not None and step <= first_step)
-        self.log_file = path.open("a", buffering=1)
+    def open_log(self, first_step, is_resume):
+        """Open log.jsonl for appending, once ckpt.pt is there: without the lines of what will be done again, which are steps
+        after first_step and the evaluation behind it. A new run removes what is left of an older one."""
+        lines = self.log_path.read_text(errors="replace").splitlines(keepends=True) if self.log_path.exists() else []
+        with atomic_write(self.log_path, "w") as file:
+            file.writelines(line for line in lines if is_resume and is_done(line, first_step))
+        for path in () if is_resume else (*self.older(), self.best):
+            path.unlink(missing_ok=True)
+        self.log_file = self.log_path.open("a", buffering=1, encoding="utf-8")
 
     def log(self, **entry):
         """Append a line to log.jsonl."""
@@ -190,18 +357,15 @@ class RunDir:
         if self.wandb_run:
             self.wandb_run.log(entry, step=entry["step"])
 
-    def before_save(self, last_step, keep):
-        """Flush the log, whose lines a resume does not write again, and keep the checkpoint that is about to be replaced.
-
-        Args:
-            last_step: of ckpt.pt, which stays as ckpt_{last_step}.pt.
-            keep: number of older checkpoints that stay.
-        """
+    def name_to_keep(self, last_step, keep):
+        """The second name of ckpt.pt, whose steps are last_step, when a new one replaces it; None unless it is kept. The
+        log is flushed: a resume from the new one does not write its lines again."""
         os.fsync(self.log_file.fileno())
-        older = self.path / f"ckpt_{last_step:07d}.pt"
-        if keep and self.last.exists() and not older.exists():
-            link_or_copy(self.last, older)
-        for path in sorted(self.path.glob("ckpt_*.pt"))[:-keep or None] if keep else ():
+        return self.path / f"ckpt_{last_step:07d}.pt" if keep else None
+
+    def remove_older(self, keep):
+        """Remove older checkpoints but the last `keep`; all stay where it is 0."""
+        for path in self.older()[:-keep] if keep else ():
             path.unlink()
 
     def close(self):
@@ -212,10 +376,12 @@ class RunDir:
         self.lock.release()
 
 
-def step_of(line):
-    """The step of a line of log.jsonl, or None: a killed run may leave half a line."""
+def is_done(line, first_step):
+    """Whether a line of log.jsonl is of a step up to first_step, and of no evaluation behind it, which a resume repeats; a
+    killed run may leave half a line."""
     try:
-        step = json.loads(line)["step"]
+        entry = json.loads(line)
+        step, is_evaluation = entry["step"], "val_loss" in entry
     except (ValueError, KeyError, TypeError):
-        return None
-    return step if line.endswith("\n") and isinstance(step, int) else None
+        return False
+    return line.endswith("\n") and isinstance(step, int) and step <= first_step - is_evaluation

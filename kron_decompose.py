@@ -19,6 +19,7 @@ import time
 from decimal import Decimal
 
 from configurator import UserError, check_range, run
+from files import check_is_file
 
 init_from = "gpt2"  # the model to decompose: a hub name, a Hugging Face directory or a checkpoint
 out: str | None = None  # file to write; default: checkpoints/VL_....pt
@@ -107,7 +108,7 @@ def main(dim_1=None, dim_2=None, n_factors=None):
 
     name = f"{dim_1}_{dim_2}_{n_factors.replace(',', '-')}" if dim_1 else budget
     path = out or f"checkpoints/{('calibrated' if calibrate else 'VL') if dim_1 else 'best'}_{name}.pt"
-    checkpoint.check_is_file(path)
+    check_is_file(path)
     if calibrate:
         source = dict(dataset=calibrate, n_tokens=calibration_tokens, config=dense.config, device=device,
                       tokenizer=rest["tokenizer"])

@@ -8,12 +8,13 @@ checkpoint's model before it is moved into place. Its tokenizer comes along as d
 """
 import json
 import os
+import re
 import shutil
-import tempfile
 from itertools import pairwise
 from pathlib import Path
 
 from configurator import UserError, run
+from files import atomic_directory
 
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 tolerance = 1e-3  # largest difference of a logit that counts as rounding
@@ -126,6 +127,27 @@ def default_name(path):
     return path.parent.name if path.stem in ("ckpt", "best") else path.stem
 
 
+def is_ours(name):
+    """Whether a file of this name in a model's directory is one that an export writes or makes obsolete."""
+    from tokenizer import TOKENIZER_FILES
+
+    is_weights = name.endswith((".safetensors", ".safetensors.index.json")) or name.startswith("pytorch_model")
+    return is_weights or name in ("config.json", "generation_config.json", *TOKENIZER_FILES)
+
+
+def save_weights(exported, directory):
+    """save_pretrained() of a transformers model, with the system's own error where the disk is full."""
+    from safetensors import SafetensorError
+
+    try:
+        exported.save_pretrained(directory)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from None
+
+
 def largest_difference(model, directory):
     """The largest absolute difference of a logit between a KronyGPT and the transformers model in a directory."""
     import torch
@@ -153,24 +175,19 @@ def main(ckpt, out_dir=None):
     logging.set_verbosity_error()
     model, rest = checkpoint.load(ckpt)
     ours = find_tokenizer(rest.get("tokenizer"), model.config.vocab_size)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as folder:
-        aside = Path(folder) / out_dir.name
+    with atomic_directory(out_dir, is_ours) as aside:
         exported = hugging_face.to_transformers(model)
         # generation ends at GPT-2's <|endoftext|>, but not at the line end that ends a document of bytes
         end = None if ours.name in (BytesTokenizer.name, UnknownTokenizer.name) else ours.end_of_text
         for config in exported.config, exported.generation_config:
             config.bos_token_id = config.eos_token_id = end
-        exported.save_pretrained(aside)
+        save_weights(exported, aside)
         if ours.name != UnknownTokenizer.name:
             write_tokenizer(aside, ours, model.config.block_size)
         difference = largest_difference(model, aside)
         if not difference < tolerance:
             raise UserError(f"the converted model differs from {ckpt} by {difference:.1e} in a logit, more than "
                             f"--tolerance={tolerance}; nothing was written", status=1)
-        out_dir.mkdir(exist_ok=True)
-        for file in aside.iterdir():  # other files in the directory stay
-            os.replace(file, out_dir / file.name)
     counts = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
     print(f"wrote {out_dir}/: {counts[0]:,} parameters, {counts[1]:,} with the Kronecker sums expanded; "
           f"logits differ by at most {difference:.1e}")

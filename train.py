@@ -13,8 +13,10 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
+import configurator
 from configurator import UserError, check_choice, check_range, option_types, run
 
 # the run
@@ -66,7 +68,10 @@ wandb_mode = "off"  # off, online or offline; the latter two are overridden by W
 wandb_project = "kronygpt"  # the project of the run
 wandb_run_name: str | None = None  # default: the name of out_dir
 
+SIZES = ("n_layer", "n_head", "n_embd", "dim_1", "dim_2", "factors")  # options that a loaded model decides
 RUN_BY_RUN = ("init_from", "overwrite")  # options that a resumed run need not share with the original
+DEFAULT_CONTEXT = 1024  # tokens
+FLOAT, HALF, INDEX = 4, 2, 8  # bytes of a float32, a float16 or bfloat16, and an int64
 OUT_OF_MEMORY = "lower --batch_size and raise --gradient_accumulation_steps by as much, or give --recompute=True"
 MOST_SKIPPED = 32  # steps in a row whose gradients may overflow in float16, each of which halves the scale
 
@@ -84,9 +89,9 @@ def learning_rate_at(step):
 
 def check_options(world_size):
     check_range(globals(), "max_iters eval_interval eval_iters log_interval batch_size gradient_accumulation_steps "
-                "block_size", at_least=1)
-    check_range(globals(), "seed learning_rate factor_lr_scale weight_decay grad_clip warmup_iters checkpoint_minutes keep",
-                at_least=0)
+                "block_size n_layer n_head n_embd dim_1 dim_2 lr_decay_iters", at_least=1)
+    check_range(globals(), "seed learning_rate min_lr factor_lr_scale weight_decay grad_clip warmup_iters "
+                "checkpoint_minutes keep", at_least=0)
     check_range(globals(), "beta1 beta2", at_least=0, below=1)
     check_range(globals(), "distill", at_least=0, at_most=1)
     check_range(globals(), "temperature", above=0)
@@ -96,29 +101,67 @@ def check_options(world_size):
                         f"{world_size} processes")
 
 
+def factors_of_layers(layers):
+    """The numbers that the option factors gives to so many layers."""
+    try:
+        numbers = [int(r) for r in factors.split(",")]
+    except ValueError:
+        raise UserError(f"--factors is a whole number or a comma list of them, not {factors}") from None
+    return numbers * layers if len(numbers) == 1 else numbers
+
+
+def shapes_from_scratch(vocab_size):
+    """The shapes of the MLPs that the options name, of a model that fits this machine's memory."""
+    import torch
+
+    from device import check_memory
+    from model import mlp_shapes
+
+    d1, d2 = dim_1 or n_embd, dim_2 or 4 * n_embd
+    matrices = 4 * n_layer * n_embd**2 + (vocab_size + (block_size or DEFAULT_CONTEXT)) * n_embd
+    check_memory(FLOAT * matrices, torch.device("cpu"), f"a model of {n_layer:,} blocks, {n_embd:,} wide")
+    numbers = factors_of_layers(n_layer)
+    mlps = 2 * sum(numbers) * (d1 * d2 + n_embd // d1 * (4 * n_embd // d2))
+    check_memory(FLOAT * (matrices + mlps), torch.device("cpu"), f"a model with {sum(numbers):,} factors of ({d1}, {d2})")
+    return mlp_shapes(d1, d2, numbers)
+
+
+def adopt_sizes(model):
+    """Set the options of the model's sizes to those of a model that was loaded; UserError where one that was given
+    contradicts it."""
+    config, c_fc = model.config, model.config.shapes["mlp.c_fc"]
+    dims = [{getattr(shape, side) for shape in c_fc} for side in ("dim_1", "dim_2")]
+    numbers = [shape.factors for shape in c_fc]
+    if "factors" in configurator.given and factors_of_layers(len(c_fc)) == numbers:
+        configurator.given.remove("factors")  # another way to say it
+    sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+                 **{side: dims.pop() if len(dims) == 1 else None for side, dims in zip(("dim_1", "dim_2"), dims)},
+                 factors=",".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1])))
+    for name, value in sizes.items():
+        if name in configurator.given and globals()[name] != value:
+            raise UserError(f"--{name}={globals()[name]} contradicts --init_from={init_from}: there it is {value}; omit it")
+    globals().update(sizes)
+
+
 def make_model(vocab_size):
     """The model that init_from names, the record of its tokenizer, and for a resume, what else its checkpoint holds."""
     import torch
 
     import checkpoint
     from data import data_tokenizer
-    from model import KronyGPT, KronyGPTConfig, mlp_shapes
+    from model import KronyGPT, KronyGPTConfig
 
     if init_from == "scratch":
         torch.manual_seed(seed)
-        try:
-            per_layer = [int(r) for r in factors.split(",")]
-        except ValueError:
-            raise UserError(f"--factors is a whole number or a comma list of them, not {factors}") from None
-        shapes = mlp_shapes(n_embd if dim_1 is None else dim_1, 4 * n_embd if dim_2 is None else dim_2,
-                            per_layer * n_layer if len(per_layer) == 1 else per_layer)
-        model = KronyGPT(KronyGPTConfig(block_size=block_size or 1024, vocab_size=vocab_size, n_layer=n_layer,
-                                        n_head=n_head, n_embd=n_embd, dropout=dropout, shapes=shapes))
+        model = KronyGPT(KronyGPTConfig(block_size=block_size or DEFAULT_CONTEXT, vocab_size=vocab_size, n_layer=n_layer,
+                                        n_head=n_head, n_embd=n_embd, dropout=dropout,
+                                        shapes=shapes_from_scratch(vocab_size)))
         rest = dict(tokenizer=data_tokenizer(dataset))
-    elif init_from == "resume":
-        model, rest = checkpoint.load_to_resume(Path(out_dir, "ckpt.pt"), dropout)
     else:
-        model, rest = checkpoint.load(init_from, dropout)
+        is_resume = init_from == "resume"
+        load, source = (checkpoint.load_to_resume, Path(out_dir, "ckpt.pt")) if is_resume else (checkpoint.load, init_from)
+        model, rest = load(source, dropout)
+        adopt_sizes(model)
     if (block_size or 1) > model.config.block_size:
         raise UserError(f"--block_size={block_size} is more than the model's context of {model.config.block_size}")
     model.config.recompute = recompute
@@ -159,7 +202,7 @@ def print_plan(model, n_tokens, tokens_per_step, speed, resumed_options):
     print(f"seed: {seed}; data: {dataset}, {n_tokens:,} tokens; a step takes {tokens_per_step:,}, the run "
           f"{tokens_per_step * max_iters / n_tokens:.2f} times the data; mfu is a share of {speed}")
     for name, value in resumed_options.items():
-        if name in option_types(globals()) and name not in RUN_BY_RUN and value != globals()[name]:
+        if name in option_types(globals()) and name not in RUN_BY_RUN and name not in SIZES and value != globals()[name]:
             print(f"resumed with --{name}={globals()[name]}, where it was {value}")
 
 
@@ -168,7 +211,7 @@ def main():
 
     import checkpoint
     from data import batch_starts, even_starts, load_meta, load_tokens, step_seed, windows
-    from device import Processes, Speed, autocast_to, default_dtype, gradient_scaler
+    from device import Processes, Speed, autocast_to, check_memory, default_dtype, gradient_scaler
     from files import RunDir
 
     # processes and the machine
@@ -185,13 +228,18 @@ def main():
     model, tokenizer, rest = make_model(load_meta(dataset)["vocab_size"])
     context, vocab_size = block_size or model.config.block_size, model.config.vocab_size
     tokens = {split: load_tokens(dataset, split, vocab_size, context, tokenizer) for split in ("train", "val")}
+    check_memory(HALF * batch_size * context * model.config.n_layer * model.config.n_embd, torch_device,
+                 f"a micro-step of {batch_size:,} sequences")
+    check_memory(INDEX * batch_size * max(eval_iters, gradient_accumulation_steps), torch.device("cpu"),
+                 "the batch of a step or an evaluation")
     model.to(torch_device)
     optimizer = model.configure_optimizers(learning_rate, weight_decay, (beta1, beta2), factor_lr_scale)
     if is_resume:
         checkpoint.load_optimizer_state(optimizer, rest["optimizer"], run_dir.last)
     scaler = gradient_scaler(torch_device, dtype_name, rest.get("scaler"))
     ddp_model = wrap(model, tokenizer, context, processes)
-    step, best_val_loss = rest.get("iter_num", 0), rest.get("best_val_loss", math.inf)
+    step = rest.get("iter_num", 0)
+    best_val_loss = rest.get("best_val_loss", math.inf) if run_dir.best.exists() else math.inf
     micro_steps = gradient_accumulation_steps // world_size
     tokens_per_step = batch_size * gradient_accumulation_steps * context
 
@@ -202,7 +250,6 @@ def main():
         run_dir.claim(is_resume, overwrite)
         speed = Speed(torch_device, dtype_name, world_size, step)
         print_plan(model, len(tokens["train"]), tokens_per_step, speed, rest.get("config", {}))
-        run_dir.open_log(step)
 
     def fail(what, bad_step):
         kept = f"{run_dir.last} is the last good checkpoint" if run_dir.last.exists() else "no checkpoint was written yet"
@@ -210,37 +257,46 @@ def main():
                         f"rank {rank}; {kept}: try a lower rate, --grad_clip or --dtype=float32", status=1)
 
     @torch.no_grad()
-    def evaluate(split):
-        """Mean loss over windows spread evenly over a split: the same ones every time, for any number of processes."""
+    def loss_at(split_tokens, starts):
         model.eval()
-        starts = even_starts(len(tokens[split]), context, eval_iters * batch_size)[rank::world_size]
-        total = torch.zeros((), device=torch_device)
-        for begin in range(0, len(starts), batch_size):
-            rows = starts[begin:begin + batch_size]
-            with autocast:
-                total += model(*windows(tokens[split], rows, context, vocab_size, torch_device)) * len(rows)
+        with autocast:
+            loss = model(*windows(split_tokens, starts, context, vocab_size, torch_device))
         model.train()
-        return processes.mean(total, len(starts))
+        return loss
 
-    def save(path, with_optimizer):
+    def evaluate(split):
+        """Mean loss over windows spread evenly over a split: the same ones every time, for any number of processes. None
+        where a signal stops it."""
+        starts = even_starts(len(tokens[split]), context, eval_iters * batch_size)
+        total = torch.zeros((), device=torch_device)
+        for begin in range(0, len(starts), world_size * batch_size):
+            rows = starts[begin:begin + world_size * batch_size][rank::world_size]
+            if len(rows):
+                total += loss_at(tokens[split], rows) * len(rows)
+            if processes.must_stop():
+                return None
+        return processes.mean(total, len(starts) / world_size)
+
+    def save(path, **states):
+        if processes.is_main:
+            checkpoint.save(path, model, iter_num=step, best_val_loss=best_val_loss, config=options, **states)
+
+    def save_last(keep_as=None):
+        nonlocal saved_step, saved_at
         if first_bad_step >= 0:
             fail("the loss or the gradient is", first_bad_step.item())
         if not all(p.isfinite().all() for p in model.parameters()):
             fail("the weights are", step - 1)
-        if processes.is_main:
-            states = dict(optimizer=optimizer, scaler=scaler) if with_optimizer else {}
-            checkpoint.save(path, model, iter_num=step, best_val_loss=best_val_loss, config=options, **states)
-
-    def save_last():
-        nonlocal saved_step, saved_at
-        if processes.is_main:
-            run_dir.before_save(saved_step, keep)
-        save(run_dir.last, with_optimizer=True)
+        if not loss_at(tokens["val"], [0]).isfinite():
+            fail("the validation loss is", step - 1)
+        save(run_dir.last, optimizer=optimizer, scaler=scaler, keep_as=keep_as)
         saved_step, saved_at = step, time.monotonic()
 
     def evaluate_and_save_best():
         nonlocal best_val_loss
         train_loss, val_loss = evaluate("train"), evaluate("val")
+        if train_loss is None or val_loss is None:
+            return
         if not math.isfinite(train_loss + val_loss):
             fail("the evaluation's loss is", step - 1)
         if processes.is_main:
@@ -248,19 +304,23 @@ def main():
             run_dir.log(step=step, train_loss=train_loss, val_loss=val_loss)
         if val_loss < best_val_loss:
             best_val_loss = val_loss
-            save(run_dir.best, with_optimizer=False)
+            save(run_dir.best)
         if processes.is_main:
             speed.restart(step)
 
-    # the loop: `step` counts the optimizer steps done
+    # the loop: `step` counts the optimizer steps done. A checkpoint is written before the evaluation of its step, which a
+    # resume repeats
     processes.catch_signals()
     first_bad_step = torch.full((), -1, device=torch_device)  # on the device: reading it would wait for the step
     skipped = torch.zeros((), device=torch_device)  # steps in a row whose gradients are not finite
     saved_step, saved_at = step, time.monotonic()
-    if step == 0:
+    if not is_resume:
         save_last()
+    if processes.is_main:
+        run_dir.open_log(step, is_resume)
+    if step % eval_interval == 0 or step >= max_iters:
         evaluate_and_save_best()
-    stopping = False
+    stopping = processes.must_stop()
     while step < max_iters and not stopping:
         rate = learning_rate_at(step)
         for group in optimizer.param_groups:
@@ -287,25 +347,32 @@ def main():
         step += 1
 
         stopping = processes.must_stop()
-        is_last = stopping or step == max_iters
-        if is_last or step % log_interval == 0 or step % eval_interval == 0:
+        is_evaluated = step % eval_interval == 0 or step == max_iters
+        is_logged = step % log_interval == 0 or is_evaluated
+        if is_logged or stopping:
             if first_bad_step >= 0:
                 fail("the loss or the gradient is", first_bad_step.item())
             loss = processes.mean(total, 1)
             if processes.is_main:
                 norm = grad_norm.item()
                 tokens_per_second, mfu, seconds = speed.read(step, tokens_per_step, model.flops_per_token())
-                left = time.strftime("%H:%M:%S", time.gmtime((max_iters - step) * seconds))
+                left = timedelta(seconds=round((max_iters - step) * seconds))
                 print(f"step {step:>6}/{max_iters} | loss {loss:.4f} | lr {rate:.2e} | norm {norm:.2f} | "
                       f"{tokens_per_second:,.0f} tokens/s | mfu {mfu:.0%} | {left} left")
-                run_dir.log(step=step, loss=loss, lr=rate, grad_norm=norm if norm < math.inf else None,  # JSON has no inf
-                            tokens_per_second=tokens_per_second, mfu=mfu)
-        if step % eval_interval == 0 or step == max_iters:
-            evaluate_and_save_best()
+                if is_logged:
+                    run_dir.log(step=step, loss=loss, lr=rate, grad_norm=norm if norm < math.inf else None,  # no inf in JSON
+                                tokens_per_second=tokens_per_second, mfu=mfu)
         is_due = checkpoint_minutes and processes.is_main and time.monotonic() - saved_at > 60 * checkpoint_minutes
-        if step % eval_interval == 0 or is_last or is_due:
-            save_last()
+        if is_evaluated or stopping or is_due:
+            save_last(run_dir.name_to_keep(saved_step, keep) if processes.is_main else None)
+            if processes.is_main:
+                run_dir.remove_older(keep)
+        if is_evaluated:
+            evaluate_and_save_best()
+            stopping = processes.must_stop()
 
+    if not stopping:
+        save_last()  # with the lowest validation loss of the whole run
     if processes.is_main:
         if stopping:
             print(f"stopped by {processes.stop_signal or 'another process'} after step {step}; --init_from=resume continues")

@@ -2,11 +2,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_here
 
+import configurator
 from configurator import UserError, check_choice, check_range, configure
 
 SCRIPT = '''
@@ -85,19 +87,97 @@ def test_the_last_of_options_and_config_files_wins(config):
         assert (namespace["batch_size"], namespace["name"], positionals) == (batch_size, name, [])
 
 
-def test_py_may_be_left_out_and_positionals_may_stand_anywhere(config):
-    config("small.py", "batch_size = 2")
-    namespace, positionals = configured("--name=a", "one", "./small", "two", "--fast=True")
+def test_positionals_may_stand_anywhere(config):
+    small = config("small.py", "batch_size = 2")
+    namespace, positionals = configured("--name=a", "one", small, "two", "--fast=True")
     assert positionals == ["one", "two"]
     assert (namespace["batch_size"], namespace["name"], namespace["fast"]) == (2, "a", True)
 
 
-def test_a_bare_word_is_a_config_file_only_without_positionals(config):
+def test_py_may_be_left_out_only_without_positionals(config):
+    small = config("small.py", "batch_size = 2").removesuffix(".py")
+    for name in small, "small":
+        assert configured(name)[1] == [name]
+        namespace = options()
+        assert configure(namespace, [name], takes_positionals=False) == []
+        assert namespace["batch_size"] == 2
+
+
+def test_the_name_of_a_model_runs_no_file_beside_it(workdir):
+    """models/foo is a model; models/foo.py is not asked for."""
+    Path("models").mkdir()
+    for name in ("foo.py", "text.py", "768.py"):
+        Path("models", name).write_text("from pathlib import Path\nPath('pwned').touch()\n")
+    for command in (["perplexity.py", "models/foo", "models/text"], ["sample.py", "models/foo"],
+                    ["kron_to_gpt.py", "models/foo", "models/text"], ["kron_to_gpt.py", "models/text", "models/foo"],
+                    ["kron_decompose.py", "models/768", "models/768", "models/768", "--init_from=models/foo"],
+                    ["prune.py", "--init_from=models/foo", "--teacher=models/foo"], ["bench.py", "models/foo"]):
+        said = run_here(*command)
+        assert said.returncode in (1, 2) and "Traceback" not in said.stderr
+        assert not Path("pwned").exists(), command
+    assert "models/foo" in run_here("perplexity.py", "models/foo", "models/text").stderr
+
+
+@pytest.mark.parametrize("content", [
+    b"\xef\xbb\xbfbatch_size = 2\nname = 'd\xc3\xa9j\xc3\xa0'\n",
+    b"# -*- coding: latin-1 -*-\nbatch_size = 2\nname = 'd\xe9j\xe0'\n",
+    b"batch_size = 2\r\nname = 'd\xc3\xa9j\xc3\xa0'\r\n",
+])
+def test_a_config_file_is_read_as_python_reads_it(content, workdir):
+    Path("small.py").write_bytes(content)
+    namespace, _ = configured("small.py")
+    assert (namespace["batch_size"], namespace["name"]) == (2, "déjà")
+
+
+@pytest.mark.parametrize("text", [
+    "name = ''", "budget = ''", "batch_size = 10**5000", "batch_size = " + "(" * 300 + "1" + ")" * 300,
+    "batch_size = " + "-" * 100_000 + "1", "learning_rate = 10**400", "batch_size = b'x'", "\0", "raise SystemExit",
+    "def f(): f()\nf()", "batch_size = [1] * 10**6", "import torch\nbatch_size = torch.ones(300)",
+])
+def test_a_config_file_that_cannot_be_meant_gets_one_short_line(text, workdir):
+    Path("small.py").write_text(text)
+    with pytest.raises(UserError) as caught:
+        configured("small.py")
+    assert "small.py" in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_a_config_file_that_is_a_pipe_does_not_hang(workdir):
+    os.mkfifo("small.py")
+    with pytest.raises(UserError, match=r"no config file small\.py"):
+        configured("small.py")
+
+
+@pytest.mark.parametrize("value", ["9" * 25, "9" * 5000, "-" + "9" * 25, "(" * 5000, "[" * 300 + "]" * 300, "1e", "\\d",
+                                   "'" * 3, "10**12", "inf", "0x", "True"])
+def test_a_whole_number_that_cannot_be_meant_gets_one_short_line(value, workdir):
+    with pytest.raises(UserError, match="--batch_size ") as caught:
+        configured(f"--batch_size={value}")
+    assert len(str(caught.value)) < 150
+
+
+def test_a_number_beyond_a_float_gets_one_line(workdir):
+    with pytest.raises(UserError, match="--learning_rate is a number with more digits"):
+        configured("--learning_rate=1" + "0" * 400)
+
+
+def test_an_empty_value_is_refused_unless_it_is_meant(workdir):
+    for name in ("name", "budget"):
+        with pytest.raises(UserError, match=f"--{name} is empty"):
+            configured(f"--{name}=")
+    with pytest.raises(UserError, match="an argument is empty"):
+        configured("one", "")
+    for changes in (dict(device=""), dict(device="cuda", MAY_BE_EMPTY=("device",))):
+        namespace = options(**changes)
+        configure(namespace, ["--device="])
+        assert namespace["device"] == ""
+
+
+def test_what_was_given_is_known(config):
     config("small.py", "batch_size = 2")
-    assert configured("small")[1] == ["small"]
-    namespace = options()
-    assert configure(namespace, ["small"], takes_positionals=False) == []
-    assert namespace["batch_size"] == 2
+    configured("./small.py", "--name=a")
+    assert configurator.given == {"batch_size", "name"}
+    configured()
+    assert not configurator.given
 
 
 def test_a_config_file_sees_the_options_so_far_and_may_compute(config):
@@ -122,7 +202,6 @@ def test_a_config_file_sees_the_options_so_far_and_may_compute(config):
     ("--fast", "fast", True),
     ("--name=12", "name", "12"),
     ("--name=a=b c", "name", "a=b c"),
-    ("--name=", "name", ""),
     ("--budget=82", "budget", "82"),
     ("--top_k=40", "top_k", 40),
 ])

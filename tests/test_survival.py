@@ -1,22 +1,28 @@
 """Runs that are killed, told to stop, or run out of disk; two that want one directory; readers beside a writer."""
+import errno
 import os
 import random
 import re
 import resource
+import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_here
-from test_train import RUN, load, losses_of, run_train, same, timeless, write_dataset
+from conftest import ROOT, StandIn, run_here
+from test_train import RUN, RUN_OF_A_CHECKPOINT, load, losses_of, run_train, same, timeless, write_dataset
 
 import checkpoint
+import files
 from configurator import UserError
-from files import atomic_write, lock, remove_leftovers
+from files import atomic_write, lock
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
 LONG_RUN = [*RUN, "--dropout=0.2", "--max_iters=400", "--eval_interval=5", "--eval_iters=1", "--keep=2"]
@@ -34,6 +40,11 @@ def start(*options, torchrun=False, **kwargs):
     command = [sys.executable, *(TORCHRUN if torchrun else ()), str(ROOT / "train.py"), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
                             start_new_session=True, **kwargs)
+
+
+def asides(name="*", folder="out"):
+    """The half-written files beside a file of this name."""
+    return list(Path(folder).glob(f".{name}.*.tmp"))
 
 
 def resume_or_start():
@@ -89,14 +100,14 @@ def test_a_run_killed_a_dozen_times_ends_as_the_one_that_was_not(tokens):
         with start(*LONG_RUN, "--max_iters=4000", "--lr_decay_iters=400", *resume_or_start()) as process:
             wait_for_step(process)
             if killed % 2:  # in the middle of a save
-                while not Path("out/ckpt.pt.tmp").exists():
+                while not asides("ckpt.pt"):
                     pass
             else:
                 time.sleep(moments.uniform(0, 0.3))
             kill(process)
         assert load("out/ckpt.pt")["iter_num"] < 400, "the run got too far to be compared"
         killed += 1
-        saving += Path("out/ckpt.pt.tmp").exists()
+        saving += bool(asides("ckpt.pt"))
     finish(*LONG_RUN, *resume_or_start())
     assert_same_runs("whole", "out")
     print(f"{killed} kills survived, {saving} of them in the middle of a save")
@@ -164,7 +175,7 @@ def test_a_save_that_fails_half_way_spares_the_checkpoint(tokens):
     assert process.returncode == 1 and "Traceback" not in said
     assert re.fullmatch(r"error: .*(best|ckpt)\.pt.*", said.splitlines()[-1])
     assert Path("out/ckpt.pt").read_bytes() == before
-    assert not list(Path("out").glob("*.tmp"))
+    assert not asides()
     run_train("--init_from=resume")
     assert list(losses_of("out")) == list(range(1, 21))
 
@@ -182,26 +193,112 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(fraction, workd
     assert [p.name for p in workdir.iterdir()] == ["file"] and Path("file").read_bytes() == b"old"
 
 
-def test_what_a_killed_save_left_is_removed_and_never_read(tokens):
+def test_what_a_killed_save_left_is_removed_and_never_read_and_other_files_stay(tokens):
     run_train("--max_iters=4", "--lr_decay_iters=20")
-    for name in ("ckpt.pt.tmp", "best.pt.tmp", "log.jsonl.tmp"):
-        Path("out", name).write_bytes(b"half")
+    for name in ("ckpt.pt", "best.pt", "log.jsonl"):
+        Path("out", f".{name}.0123456789ab.tmp").write_bytes(b"half")
+    mine = [Path("out", name) for name in ("notes.tmp", "ckpt.pt.tmp", ".ckpt.pt.mine.tmp", ".notes.0123456789ab.tmp")]
+    for path in mine:
+        path.write_text("mine")
     assert checkpoint.load("out")[1]["iter_num"] == 4
     run_train("--init_from=resume", "--max_iters=5")
-    assert not list(Path("out").glob("*.tmp"))
+    assert sorted(asides()) == sorted(mine[2:]) and all(path.read_text() == "mine" for path in mine)
+
+
+def test_files_of_others_in_a_data_set_stay(tokens):
+    Path("data/tiny/notes.tmp").write_text("mine")
+    Path("data/tiny/.train.bin.0123456789ab.tmp").write_text("half")
+    assert run_here("prepare_pydocs.py", "--out=tiny").returncode == 0
+    assert sorted(path.name for path in Path("data/tiny").iterdir()) == ["meta.json", "notes.tmp", "train.bin", "val.bin"]
+
+
+def contents(folder="out"):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def test_a_run_is_not_started_over_unless_told(tokens):
-    run_train("--max_iters=3")
-    before = {path: path.read_bytes() for path in Path("out").iterdir()}
-    said = run_here("train.py", *RUN, "--seed=5")
-    assert said.returncode == 2 and said.stderr.count("\n") == 1
-    assert "out holds a run already" in said.stderr and "--overwrite=True" in said.stderr
-    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+    run_train("--max_iters=3", "--eval_interval=1", "--keep=2")
+    before = contents()
+    for kept in (["ckpt.pt"], ["best.pt"], ["log.jsonl"], ["ckpt_0000001.pt"], list(before)):
+        shutil.rmtree("out")
+        Path("out").mkdir()
+        for name in kept:
+            Path("out", name).write_bytes(before[name])
+        said = run_here("train.py", *RUN, "--seed=5")
+        assert said.returncode == 2 and said.stderr.count("\n") == 1
+        assert "out holds a run already" in said.stderr and "--overwrite=True" in said.stderr
+        assert contents() == {name: before[name] for name in kept}
     run_train("--seed=5", "--max_iters=2", "--overwrite=True")
     assert load("out/ckpt.pt")["config"]["seed"] == 5
     assert list(losses_of("out")) == [1, 2]
-    run_train("--init_from=out/best.pt", "--max_iters=1", "--overwrite=True")  # from what it then removes
+    assert set(contents()) == {"ckpt.pt", "best.pt", "log.jsonl", ".lock"}
+    run_train("--init_from=out/best.pt", "--max_iters=1", "--overwrite=True")  # from what it then replaces
+
+
+def test_a_checkpoint_of_another_name_is_never_removed(tokens):
+    """The start of a run in its own directory, as people keep it: ckpt-mine.pt, ckpt_final.pt, ckpt_1.pt."""
+    run_train("--max_iters=2")
+    mine = ("ckpt-mine.pt", "ckpt_final.pt", "ckpt_1.pt", "ckpt_0000001.pt.bak", "best_of_all.pt", "model.pt")
+    for name in mine:
+        shutil.copy("out/ckpt.pt", f"out/{name}")
+    before = Path("out/ckpt.pt").read_bytes()
+    for name in ("ckpt.pt", "best.pt", "log.jsonl"):
+        Path("out", name).unlink()
+    said = run_here("train.py", *RUN_OF_A_CHECKPOINT, "--init_from=out/ckpt-mine.pt")
+    assert said.returncode == 2 and "out holds a run already" in said.stderr
+    run_train("--init_from=out/ckpt-mine.pt", "--overwrite=True", "--eval_interval=2", "--max_iters=10", "--keep=1")
+    assert all(Path("out", name).read_bytes() == before for name in mine)
+    assert [path.name for path in Path("out").glob("ckpt_0*.pt")] == ["ckpt_0000008.pt"]
+
+
+def test_a_start_over_that_cannot_save_spares_the_old_run(tokens):
+    finish(*RUN, "--max_iters=4", "--eval_interval=2", "--keep=2")
+    before = contents()
+    limit = len(before["ckpt.pt"]) // 6  # the first checkpoint has no moments yet
+    with start(*RUN, "--overwrite=True", "--seed=5", preexec_fn=lambda: limit_file_size(limit)) as process:
+        said = process.communicate(timeout=100)[0]
+    assert process.returncode == 1 and "ckpt.pt" in said.splitlines()[-1]
+    after = contents()
+    assert after.pop(".lock") and before.pop(".lock") and after == before
+
+
+def test_a_full_disk_is_called_full(tokens, gpt2_dir, monkeypatch):
+    """Where torch, safetensors and json write; the others report the system's error as it is."""
+    def full(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            full(None)
+
+    @contextmanager
+    def atomic_write_to_a_full_disk(path, *args, **kwargs):
+        with files.atomic_write(path, *args, **kwargs) as file:
+            yield Full(file)
+
+    monkeypatch.setattr(checkpoint, "atomic_write", atomic_write_to_a_full_disk)
+    said = run_here("kron_decompose.py", 32, 64, 1, f"--init_from={gpt2_dir}", "--out=made.pt")
+    assert (said.returncode, said.stderr) == (1, "error: the disk is full: made.pt\n")
+    said = run_here("train.py", *RUN)
+    assert said.returncode == 1 and said.stderr == "error: the disk is full: out/ckpt.pt\n"
+    assert not Path("made.pt").exists() and not asides()
+
+    import safetensors.torch
+    import transformers.modeling_utils
+
+    def save_file(tensors, path, **kwargs):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", save_file)
+    said = run_here("kron_to_gpt.py", gpt2_dir, "made")
+    assert said.returncode == 1 and said.stderr == "error: the disk is full: made\n"
+    assert not Path("made").exists() and not asides("made", ".")
 
 
 def test_a_resume_says_which_options_changed(tokens):
@@ -250,15 +347,89 @@ def test_a_lock_dies_with_its_process(workdir):
     lock("out").release()
 
 
-def test_a_killed_write_leaves_what_the_next_start_removes(workdir):
-    code = "import os; from files import atomic_write\n" \
-           "with atomic_write('out/file') as file: file.write(b'new'); file.flush(); os.kill(os.getpid(), 9)"
-    with atomic_write("out/file", "w") as file:
-        file.write("old")
-    subprocess.run([sys.executable, "-c", code], env=dict(ENVIRONMENT, PYTHONPATH=str(ROOT)))
-    assert Path("out/file.tmp").exists() and Path("out/file").read_text() == "old"
-    remove_leftovers("out")
-    assert [path.name for path in Path("out").iterdir()] == ["file"]
+@pytest.mark.parametrize("make", [
+    "with atomic_write('out/made', 'w') as file: file.write('new'); file.flush(); os.kill(os.getpid(), 9)",
+    "with atomic_directory('out/made', str) as path: (path / 'a').write_text('new'); os.kill(os.getpid(), 9)"])
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_that_of_a_live_one_stays(make, workdir):
+    def start_writer(code):
+        return subprocess.Popen([sys.executable, "-c", f"import os, time\nfrom files import *\n{code}"],
+                                env=dict(ENVIRONMENT, PYTHONPATH=str(ROOT)))
+
+    live = start_writer(make.replace("os.kill(os.getpid(), 9)", "time.sleep(100)"))
+    while not (there := asides("made")) or (there[0].is_dir() and not (there[0] / "a").exists()):
+        time.sleep(0.01)
+    start_writer(make).wait()
+    assert len(asides("made")) == 2 and not Path("out/made").exists()
+    with atomic_write("out/made", "w") as file:
+        file.write("newer")
+    assert asides("made") == there and Path("out/made").read_text() == "newer"
+    live.kill()
+    live.wait()
+    with atomic_write("out/made", "w") as file:
+        file.write("newest")
+    assert [path.name for path in Path("out").iterdir()] == ["made"] and Path("out/made").read_text() == "newest"
+
+
+def test_two_writers_of_one_file_do_not_mix(workdir):
+    code = "import sys\nfrom files import atomic_write\nfor _ in range(100):\n" \
+           "    with atomic_write('file', 'w') as file: [file.write(sys.argv[1] * 1000) for _ in range(100)]"
+    writers = [subprocess.Popen([sys.executable, "-c", code, letter], env=dict(ENVIRONMENT, PYTHONPATH=str(ROOT)))
+               for letter in "abc"]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        if Path("file").exists():
+            text = Path("file").read_text()
+            assert len(text) == 100_000 and len(set(text)) == 1
+            seen.add(text[0])
+    assert all(writer.returncode == 0 for writer in writers) and len(seen) > 1
+    assert [path.name for path in workdir.iterdir()] == ["file"]
+
+
+def test_a_link_where_a_half_written_file_will_be_is_not_followed(workdir, monkeypatch):
+    Path("victim").write_text("mine")
+    names = iter(("0" * 12, "1" * 12))
+    monkeypatch.setattr(files, "secrets", StandIn(files.secrets, token_hex=lambda n_bytes: next(names)))
+    Path(f".file.{'0' * 12}.tmp").symlink_to("victim")
+    with atomic_write("file", "w") as file:
+        file.write("new")
+    assert Path("victim").read_text() == "mine" and Path("file").read_text() == "new" and not Path("file").is_symlink()
+
+
+def test_a_link_is_written_through(workdir):
+    Path("elsewhere").mkdir()
+    Path("elsewhere/target").write_text("old")
+    Path("link").symlink_to("elsewhere/target")
+    Path("dangling").symlink_to("elsewhere/none")
+    for name in ("link", "dangling"):
+        with atomic_write(name, "w") as file:
+            file.write("new")
+        assert Path(name).is_symlink() and Path(name).read_text() == "new"
+    assert sorted(os.listdir("elsewhere")) == ["none", "target"]
+
+
+@pytest.mark.parametrize("target", ["/dev/null", "pipe", "folder", "link_to_null", "socket", "file/in/it"])
+def test_what_is_no_file_is_not_replaced(target, workdir):
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    Path("file").touch()
+    Path("link_to_null").symlink_to("/dev/null")
+    socket.socket(socket.AF_UNIX).bind("socket")
+    before = os.stat(target) if target != "file/in/it" else None
+    with pytest.raises(UserError, match=r"is a directory|is no regular file|is a file"), atomic_write(target) as file:
+        file.write(b"new")
+    assert before is None or os.stat(target)[:2] == before[:2]
+    assert not list(workdir.glob(".*"))
+
+
+@pytest.mark.parametrize("command", [
+    "kron_decompose.py 32 64 1 --init_from={} --out=pipe", "prune.py --init_from={} --out=pipe",
+    "perplexity.py {} text.txt --json_out=pipe", "kron_to_gpt.py {} pipe", "train.py --out_dir=pipe"])
+def test_scripts_refuse_a_pipe_before_they_work(command, gpt2_dir, workdir):
+    os.mkfifo("pipe")
+    Path("text.txt").write_text("some text " * 20)
+    said = run_here(*command.format(gpt2_dir).split())
+    assert said.returncode == 2 and said.stderr.count("\n") == 1 and "pipe" in said.stderr
+    assert stat.S_ISFIFO(os.stat("pipe").st_mode) and sorted(os.listdir()) == ["pipe", "text.txt"]
 
 
 @pytest.mark.slow

@@ -19,9 +19,11 @@ import checkpoint
 import train
 from data import batch_starts
 
-RUN = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=32", "--dim_1=16", "--dim_2=64", "--factors=2,3",
-       "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2", "--learning_rate=1e-2",
-       "--warmup_iters=3", "--max_iters=20", "--eval_interval=10", "--eval_iters=2", "--log_interval=1"]
+SIZES = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--dim_1=16", "--dim_2=64", "--factors=2,3"]
+RUN = ["--dataset=tiny", *SIZES, "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2",
+       "--learning_rate=1e-2", "--warmup_iters=3", "--max_iters=20", "--eval_interval=10", "--eval_iters=2",
+       "--log_interval=1"]
+RUN_OF_A_CHECKPOINT = [option for option in RUN if option not in SIZES]  # which has its own sizes
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +55,8 @@ def write_dataset(name, n_tokens, n_val=500, **meta):
 
 
 def run_train(*options):
-    said = run_here("train.py", *RUN, *options)
+    has_sizes = any(option.startswith("--init_from=") and option != "--init_from=resume" for option in options)
+    said = run_here("train.py", *(RUN_OF_A_CHECKPOINT if has_sizes else RUN), *options)
     assert said.returncode == 0, said.stderr
     return said
 
@@ -342,7 +345,7 @@ def test_wandb_keeps_an_offline_run(tokens, monkeypatch):
 
 def test_a_model_and_data_of_two_vocabularies_get_one_line(tokens, gpt2_dir):
     write_dataset("words", 5000, vocab_size=50257, tokenizer="gpt2")
-    said = run_here("train.py", *RUN, "--dataset=words", f"--init_from={gpt2_dir}")
+    said = run_here("train.py", *RUN_OF_A_CHECKPOINT, "--dataset=words", f"--init_from={gpt2_dir}")
     assert said.returncode == 2
     assert "gpt2 tokens with a vocabulary of 50257, and the model has a vocabulary of 256" in said.stderr
 
@@ -414,8 +417,8 @@ def test_attention_and_mlps_in_shapes_of_their_own_train_resume_and_generate(mix
 def test_attention_and_mlps_in_shapes_of_their_own_train_on_two_processes_and_compiled(mixed_start):
     run_train(*mixed_start, "--out_dir=one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    said = subprocess.run([*command, *RUN, *mixed_start, "--out_dir=two"], capture_output=True, text=True, timeout=100,
-                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+    said = subprocess.run([*command, *RUN_OF_A_CHECKPOINT, *mixed_start, "--out_dir=two"], capture_output=True, text=True,
+                          timeout=100, env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert said.returncode == 0, said.stderr
     one, two = losses_of("one"), losses_of("two")
     assert list(two.values()) == pytest.approx(list(one.values()), abs=1e-4) and len(one) == 12
