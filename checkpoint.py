@@ -34,6 +34,7 @@ GPT2_HEAD_DIM = 64  # n_embd / n_head in GPT-2 small, medium, large and xl
 GPT2_WIDTHS = (768, 1024, 1280, 1600)
 # what a file may hold beside a model
 DEFAULTS = dict(optimizer=None, scaler=None, iter_num=0, best_val_loss=float("inf"), config={}, tokenizer=None)
+PLAIN_TYPES = (bool, int, float, str, dict, type(None))  # of the options in a config, and of its tokenizer's record
 RESUME_TYPES = dict(optimizer=(dict,), iter_num=(int,), best_val_loss=(int, float), config=(dict,))
 WRAPPERS = {"module", "model", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 MATRIX = r"(transformer\.h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))"
@@ -238,6 +239,8 @@ def load_to_resume(path, dropout=0.0):
     wrong = [name for name, types in RESUME_TYPES.items() if type(rest[name]) not in types]
     if not wrong and (rest["iter_num"] < 0 or (rest["iter_num"] and not rest["optimizer"].get("state"))):
         wrong = ["iter_num"]
+    if not wrong and any(type(value) not in PLAIN_TYPES for item in rest["config"].items() for value in item):
+        wrong = ["config"]
     if wrong:
         raise UserError(f"{path} cannot be resumed: its {wrong[0]} is no {wrong[0]} of a run. Start from its weights, "
                         f"--init_from={path} with another --out_dir")

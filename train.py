@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import configurator
-from configurator import UserError, check_choice, check_range, option_types, run
+from configurator import UserError, check_choice, check_range, option_types, run, shortened
 
 # the run
 out_dir = "out"  # directory of the checkpoints and the log
@@ -106,7 +106,7 @@ def factors_of_layers(layers):
     try:
         numbers = [int(r) for r in factors.split(",")]
     except ValueError:
-        raise UserError(f"--factors is a whole number or a comma list of them, not {factors}") from None
+        raise UserError(f"--factors is a whole number or a comma list of them, not {shortened(factors)}") from None
     return numbers * layers if len(numbers) == 1 else numbers
 
 

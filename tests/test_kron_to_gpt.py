@@ -1,16 +1,20 @@
 """kron_to_gpt.py: what transformers and tiktoken make of the directory that it writes."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
+from conftest import ROOT, StandIn, run_here
 
 import checkpoint
+import files
 from kron_to_gpt import default_name, gpt2_vocabulary, write_tokenizer
 from tokenizer import BytesTokenizer, GPT2Tokenizer
 
@@ -158,6 +162,66 @@ def test_named_directory_is_written_and_replaced(small_model, workdir):
     assert run_here("kron_to_gpt.py", "a.pt", "some/where").returncode == 0
     assert contents("some/where").keys() == first.keys() and contents("some/where") != first
     assert os.listdir("some") == ["where"]
+
+
+def test_a_directory_is_replaced_as_a_whole_and_files_of_others_stay(small_model, workdir):
+    checkpoint.save("a.pt", small_model)
+    assert run_here("kron_to_gpt.py", "a.pt", "made").returncode == 0
+    for name in ("notes.md", "pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+                 "special_tokens_map.json", "sub/data.csv"):
+        Path("made", name).parent.mkdir(exist_ok=True)
+        Path("made", name).write_text("old")
+    Path("made/link").symlink_to("../a.pt")
+    whole = os.stat("made").st_ino
+    assert run_here("kron_to_gpt.py", "a.pt", "made").returncode == 0
+    assert os.stat("made").st_ino != whole and sorted(os.listdir()) == ["a.pt", "made"]
+    assert {str(path.relative_to("made")) for path in Path("made").rglob("*")} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "notes.md", "sub", "sub/data.csv", "link"}
+    assert Path("made/link").is_symlink() and Path("made/sub/data.csv").read_text() == "old"
+
+
+@pytest.mark.parametrize("has_exchange", [True, False])
+def test_at_no_moment_there_are_files_of_two_models(has_exchange, workdir, monkeypatch):
+    """A reader beside a writer of directories sees all files of one or of the other."""
+    if not has_exchange:
+        monkeypatch.setattr(files, "ctypes", StandIn(files.ctypes, CDLL=lambda name: object()))
+    stop, seen, mixed = threading.Event(), set(), []
+
+    def read():
+        while not stop.is_set():
+            texts = set()
+            with suppress(FileNotFoundError), ExitStack() as stack:  # between two renames, or when the old one is removed
+                folder = os.open("made", os.O_RDONLY)  # a directory that is replaced stays open
+                stack.callback(os.close, folder)
+                for name in os.listdir(folder):
+                    with open(os.open(name, os.O_RDONLY, dir_fd=folder)) as file:
+                        texts.add(file.read())
+            seen.update(texts)
+            if len(texts) > 1:
+                mixed.append(texts)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(40):
+        with files.atomic_directory("made", lambda name: True) as aside:
+            for name in "abc":
+                (aside / name).write_text(str(i))
+    stop.set()
+    reader.join()
+    assert not mixed and len(seen) > 1
+    assert os.listdir() == ["made"] and {Path("made", name).read_text() for name in "abc"} == {"39"}
+
+
+def test_sigterm_leaves_no_half_made_directory(small_model, workdir):
+    checkpoint.save("a.pt", small_model)
+    with subprocess.Popen([sys.executable, ROOT / "kron_to_gpt.py", "a.pt", "made"], stderr=subprocess.PIPE) as process:
+        while not (there := list(workdir.glob(".made.*"))):
+            assert process.poll() is None
+        process.terminate()
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM and b"Traceback" not in said
+    assert there and os.listdir() == ["a.pt"]
 
 
 @pytest.mark.parametrize("tolerance", ["0", "-1", "1e-30"])

@@ -3,9 +3,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 import checkpoint
+import device
 import train
 from data import batch_starts
 
@@ -217,6 +220,104 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(number, tokens):
     assert max(losses_of("out")) == done
     run_train("--init_from=resume", f"--max_iters={done + 2}")
     assert list(losses_of("out")) == list(range(1, done + 3))
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_a_signal_ends_an_evaluation_of_minutes(n_processes, tokens):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"] if n_processes > 1 else []
+    with subprocess.Popen([sys.executable, *launch, ROOT / "train.py", *RUN, "--eval_iters=1000000"], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                          env=dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")) as process:
+        while not Path("out/log.jsonl").exists():
+            assert process.poll() is None
+        time.sleep(0.3)
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.stdout.read()
+    assert time.monotonic() - began < 10 and "stopped by SIGINT after step 0" in said
+    run_train("--init_from=resume", "--max_iters=2")
+    assert [entry["step"] for entry in log_of("out") if "val_loss" in entry] == [0, 2]
+
+
+@pytest.mark.parametrize("patience", [6, 7, 8, 11, 16])
+def test_a_run_stopped_anywhere_ends_as_the_uninterrupted_one(patience, tokens, monkeypatch):
+    """Each start stops when it has looked for a signal so many times: after steps, and within evaluations."""
+    options = ["--max_iters=11", "--eval_interval=3", "--log_interval=2", "--lr_decay_iters=11", "--dropout=0.1", "--keep=9"]
+    run_train(*options, "--out_dir=whole")
+    n_starts, stopped = 0, True
+    while stopped:
+        looks = iter(range(patience))
+        monkeypatch.setattr(device.Processes, "must_stop", lambda self, looks=looks: next(looks, None) is None)
+        said = run_train(*options, *["--init_from=resume"] * bool(n_starts))
+        stopped, n_starts = "stopped by" in said.stdout, n_starts + 1
+        assert n_starts < 30
+    assert n_starts > 1 and timeless("out") == timeless("whole")
+    for name in ("ckpt.pt", "best.pt"):
+        one, other = load(f"out/{name}"), load(f"whole/{name}")
+        assert all(same(one[key], other[key]) for key in ("model", "optimizer", "iter_num", "best_val_loss"))
+
+
+def test_the_time_left_counts_days(tokens, monkeypatch):
+    monkeypatch.setattr(device.Speed, "read", lambda self, *args: (1.0, 0.5, 100_000.0))
+    lines = run_train("--max_iters=3").stdout.splitlines()
+    assert [line.split(" | ")[-1] for line in lines if " left" in line] == [
+        "2 days, 7:33:20 left", "1 day, 3:46:40 left", "0:00:00 left"]
+
+
+def test_a_loaded_model_decides_its_sizes(tokens, small_model):
+    small_model.config.dropout = 0.0
+    checkpoint.save("start.pt", small_model)  # 2 blocks of 64 in 1 head; (32, 64) with 1 and 2 factors
+    run_train("--init_from=start.pt", "--max_iters=1")
+    sizes = dict(n_layer=2, n_head=1, n_embd=64, dim_1=32, dim_2=64, factors="1,2")
+    assert load("out/ckpt.pt")["config"].items() >= sizes.items()
+    agreeing = [f"--{name}={value}" for name, value in sizes.items()]
+    said = run_here("train.py", *RUN_OF_A_CHECKPOINT, *agreeing, "--init_from=resume", "--max_iters=2")
+    assert said.returncode == 0 and said.stdout.count("resumed with") == 1, said
+    before = Path("out/ckpt.pt").read_bytes()
+    for start in "resume", "start.pt":
+        for wrong in ("--n_layer=12", "--n_head=2", "--n_embd=32", "--dim_1=16", "--dim_2=32", "--factors=1",
+                      "--factors=2,1"):
+            said = run_here("train.py", *RUN_OF_A_CHECKPOINT, f"--init_from={start}", "--overwrite=True", wrong)
+            assert (said.returncode, said.stderr) == (2, f"error: {wrong} contradicts --init_from={start}: there it is "
+                                                         f"{sizes[wrong[2:].partition('=')[0]]}; omit it\n")
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+def test_a_resume_without_best_pt_finds_a_new_one(tokens):
+    """As after a copy of ckpt.pt alone: what is said to be in best.pt is there."""
+    run_train("--max_iters=10", "--lr_decay_iters=20", "--out_dir=first")
+    Path("out").mkdir()
+    shutil.copy("first/ckpt.pt", "out/ckpt.pt")
+    said = run_train("--init_from=resume", "--learning_rate=0.1", "--max_iters=11")  # which makes it worse
+    best = load("out/best.pt")["best_val_loss"]
+    assert said.stdout.splitlines()[-1] == f"done: best validation loss {best:.4f}, in out/best.pt"
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--batch_size=1000000000000", "takes"), ("--gradient_accumulation_steps=1000000000000", "takes"),
+    ("--eval_iters=1000000000000", "takes"), ("--n_embd=1000000000", "takes"), ("--n_layer=1000000000000", "takes"),
+    ("--block_size=1000000000000", "takes"), ("--factors=1000000000000", "takes"), ("--n_layer=10000000", "takes"),
+    ("--seed=-1", "--seed is at least 0"), ("--seed=" + "9" * 25, "--seed is a number with more digits"),
+    ("--min_lr=-5", "--min_lr is at least 0"), ("--lr_decay_iters=-5", "--lr_decay_iters is at least 1"),
+    ("--learning_rate=1" + "0" * 400, "--learning_rate is a number with more digits"),
+    ("--device=meta", "no device 'meta'"), ("--n_layer=0", "--n_layer is at least 1"),
+    ("--n_head=-1", "--n_head is at least 1"), ("--dim_1=0", "--dim_1 is at least"), ("--dropout=nan", "dropout"),
+    ("--teacher=", "--teacher is empty"), ("--init_from=", "--init_from is empty"), ("--out_dir=", "--out_dir is empty"),
+    ("--dataset=", "--dataset is empty"), ("--factors=,", "--factors is a whole number"), ("--factors=-1", "at least 1"),
+    ("--factors=" + "9" * 5000, "--factors is a whole number")])
+def test_sizes_beyond_the_machine_and_senseless_numbers_get_one_line(options, words, tokens):
+    said = run_here("train.py", *RUN, options)
+    assert said.returncode in (1, 2) and words in said.stderr and said.stderr.count("\n") == 1, said.stderr
+    assert len(said.stderr) < 200 and not Path("out").exists()
+
+
+def test_a_config_with_a_tensor_is_none_of_a_run(tokens):
+    run_train("--max_iters=1")
+    content = load("out/ckpt.pt")
+    for config in (dict(seed=torch.ones(3)), {torch.ones(1): 1}, dict(tokenizer=torch.ones(2)), dict(seed=[1])):
+        torch.save(dict(content, config=config), "out/ckpt.pt")
+        said = run_here("train.py", *RUN, "--init_from=resume")
+        assert said.returncode == 2 and "its config is no config of a run" in said.stderr and said.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("interval", [
