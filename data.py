@@ -128,12 +128,14 @@ def load_meta(name):
     if not path.exists():
         return dict(vocab_size=GPT2_VOCAB_SIZE, tokenizer=GPT2Tokenizer.name, tokens={})
     try:
+        if not path.is_file():
+            raise ValueError("no regular file")
         meta = dict(tokens={}) | json.loads(path.read_bytes())
         texts = meta["tokenizer"], meta.get("tokenizer_path", "")
         if not (isinstance(meta["vocab_size"], int) and all(isinstance(text, str) for text in texts)
                 and isinstance(meta["tokens"], dict) and all(isinstance(n, int) for n in meta["tokens"].values())):
             raise TypeError("vocab_size and the numbers of tokens are whole numbers and tokenizer a string")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data set again") from None
     return meta
 
@@ -157,6 +159,8 @@ def data_tokenizer(name):
 
 def check_format(path):
     """Raise UserError where a .bin shows another format than plain uint16 tokens."""
+    if not path.is_file():
+        raise UserError(f"{path} is no file of plain uint16 tokens: it is no regular file")
     with open(path, "rb") as file:
         head = file.read(FORMAT_BYTES)
     n_bytes = path.stat().st_size

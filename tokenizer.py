@@ -196,7 +196,7 @@ def read_json(path, default=None):
 
 
 def has_tokenizer(directory):
-    return (directory / "tokenizer.json").exists() or all((directory / name).exists() for name in READABLE[1:3])
+    return (directory / "tokenizer.json").is_file() or all((directory / name).is_file() for name in READABLE[1:3])
 
 
 def read_vocabulary(directory):
@@ -207,7 +207,7 @@ def read_vocabulary(directory):
     """
     path = directory / "tokenizer.json"
     try:
-        if path.exists():
+        if path.is_file():
             content = read_json(path)
             vocabulary = content["model"]["vocab"]
             if isinstance(vocabulary, list):  # Unigram: [[token, score], ...]
@@ -230,7 +230,7 @@ def build(directory, vocabulary):
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     try:
-        if (directory / "tokenizer.json").exists():
+        if (directory / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         else:
             tokenizer = Tokenizer(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))

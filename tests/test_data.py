@@ -1,6 +1,8 @@
 """Batches, .bin files, tokenizers, and the scripts that make data sets."""
 import io
 import json
+import os
+import re
 
 import numpy as np
 import pytest
@@ -326,3 +328,19 @@ def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(prepare_o
         assert result.returncode == 2
         assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
         assert contents(workdir / "data" / "mine") == before
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train.bin", "val.bin"])
+def test_a_pipe_in_a_data_set_does_not_hang(name, workdir):
+    directory = write_dataset("mine", range(100), range(100))
+    (directory / name).unlink()
+    os.mkfifo(directory / name)
+    with pytest.raises(UserError, match=f"{re.escape(name)} .*no regular file"):
+        for split in "train", "val":
+            load_tokens("mine", split, 256)
+
+
+def test_a_meta_json_of_nested_brackets_gets_one_line(workdir):
+    write_dataset("mine", range(100), meta="[" * 100_000)
+    with pytest.raises(UserError, match=r"meta\.json is damaged"):
+        load_meta("mine")

@@ -1,6 +1,7 @@
 """The tokenizer beside a model, from its directory to the text that is scored, sampled, prepared and exported."""
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -350,3 +351,14 @@ def test_a_model_without_a_tokenizer_prints_numbers_and_takes_no_text(workdir):
     assert said.returncode == 2 and "no tokenizer has the model's vocabulary of 65" in said.stderr
     assert "--tokenizer=DIRECTORY" in said.stderr and said.stderr.count("\n") == 1
     assert isinstance(open_tokenizer(dict(name="unknown", path=None), 256), UnknownTokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
+def test_a_pipe_beside_a_model_does_not_hang(name, workdir):
+    Path("mine").mkdir()
+    for file, text in (("vocab.json", "{}"), ("merges.txt", "")):
+        Path("mine", file).write_text(text)
+    Path("mine", name).unlink(missing_ok=True)
+    os.mkfifo(Path("mine", name))
+    with pytest.raises(UserError, match=r"no tokenizer|in a form that is not read here"):
+        open_tokenizer(None, 300, "mine")
