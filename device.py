@@ -1,6 +1,7 @@
 """Torch devices and dtypes, the processes of a run, and how fast a device is."""
 import ctypes
 import functools
+import math
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, check_choice
+from configurator import UserError, check_choice, is_out_of_memory
 
 LONG_ENOUGH = 0.02  # seconds of a matrix product that tell how fast a device is
 LARGEST_PRODUCT = {"cuda": 8192, "cpu": 2048}  # order of the matrices that measure it, at most
@@ -36,8 +37,10 @@ def pick_device(name=""):
     """
     try:
         device = torch.device(name or default_device())
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.ones(1, device=device).item()  # a device such as meta holds no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"there is no device {name!r} here") from None
     return device
 
@@ -136,6 +139,21 @@ def data_sheet(gpu_name, dtype):
         if own <= words and not (words - own) & VARIANTS:
             return name, 1e12 * (single if dtype == "float32" else half)
     return None
+
+
+def memory_of(device):
+    """Bytes of memory of a torch.device; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+
+
+def check_memory(n_bytes, device, what):
+    """Raise UserError where something would take more memory than a device has: where allocation does not fail, the system
+    kills the process."""
+    if n_bytes > (there := memory_of(device)):
+        raise UserError(f"{what} takes {n_bytes / 2**30:,.0f} GiB or more, and {device} has {there / 2**30:,.0f} GiB",
+                        status=1)
 
 
 def peak_memory(function, device):

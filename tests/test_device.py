@@ -18,16 +18,31 @@ def test_a_named_device_is_that_device():
 @pytest.mark.parametrize("has_cuda, default", [(False, "cpu"), (True, "cuda")])
 def test_the_default_is_cuda_where_available_else_the_cpu(has_cuda, default, monkeypatch):
     asked = []
+
+    def ones(size, device):
+        asked.append(device)
+        return torch.zeros(size)
+
     cuda = StandIn(torch.cuda, is_available=lambda: has_cuda)
-    monkeypatch.setattr(device, "torch", StandIn(torch, cuda=cuda, empty=lambda size, device: asked.append(device)))
+    monkeypatch.setattr(device, "torch", StandIn(torch, cuda=cuda, ones=ones))
     assert device.pick_device() == torch.device(default) and asked == [torch.device(default)]
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "cuda:99", "cuda:-2", "hip", "xpu:99"])
+@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "cuda:99", "cuda:-2", "hip", "xpu:99", "meta", "meta:0", "hpu", "vulkan",
+                                  "privateuseone", "cpu:99999999999999999999"])
 def test_a_device_that_is_not_here_is_refused(name):
     with pytest.raises(UserError, match=re.escape(f"there is no device '{name}' here")) as caught:
         device.pick_device(name)
     assert caught.value.status == 2
+
+
+def test_a_device_whose_memory_is_full_is_not_called_absent(monkeypatch):
+    def ones(size, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(device, "torch", StandIn(torch, ones=ones))
+    with pytest.raises(torch.OutOfMemoryError):
+        device.pick_device("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
