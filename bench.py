@@ -27,7 +27,7 @@ from itertools import cycle, product
 from pathlib import Path
 
 from configurator import UserError, check_choice, check_range, run
-from files import atomic_write
+from files import atomic_write, check_is_file
 
 n_layer = 12  # blocks
 n_head = 12  # attention heads
@@ -50,6 +50,8 @@ HOPELESS = 4  # an order of contraction with this many times the multiply-adds o
 NOTABLE = 1.15  # a chosen order that takes this many times the best is marked
 FEW_TOKENS = 1024  # with fewer, a layer is fast and timed more often: these numbers times `repeats`
 REPEATS_OF_FEW, REPEATS_OF_MANY = 20, 2
+FLOAT = 4  # bytes
+OUTPUTS = ("table.md", "results.json", "ratios.png")
 NANOGPT_SHARDS = 1024  # pieces in which nanoGPT's script writes a .bin
 
 # A torch.nn.Module with its calls loss(idx, targets) and generate(idx, max_new_tokens=n), for idx and targets (B, T)
@@ -58,7 +60,7 @@ Candidate = namedtuple("Candidate", "model loss generate flops_per_token")
 
 def parse_numbers(text, n):
     """Parse an option such as "768,768,1 256,64,10" into tuples of n whole numbers from 1; UserError if it is not that."""
-    pattern = ",".join([r"[1-9]\d*"] * n)
+    pattern = ",".join(["[1-9][0-9]{0,8}"] * n)
     if not text.strip() or not all(re.fullmatch(pattern, group) for group in text.split()):
         raise UserError(f"expected {'shapes such as 768,768,1 256,64,10' if n > 1 else 'numbers such as 1 64'}, not {text}")
     return [tuple(map(int, group.split(","))) for group in text.split()]
@@ -193,11 +195,16 @@ def measure(candidates, device):
 
 def bench_models():
     """Measure the models of each shape against the dense one."""
-    from device import Speed, pick_device
+    from device import Speed, check_memory, pick_device
 
     check_range(globals(), "new_tokens", below=min(*CONTEXTS, block_size))
+    for name in OUTPUTS:
+        check_is_file(Path(out_dir, name))
     measured_shapes, torch_device = parse_numbers(shapes, 3), pick_device(device)
     check_shapes(measured_shapes)
+    parameters = 12 * n_layer * n_embd**2 + (vocab_size + block_size) * n_embd
+    activations = max(batch_size, memory_batch_size) * block_size * n_layer * n_embd
+    check_memory(FLOAT * (parameters + activations), torch_device, "a training step of these sizes")
     speed, results = Speed(torch_device, dtype), {}
     print(f"mfu is a share of {speed}: {torch_device}, {dtype}")
     for shape in measured_shapes:
@@ -215,7 +222,7 @@ def bench_models():
         ratios, mfu = result["faster_than_dense"], result["mfu"]
         cells = [f"{ratios[column]:.2f} ×" if column in ratios else "" for column in columns]
         lines.append(f"| {' | '.join([name, *cells, f'{mfu:.0%}' if mfu else ''])} |")
-    for path, content in (("table.md", "\n".join(lines)), ("results.json", json.dumps(results, indent=2))):
+    for path, content in (("table.md", "\n".join(lines)), ("results.json", json.dumps(results, indent=2, allow_nan=False))):
         with atomic_write(Path(out_dir, path), "w") as file:
             file.write(content + "\n")
     print("\ntimes and sizes of the dense model over those of each (above 1: faster, smaller)", *lines, sep="\n")
@@ -238,7 +245,8 @@ def draw(ratios, columns):
     axes.invert_yaxis()
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside upper center", ncols=3, fontsize="small")
-    figure.savefig(Path(out_dir, "ratios.png"), dpi=120)
+    with atomic_write(Path(out_dir, "ratios.png")) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
 
@@ -271,13 +279,15 @@ def time_orders(A_shape, B_shape, tokens, device):
 
 def bench_layer():
     """Compare the order of contraction that is chosen with the fastest, for matrices of MLPs and numbers of tokens."""
-    from device import pick_device
+    from device import check_memory, pick_device
     from kron import contraction_order
     from model import KronyGPTConfig, mlp_shapes
 
     torch_device = pick_device(device)
     measured_shapes, numbers = parse_numbers(f"{shapes} {layer_shapes}", 3), parse_numbers(layer_tokens, 1)
     check_shapes(measured_shapes)
+    largest = max(numbers)[0]
+    check_memory(FLOAT * largest * 5 * n_embd, torch_device, f"a layer of {largest:,} tokens")  # x and y
     choices = {"forward": [], "backward": []}  # of (time over the best, shape, matrix, tokens)
     print(f"{'shape':>14} {'matrix':>6} {'tokens':>6} {'':>8} {'A first':>9} {'B first':>9} {'W':>9}  chosen, over the best")
     for shape, matrix, (tokens,) in product(measured_shapes, ("c_fc", "c_proj"), numbers):
@@ -300,7 +310,8 @@ def bench_tokenize(path):
     """Compare prepare_owt.py with nanoGPT's script on the documents of a .jsonl, from loaded documents to train.bin."""
     import numpy as np
     import tiktoken
-    from datasets import load_dataset
+
+    from prepare_owt import local_documents
 
     if not (os.path.isfile(path) and os.path.getsize(path)):
         raise UserError(f"no documents in {path}: give a .jsonl file with a `text` in each line")
@@ -315,12 +326,11 @@ def bench_tokenize(path):
         ids = [*encoding.encode_ordinary(example["text"]), encoding.eot_token]
         return {"ids": ids, "len": len(ids)}
 
-    documents = load_dataset("json", data_files=path, split="train")
-    documents = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["train"]
-    start = time.perf_counter()
-    tokenized = documents.map(process, remove_columns=["text"], num_proc=os.cpu_count(), load_from_cache_file=False)
-    map_seconds = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder:
+    with local_documents([path]) as (documents, _), tempfile.TemporaryDirectory() as folder:
+        documents = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["train"]
+        start = time.perf_counter()
+        tokenized = documents.map(process, remove_columns=["text"], num_proc=os.cpu_count(), load_from_cache_file=False)
+        map_seconds = time.perf_counter() - start
         array = np.memmap(Path(folder, "train.bin"), dtype=np.uint16, mode="w+", shape=(sum(tokenized["len"]),))
         end = 0
         for shard in range(shards := min(NANOGPT_SHARDS, len(tokenized))):
@@ -338,12 +348,12 @@ def bench_tokenize(path):
 
 def bench_score(path, dense, ckpt):
     """Compare tokens/s of perplexity.py, for a dense and a compressed model, with a plain loop over transformers' GPT-2."""
-    import tiktoken
     import torch
 
     import checkpoint
     import hugging_face
     from device import autocast_to, pick_device
+    from perplexity import load_text_tokens
 
     torch_device = pick_device(device)
 
@@ -354,8 +364,10 @@ def bench_score(path, dense, ckpt):
             return json.loads(result.read_text())[path]["tokens_per_second"]
 
     script(dense), script(ckpt)  # a warm-up, which also reads the text and the models, and says what is wrong with them
-    tokens = torch.tensor(tiktoken.get_encoding("gpt2").encode_ordinary(Path(path).read_text(encoding="utf-8")))
-    model = hugging_face.to_transformers(checkpoint.load(dense)[0]).to(torch_device)
+    model, rest = checkpoint.load(dense)
+    tokens, _ = load_text_tokens(path, model.config.vocab_size, rest["tokenizer"])
+    tokens = torch.tensor(tokens.astype("int64"))
+    model = hugging_face.to_transformers(model).to(torch_device)
 
     def loop():
         start = time.perf_counter()
@@ -379,7 +391,7 @@ def main(command="models", path=None, dense=None, ckpt=None):
     if (command, len(arguments)) not in commands:
         raise UserError("bench.py takes models, layer, tokenize DOCUMENTS.jsonl, or score TEXT DENSE_MODEL MODEL")
     check_range(globals(), "n_layer n_head n_embd vocab_size block_size batch_size memory_batch_size repeats new_tokens",
-                at_least=1)
+                at_least=1, at_most=10**9)
     check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
     commands[command, len(arguments)](*arguments)
 

@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 from configurator import UserError, check_range, run
-from files import atomic_write
+from files import atomic_write, check_is_file
 
 base = "out/demo/base/best.pt"  # the dense model: a checkpoint, a Hugging Face directory or a hub name
 starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # one start for each line: name, script and arguments
@@ -42,6 +42,7 @@ out_dir = "out/demo"  # directory of the results
 
 SAME_SIZE = 1.1  # starts whose MLPs differ by less than this factor share a panel of loss.png
 RESULT_FORMAT = 2  # of the kept results; those of another format are computed again
+OUTPUTS = ("table.md", "results.json", "pareto.png", "loss.png")
 MARKERS = "osD^vPX*hd"  # in another order for each ten colors
 LOSS_TICKS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)  # nats per token
 
@@ -79,15 +80,15 @@ def folder_name(name):
     return re.sub(r"\W+", "_", name).strip("_")
 
 
-def parse_numbers(name, kind, lowest):
+def parse_numbers(name, kind, above, below):
     """The numbers of an option that is a comma list, each once."""
     try:
         numbers = list(dict.fromkeys(kind(number) for number in globals()[name].split(",")))
-        if min(numbers) <= lowest:
+        if not all(above < number < below for number in numbers):
             raise ValueError
     except ValueError:
-        raise UserError(f"--{name} is a comma list of {'whole ' * (kind is int)}numbers above {lowest}, not "
-                        f"{globals()[name]}") from None
+        raise UserError(f"--{name} is a comma list of {'whole ' * (kind is int)}numbers above {above} and below {below}, "
+                        f"not {globals()[name]}") from None
     return numbers
 
 
@@ -101,7 +102,7 @@ def keep_result(path, key, compute, *args):
         pass  # no result yet, or a damaged one
     result = compute(*args)
     with atomic_write(path, "w") as file:
-        json.dump(dict(key=key, result=result), file, indent=2)
+        json.dump(dict(key=key, result=result), file, indent=2, allow_nan=False)
     return result
 
 
@@ -162,8 +163,10 @@ def train_start(folder, start, options, seed, is_exported):
         call("kron_to_gpt.py", str(folder / "best.pt"), str(source))
     after = score(source, folder / "after.json")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return dict(after=after["loss"], seconds=seconds,
-                curve=[(entry["step"], entry["val_loss"]) for entry in log if "val_loss" in entry])
+    curve = [(entry["step"], entry["val_loss"]) for entry in log if "val_loss" in entry]
+    if not all(math.isfinite(loss) for _, loss in curve):
+        raise UserError(f"a validation loss in {folder}/log.jsonl is not finite: use a lower learning rate", status=1)
+    return dict(after=after["loss"], seconds=seconds, curve=curve)
 
 
 def mean_loss(row):
@@ -177,10 +180,10 @@ def gap_recovered(rows, row):
     dense = rows[0]
     rival = next(other for other in rows[1:] if other["shapes"] == row["shapes"])
     trained = next((other for other in rows[1:] if other["shapes"] == dense["shapes"]), None)
-    if rival is row or rival is trained:
+    if rival is row or rival is trained or rival["before"] == dense["before"]:
         return ""
     before = (rival["before"] - row["before"]) / (rival["before"] - dense["before"])
-    if trained is None:
+    if trained is None or mean_loss(rival) == mean_loss(trained):
         return f"{before:.0%}"
     after = (mean_loss(rival) - mean_loss(row)) / (mean_loss(rival) - mean_loss(trained))
     return f"{before:.0%} → {after:.0%}"
@@ -222,6 +225,14 @@ def use_log_scale(axes):
     axes.set_yticks([], minor=True)
 
 
+def save(figure, name):
+    from matplotlib import pyplot as plt
+
+    with atomic_write(Path(out_dir, name)) as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
 def draw_pareto(rows, styles):
     """pareto.png: loss against parameters, before and after training."""
     from matplotlib import pyplot as plt
@@ -241,8 +252,7 @@ def draw_pareto(rows, styles):
                        **styles[row["name"]])
     use_log_scale(left)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(Path(out_dir, "pareto.png"), dpi=120)
-    plt.close(figure)
+    save(figure, "pareto.png")
 
 
 def group_by_size(rows):
@@ -277,15 +287,14 @@ def draw_curves(rows, styles):
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     use_log_scale(panels[0][0])
     panels[0][0].set_ylabel("validation loss (nats per token)")
-    figure.savefig(Path(out_dir, "loss.png"), dpi=120)
-    plt.close(figure)
+    save(figure, "loss.png")
 
 
 def write_results(rows):
     """Write results.json, table.md and the two pictures."""
     import matplotlib
 
-    for name, text in (("results.json", json.dumps(rows, indent=2) + "\n"), ("table.md", table(rows))):
+    for name, text in (("results.json", json.dumps(rows, indent=2, allow_nan=False) + "\n"), ("table.md", table(rows))):
         with atomic_write(Path(out_dir, name), "w") as file:
             file.write(text)
     matplotlib.use("Agg")
@@ -296,10 +305,17 @@ def write_results(rows):
 
 
 def main():
-    check_range(globals(), "steps", at_least=1)
-    todo, numbers = parse_starts(), parse_numbers("seeds", int, -1)
-    rates = parse_numbers("learning_rates", float, 0) if learning_rates else [None]  # None: that of train_config
+    from data import find_dataset
+
+    check_range(globals(), "steps", at_least=1, at_most=10**9)
+    todo, numbers = parse_starts(), parse_numbers("seeds", int, -1, 2**63)
+    rates = parse_numbers("learning_rates", float, 0, math.inf) if learning_rates else [None]  # None: that of train_config
     folder = Path(out_dir)
+    for name in OUTPUTS:
+        check_is_file(folder / name)
+    if not Path(train_config).is_file():
+        raise UserError(f"no config file --train_config={train_config}")
+    find_dataset(dataset)
     settings = dict(format=RESULT_FORMAT, base=[base, modification_time(base)],
                     dataset=[dataset, modification_time(Path("data", dataset))])
     training_settings = dict(settings, config=Path(train_config).read_text(), steps=steps)

@@ -13,11 +13,13 @@ divides the same loss by the text's bytes. A text is tokenized with the model's 
 """
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
 
 from configurator import UserError, check_range, run
+from files import atomic_write, check_is_file
 from texts import ROWS, read_rows
 
 stride: int | None = None  # tokens between the starts of two windows; default: the model's context
@@ -31,6 +33,7 @@ json_out: str | None = None  # file for the results as JSON
 
 PUBLISHED = ("wiki103", "wiki2", "lambada")
 OWT_BATCHES = 200
+LARGEST_LOSS = math.log(sys.float_info.max)  # nats per token whose exp is a number
 
 
 def is_text(name):
@@ -46,6 +49,8 @@ def is_text(name):
 
 def load_rows(name):
     """The texts of a data set, None for a row without one: wiki103, wiki2, lambada, or the path of a file."""
+    from hugging_face import hub_dataset
+
     path, config = {"wiki103": (wikitext, "wikitext-103-v1"), "wiki2": (wikitext, "wikitext-2-v1"),
                     "lambada": (lambada, None)}.get(name, (name, None))
     if name not in PUBLISHED or Path(path).is_file() or path.endswith((".txt", *ROWS)):
@@ -56,9 +61,7 @@ def load_rows(name):
             if not files:
                 raise FileNotFoundError(f"no test-*.parquet in {Path(path, config or '')}")
             return [row for file in files for row in read_rows(file)]
-        from datasets import load_dataset
-
-        return load_dataset(path, config, split="test")["text"]
+        return hub_dataset(path, config, split="test")["text"]
     except (OSError, ValueError) as error:
         local = "--wikitext=DIRECTORY" if name != "lambada" else "--lambada=FILE.jsonl"
         raise OSError(f"cannot load {name} from {path} ({type(error).__name__}); "
@@ -154,16 +157,22 @@ def score(model, tokens, stride, batch_size, autocast):
     return total, n_scored
 
 
+def check_arguments(dataset, n_batches):
+    check_range(globals(), "batch_size", at_least=1, at_most=10**9)
+    if n_batches is not None and (is_text(dataset) or not re.fullmatch("[1-9][0-9]{0,8}", n_batches)):
+        raise UserError(f"n_batches is a whole number, and for a data set under data/ only, not {dataset} {n_batches}")
+    if json_out:
+        check_is_file(json_out)
+        if not Path(json_out).parent.is_dir():
+            raise UserError(f"no folder for --json_out={json_out}")
+
+
 def main(ckpt, dataset=None, n_batches=None):
     import checkpoint
     from device import autocast_to, pick_device
     from tokenizer import open_tokenizer, tokenizer_record
 
-    check_range(globals(), "batch_size", at_least=1)
-    if n_batches is not None and (not n_batches.isdecimal() or int(n_batches) < 1 or is_text(dataset)):
-        raise UserError(f"n_batches is a whole number, and for a data set under data/ only, not {dataset} {n_batches}")
-    if json_out and not Path(json_out).parent.is_dir():
-        raise UserError(f"no folder for --json_out={json_out}")
+    check_arguments(dataset, n_batches)
     model, rest = checkpoint.load(ckpt)
     vocab_size, record = model.config.vocab_size, rest.get("tokenizer")
     if tokenizer:
@@ -187,13 +196,16 @@ def main(ckpt, dataset=None, n_batches=None):
         total, n_scored = score(model, tokens, step, batch_size, autocast_to(model.lm_head.weight.device, dtype))
         seconds = time.perf_counter() - start
         loss = total / n_scored
+        if not abs(loss) <= LARGEST_LOSS:
+            raise UserError(f"the loss on {name} in {dtype} is {loss:g}, which has no perplexity", status=1)
         bits = loss / math.log(2) * len(tokens) / n_bytes if n_bytes else None
         results[name] = dict(perplexity=math.exp(loss), loss=loss, tokens_scored=n_scored, bits_per_byte=bits,
                              tokens_per_second=n_scored / seconds)
         print(f"{name:<12} {math.exp(loss):>10.3f} {loss:>8.4f} {n_scored:>13,} "
               f"{'-' if bits is None else f'{bits:.4f}':>13} {n_scored / seconds:>9,.0f}")
     if json_out:
-        Path(json_out).write_text(json.dumps(results, indent=2) + "\n")
+        with atomic_write(json_out, "w") as file:
+            file.write(json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import re
 from functools import partial
 
 from configurator import UserError, check_choice, check_range, run
+from files import check_is_file
 
 init_from = "gpt2"  # the model to prune: a hub name, a Hugging Face directory or a checkpoint
 out: str | None = None  # file to write; default: checkpoints/prune_....pt
@@ -76,7 +77,8 @@ def without_layers(model):
 def check_options():
     check_choice(globals(), "dim", "embd", "hidden", "layer")
     check_choice(globals(), "select", "even", "odd", "norm", "contribution")
-    check_range(globals(), "epsilon")
+    check_range(globals(), "epsilon", at_least=-1, at_most=1)  # the kept one has 1
+    check_range(globals(), "keep calibration_tokens", at_least=1, at_most=10**9)
     if dim == "layer" and (select != "even" or refit or epsilon):
         raise UserError("--dim=layer drops whole blocks: it goes with --keep and --offset, not with --select, --refit or "
                          "--epsilon")
@@ -111,7 +113,7 @@ def main():
     remarks = (f"offset{kept}" * bool(kept), select * (select in ("norm", "contribution")), "refit" * refit)
     name = "_".join(("prune", str(dim_1), str(dim_2), *filter(None, remarks)))
     path = out or f"checkpoints/{name if n_units else f'layers_{keep}_{offset}'}.pt"
-    checkpoint.check_is_file(path)
+    check_is_file(path)
     options = dict(init_from=init_from, tokenizer=rest["tokenizer"], dim=dim, keep=keep, offset=kept)
 
     fits = None

@@ -6,8 +6,6 @@
 The model is a .pt file, a Hugging Face directory, a name under models/ or a hub name. Without a tokenizer for it, an empty
 prompt begins with token 0, and the numbers of the tokens are printed.
 """
-from pathlib import Path
-
 from configurator import UserError, check_range, run
 
 start = "\n"  # the prompt, in which <|endoftext|> is the token; FILE:path reads it from a file; empty: the token alone
@@ -20,6 +18,10 @@ seed = 1337  # of the sampling
 device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
 dtype = "float32"  # bfloat16 or float16, by autocast
 
+MAY_BE_EMPTY = ("start",)
+FLOAT, INDEX = 4, 8  # bytes of a float32 and an int64
+LOWEST_TEMPERATURE = 1e-6  # above 0: quotients of logits stay finite
+
 
 def main(ckpt):
     import numpy as np
@@ -27,19 +29,15 @@ def main(ckpt):
 
     import checkpoint
     from data import check_tokens
-    from device import autocast_to, pick_device
+    from device import autocast_to, check_memory, pick_device
+    from texts import read_pieces
     from tokenizer import TOKEN_TYPE, open_tokenizer
 
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is from 0 to 2**63 - 1, not {seed}")
-    check_range(globals(), "num_samples max_new_tokens", at_least=1)
-    check_range(globals(), "temperature top_k", at_least=0)
-    prompt = start
-    if start.startswith("FILE:"):
-        try:
-            prompt = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{start.removeprefix('FILE:')} is not UTF-8 text: {error}") from None
+    check_range(globals(), "num_samples max_new_tokens", at_least=1, at_most=10**9)
+    check_range(globals(), "seed temperature top_k", at_least=0)
+    if 0 < temperature < LOWEST_TEMPERATURE:
+        raise UserError(f"--temperature is 0 or at least {LOWEST_TEMPERATURE}, not {temperature}")
+    prompt = "".join(read_pieces(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
     model, rest = checkpoint.load(ckpt)
     text_tokenizer = open_tokenizer(rest.get("tokenizer"), model.config.vocab_size, tokenizer)
     tokens = text_tokenizer.encode_prompt(prompt)
@@ -47,6 +45,10 @@ def main(ckpt):
         raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: give --start")
     check_tokens(np.array(tokens, TOKEN_TYPE), model.config.vocab_size)
     torch_device = pick_device(device)
+    length, config = len(tokens) + max_new_tokens, model.config
+    keys_and_values = 2 * min(length, config.block_size) * config.n_layer * config.n_embd
+    check_memory(num_samples * (INDEX * length + FLOAT * keys_and_values), torch_device,
+                 f"{num_samples:,} samples of {length:,} tokens")
     idx = torch.tensor([tokens] * num_samples, device=torch_device)
     with autocast_to(torch_device, dtype):
         rows = model.to(torch_device).generate(idx, max_new_tokens, temperature, top_k or None, seed)

@@ -16,22 +16,36 @@ def read_rows(path):
         UserError: it is damaged, or has no column `text` of strings.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    check_is_text(path)
     kind = path.suffix.lower()
     if kind == ".parquet":
         yield from parquet_rows(path)
     elif kind in ROWS:
         yield from json_rows(path) if kind == ".json" else jsonl_rows(path)
     else:
-        yield "".join(read_pieces(path))
+        yield "".join(read_pieces(path, newline=""))
 
 
-def read_pieces(path, separator=None):
-    """Yield the pieces of a UTF-8 text between separators, or of any size without one."""
+def check_is_text(path):
+    """Raise an error where there is no file, or one that would be waited for, such as a pipe."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no file {path}")
+    if not Path(path).is_file():
+        raise UserError(f"{path} is no regular file")
+
+
+def read_pieces(path, separator=None, newline=None):
+    """Yield the pieces of a UTF-8 text between separators, or of any size without one.
+
+    Args:
+        path: of the file.
+        separator: between pieces.
+        newline: as of open(): None reads every line end as "\\n", "" leaves all as they are.
+    """
+    check_is_text(path)
     rest = ""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
             while chunk := file.read(CHARACTERS_AT_ONCE):
                 *pieces, rest = (rest + chunk).split(separator) if separator else (chunk, "")
                 yield from pieces

@@ -52,7 +52,7 @@ def test_every_order_of_contraction_of_a_layer_is_timed(workdir):
     (["--shapes=768,768"], "expected shapes such as 768,768,1 256,64,10, not 768,768"),
     (["--shapes=50,768,1"], "dim_1=50 does not divide the 768 rows of mlp.c_fc"),
     (["layer", "--layer_tokens=0"], "expected numbers such as 1 64, not 0"),
-    (["--repeats=0"], "--repeats is at least 1, not 0"),
+    (["--repeats=0"], "--repeats is at least 1 and at most 1000000000, not 0"),
     (["--dtype=int8"], "--dtype is float32, bfloat16 or float16, not int8"),
     (["--new_tokens=64"], "--new_tokens is below 64, not 64"),
     (["score", "book.txt"], "bench.py takes models, layer, tokenize DOCUMENTS.jsonl, or score TEXT DENSE_MODEL MODEL"),

@@ -82,6 +82,46 @@ def test_other_text_of_the_same_name_size_and_time_is_read_anew(name, prepare):
     assert os.listdir("cache") == []  # nothing is left of the copy
 
 
+@pytest.mark.parametrize("name, dataset, option", [
+    ("rows.txt", "rows.txt", None), ("rows.jsonl", "rows.jsonl", None), ("rows.parquet", "rows.parquet", None),
+    ("w/wikitext-2-v1/test-0.parquet", "wiki2", "--wikitext=w"), ("l.jsonl", "lambada", "--lambada=l.jsonl")])
+def test_other_text_of_the_same_path_size_and_time_is_scored_anew(name, dataset, option, gpt2_dir, workdir):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    sizes, losses = set(), {}
+    for letter in "abc":
+        texts = [f"{letter} {i:02}" for i in range(30)]
+        write = {".txt": lambda path, texts: Path(path).write_text("\n\n".join(texts)), ".parquet": write_parquet,
+                 ".jsonl": lambda path, texts: write_jsonl(path, [dict(text=text) for text in texts])}
+        for path in name, f"plain{Path(name).suffix}":
+            write[Path(name).suffix](path, texts)
+            os.utime(path, (10**9, 10**9))
+        sizes.add(Path(name).stat().st_size)
+        for arguments in (dataset, *filter(None, [option])), (f"plain{Path(name).suffix}",):
+            said = run_here("perplexity.py", gpt2_dir, *arguments, "--json_out=out.json")
+            assert said.returncode == 0, said.stderr
+            losses.setdefault(letter, set()).add(json.loads(Path("out.json").read_text())[arguments[0]]["loss"])
+    assert len(sizes) == 1 and all(len(of_letter) == 1 for of_letter in losses.values())
+    assert len(set.union(*losses.values())) == 3
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.json"])
+def test_a_pipe_is_not_waited_for(name, gpt2_dir, workdir, run_script):
+    os.mkfifo(name)
+    for command in (["perplexity.py", gpt2_dir, name], ["sample.py", gpt2_dir, f"--start=FILE:{name}"],
+                    ["prepare_owt.py", f"--data_files={name}"], ["compare.py", f"--train_config={name}"]):
+        said = run_script(*command, cwd=workdir, timeout=30)
+        assert said.returncode == 2 and name in said.stderr and said.stderr.count("\n") == 1, said.stderr
+    with pytest.raises(UserError, match=f"{name} is no regular file"):
+        list(read_rows(name))
+
+
+def test_line_ends_are_scored_as_they_are_in_the_file(workdir):
+    content = "\r\none\r\n\r\ntwo\rthree\n\n".encode()
+    Path("a.txt").write_bytes(content)
+    tokens, n_bytes = load_text_tokens("a.txt", 256)
+    assert bytes(tokens.tolist()) == content and n_bytes == len(content)
+
+
 @pytest.mark.parametrize("name, write", [
     ("rows.jsonl", lambda path: write_jsonl(path, [dict(text=text) for text in (*ROWS, None, None, None)])),
     ("rows.json", lambda path: Path(path).write_text(json.dumps([dict(text=text) for text in (*ROWS, None, None, None)]))),
@@ -194,7 +234,7 @@ def test_pieces_do_not_depend_on_how_much_is_read_at_once(at_once, separator, wo
 def test_documents_of_a_txt_are_those_of_datasets(sample_by, prepare, workdir):
     from datasets import load_dataset
 
-    for name, text in ("a", "a\n\n\nb\n\n\n\nc\nd\n"), ("b", "\ne\r\nf\r\n\r\ng"):
+    for name, text in ("a", "a\n\n\nb\n\n\n\nc\nd\n"), ("b", "\ne\r\nf\r\n\r\ng\rh\r\r\n"):
         workdir.joinpath(f"{name}.txt").write_bytes(text.encode())
     theirs = load_dataset("text", data_files=["a.txt", "b.txt"], sample_by=sample_by, split="train", cache_dir="theirs")
     assert prepare("*.txt", f"--sample_by={sample_by}")[1] == sorted(theirs["text"])
