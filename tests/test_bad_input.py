@@ -7,16 +7,22 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import run_here
+from conftest import ROOT, run_here
 
 import checkpoint
 
+SCRIPTS = ("kron_decompose.py", "prune.py", "train.py", "kron_to_gpt.py", "perplexity.py", "sample.py", "prepare_owt.py",
+           "prepare_pydocs.py", "compare.py", "bench.py")
 MODEL_COMMANDS = {  # {name: command with a model}
     "kron_decompose": "kron_decompose.py 16 64 1 --init_from={} --out=made.pt",
     "prune": "prune.py --init_from={} --out=made.pt",
@@ -49,20 +55,19 @@ BAD_MODELS = {  # {what: words of the line}
     "nan_hf": "nan_hf has weights that are not finite: transformer.wpe.weight",
 }
 TRAIN = MODEL_COMMANDS["train"].format("good.pt")
+NINES = 25 * "9"
 SCRATCH = "train.py --dataset=tiny --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --max_iters=1"
 ROWS = {f"{name} {bad}": (command.format(bad), words)
         for name, command in MODEL_COMMANDS.items() for bad, words in BAD_MODELS.items()}
 ROWS |= {command: (command, words) for command, words in {
     # arguments and options
-    **{f"{script} --no_such_option=1": "unknown option --no_such_option" for script in (
-        "kron_decompose.py", "prune.py", "train.py", "kron_to_gpt.py", "perplexity.py", "sample.py", "prepare_owt.py",
-        "prepare_pydocs.py", "compare.py", "bench.py")},
+    **{f"{script} --no_such_option=1": "unknown option --no_such_option" for script in SCRIPTS},
     **{f"{script} config/none.py": "no config file config/none.py" for script in ("train.py", "compare.py", "prune.py")},
     "train.py syntax.py": "syntax.py, line 2: ",
     "train.py raises.py": "raises.py, line 1: ZeroDivisionError",
     "train.py unknown.py": "did you mean --batch_size?",
     "train.py wrong_type.py": "--max_iters takes a whole number, not 'ten' (in wrong_type.py)",
-    "train.py latin.py": "cannot read config file latin.py",
+    "train.py latin.py": "latin.py, line 1: ",
     "train.py good_a.py good_b.py --dataset=none": "no data set in data/none",
     "kron_to_gpt.py": "missing argument; usage: kron_to_gpt.py ckpt",
     "perplexity.py": "missing argument",
@@ -109,10 +114,10 @@ ROWS |= {command: (command, words) for command, words in {
     f"{TRAIN} --init_from=resume": "nothing to resume: no out/ckpt.pt",
     f"{TRAIN} --init_from=resume --out_dir=full": "full/ckpt.pt",
     f"{SCRATCH} --dropout=-0.1": "dropout must be in [0, 1), not -0.1",
-    f"{SCRATCH} --n_layer=0": "n_layer must be at least 1",
+    f"{SCRATCH} --n_layer=0": "--n_layer is at least 1",
     f"{SCRATCH} --n_head=3": "n_head=3 does not divide n_embd=16",
     f"{SCRATCH} --factors=0": "dim_1, dim_2 and factors must be at least 1",
-    f"{SCRATCH} --dim_1=-4": "dim_1, dim_2 and factors must be at least 1, not -4",
+    f"{SCRATCH} --dim_1=-4": "--dim_1 is at least 1, not -4",
     # data
     **{f"{script} {where}": words for name, words in {
         "none": "no data set in data/none",
@@ -148,15 +153,110 @@ ROWS |= {command: (command, words) for command, words in {
     "compare.py --starts=nonsense": "--starts: a start is",
     "compare.py --seeds=x": "--seeds is a comma list of whole numbers",
     "compare.py --learning_rates=1e-4,0": "--learning_rates is a comma list of numbers above 0",
-    "compare.py --starts=": "names no start",
+    "compare.py --starts=": "--starts is empty",
     "bench.py everything": "bench.py takes models, layer, tokenize",
     "bench.py --shapes=1": "expected shapes such as 768,768,1",
+    # numbers beyond sense or memory
+    **{f"{command} --seed={seed}": "--seed" for seed in ("-1", NINES) for command in (
+        "sample.py good.pt", "prepare_owt.py --data_files=latin.txt", "prepare_pydocs.py", TRAIN)},
+    **{f"{command} --device={name}": f"no device '{name}'" for name in ("meta", "cuda:99", "hpu") for command in (
+        "sample.py good.pt", "perplexity.py good.pt tiny", "bench.py", "bench.py layer", TRAIN,
+        "prune.py --init_from=good.pt --select=contribution --calibrate=tiny --out=made.pt")},
+    "perplexity.py good.pt tiny --batch_size=10**12": "--batch_size takes a whole number",
+    "perplexity.py good.pt tiny --batch_size=1000000000000": "--batch_size is at least 1 and at most",
+    "perplexity.py good.pt tiny --stride=1000000000000": "--stride is from 1",
+    f"perplexity.py good.pt tiny {NINES}": "n_batches is a whole number",
+    "perplexity.py good.pt tiny ²": "n_batches is a whole number",
+    "sample.py good.pt --max_new_tokens=1000000000000": "--max_new_tokens is at least 1 and at most",
+    "sample.py good.pt --num_samples=1000000000": "1,000,000,000 samples of 201 tokens takes",
+    f"sample.py good.pt --top_k={NINES}": "--top_k",
+    "sample.py good.pt --temperature=1e999": "--temperature is",
+    "sample.py good.pt --temperature=nan": "--temperature takes a number",
+    "sample.py good.pt --temperature=1e-50": "--temperature is 0 or at least 1e-06",
+    "prune.py --init_from=good.pt --keep=1000000000000": "--keep is at least 1 and at most",
+    "prune.py --init_from=good.pt --offset=-1": "--offset from 0 to keep - 1",
+    "prune.py --init_from=good.pt --epsilon=1e999": "--epsilon is at least -1 and at most 1, not inf",
+    "prune.py --init_from=good.pt --epsilon=1e39": "--epsilon is at least -1 and at most 1",
+    "prune.py --init_from=good.pt --refit=True --calibrate=tiny --calibration_tokens=0": "--calibration_tokens",
+    "prepare_pydocs.py --val_fraction=0.9999999": "--val_fraction=0.9999999 leaves none of",
+    "prepare_owt.py --data_files=three.jsonl --val_fraction=0.9999999 --tokenizer=byte_level":
+        "--val_fraction=0.9999999 leaves none of 3 documents",
+    "prepare_owt.py --data_files=latin.txt --sample_by=foo": "--sample_by is line, paragraph or document, not foo",
+    "prepare_owt.py --data_files=latin.txt --threads=1000000000000": "--threads",
+    "compare.py --seeds=-1": "--seeds is a comma list of whole numbers",
+    f"compare.py --seeds=1,{NINES}": "--seeds is a comma list of whole numbers",
+    **{f"compare.py --learning_rates=1e-4,{rate}": "--learning_rates is a comma list of numbers above 0"
+       for rate in ("inf", "nan", "1" + 400 * "0")},
+    "compare.py --steps=1000000000000": "--steps",
+    "compare.py --train_config=none.py": "no config file --train_config=none.py",
+    "compare.py --train_config=good_a.py --dataset=none": "no data set in data/none",
+    "compare.py --train_config=good_a.py --dataset=tiny --out_dir=text.pt": "text.pt",
+    **{f"bench.py --shapes={shapes}": "expected shapes such as 768,768,1" for shapes in (
+        "768,768,0", "768,768,1000000000000", f"768,768,{NINES}", "768,768,²", "-1,1,1")},
+    **{f"bench.py --{option}": f"--{option.split('=')[0]}" for option in (
+        "repeats=0", "repeats=-1", "repeats=1000000000000", f"batch_size={NINES}", "n_layer=0", "memory_batch_size=0")},
+    "bench.py --n_layer=10000000": "a training step of these sizes takes",
+    "bench.py --n_embd=999999960 --shapes=1,1,1": "a training step of these sizes takes",
+    "bench.py --batch_size=1000000000": "a training step of these sizes takes",
+    "bench.py --out_dir=text.pt": "text.pt",
+    "bench.py layer --layer_tokens=999999999": "a layer of 999,999,999 tokens takes",
+    # files
+    **{f"perplexity.py good.pt {name}": words for name, words in {
+        "empty.jsonl": "empty.jsonl has 0 tokens",
+        "nested.json": "nested.json, line 1 is not UTF-8 JSON",
+        "nested.jsonl": "nested.jsonl, line 1 is not UTF-8 JSON",
+        "digits.jsonl": "digits.jsonl, line 1 is not UTF-8 JSON",
+        "broken.parquet": "broken.parquet cannot be read as parquet",
+        "half.parquet": "half.parquet cannot be read as parquet",
+    }.items()},
+    **{f"prepare_owt.py --tokenizer=byte_level --data_files={name}": words for name, words in {
+        "empty.jsonl": "too few documents to hold one out: 0",
+        "nested.json": "nested.json, line 1 is not UTF-8 JSON",
+        "broken.parquet": "broken.parquet cannot be read as parquet",
+        "half.parquet": "half.parquet cannot be read as parquet",
+    }.items()},
+    "perplexity.py good.pt tiny --json_out=folder": "folder is a directory",
+    "perplexity.py good.pt tiny --json_out=/dev/null": "/dev/null is no regular file",
+    "perplexity.py far.pt three.jsonl --json_out=made.json": "the loss on three.jsonl in float32 is",
+    "perplexity.py nonfinite.pt tiny --json_out=made.json": "the loss on tiny in float32 is nan",
+    "perplexity.py good.pt nothing.pt": "no data set in data/nothing.pt",
+    "bench.py score none.txt good.pt good.pt": "none.txt",
+    # training and compression
+    **{f"{TRAIN} --{option}": f"--{option.split('=')[0]}" for option in (
+        "min_lr=-5", "lr_decay_iters=-5", f"batch_size={NINES}", "teacher=", "dataset=", "out_dir=", "learning_rate=nan",
+        "learning_rate=1e999", "learning_rate=1" + 400 * "0", "max_iters=" + 5000 * "[", "grad_clip=inf")},
+    f"{TRAIN} --batch_size=1000000000000": "GiB",
+    f"{TRAIN} --eval_iters=1000000000000": "GiB",
+    f"{SCRATCH} --n_embd=1000000000": "GiB",
+    f"{SCRATCH} --n_layer=10000000000": "GiB",
+    f"{SCRATCH} --block_size=1000000000000": "GiB",
+    "kron_decompose.py 16 64 1 --init_from=good.pt --out=": "--out is empty",
+    "kron_decompose.py 16 64 1 --init_from=good.pt --calibrate=": "--calibrate is empty",
+    f"kron_decompose.py 16 64 {NINES} --init_from=good.pt": "factors",
+    "kron_decompose.py 16 64 1 --init_from=good.pt --out=/dev/null": "/dev/null is no regular file",
+    "prune.py --init_from=good.pt --out=/dev/null": "/dev/null is no regular file",
+    "prune.py --init_from=good.pt --refit=True --calibrate=tiny --calibration_tokens=1000000000000":
+        "--calibration_tokens is at least 1 and at most",
+    "prepare_pydocs.py --out=": "--out is empty",
+    "prepare_owt.py --data_files=": "--data_files is empty",
 }.items()}
 
 
 class Evil:
     def __reduce__(self):
         return Path.touch, (Path("pwned"),)
+
+
+def write_byte_level_tokenizer(directory):
+    """One of Hugging Face's that needs no download."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["<|endoftext|>"]
+    made = Tokenizer(models.BPE({name: i for i, name in enumerate(vocabulary)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<|endoftext|>"])
+    Path(directory).mkdir()
+    made.save(f"{directory}/tokenizer.json")
 
 
 @pytest.fixture(scope="session")
@@ -190,6 +290,11 @@ def world(tmp_path_factory, gpt2_dir):
         bad = {key: p for key, p in weights.items() if name != "lacking" or key != "transformer.h.0.ln_1.weight"}
         torch.save({"model": bad | changes}, f"{name}.pt")
     checkpoint.save("odd_vocab.pt", KronyGPT(KronyGPTConfig(block_size=16, vocab_size=300, n_layer=1, n_head=1, n_embd=16)))
+    dense = KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=16))
+    for name, size in dict(far=1e4, nonfinite=1e30).items():  # the loss of random weights of this size
+        with torch.no_grad():
+            dense.transformer.wte.weight.normal_().mul_(size)
+        checkpoint.save(f"{name}.pt", dense)
     Path("folder").mkdir()
     Path("folder.txt").mkdir()
     Path("full").mkdir()
@@ -224,6 +329,17 @@ def world(tmp_path_factory, gpt2_dir):
     Path("latin.py").write_bytes('out_dir = "déjà"'.encode("latin-1"))
     Path("bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n')
     Path("empty.txt").touch()
+    Path("empty.jsonl").touch()
+    Path("three.jsonl").write_text('{"text": "good"}\n' * 3)
+    Path("nested.json").write_text("[" * 100_000)
+    Path("nested.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    Path("digits.jsonl").write_text('{"text": ' + "9" * 10_000 + "}\n")
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(1000)]}), "good.parquet")
+    content = Path("good.parquet").read_bytes()
+    Path("good.parquet").unlink()
+    Path("half.parquet").write_bytes(content[:len(content) // 2])
+    Path("broken.parquet").write_bytes(content[:100] + bytes(100) + content[200:])
+    write_byte_level_tokenizer("byte_level")
     Path("syntax.py").write_text("seed = 1\nseed = = 2\n")
     Path("raises.py").write_text("seed = 1 // 0\n")
     Path("unknown.py").write_text("bach_size = 1\n")
@@ -266,6 +382,16 @@ def test_bad_input_to_processes(world, run_script):
     assert not wrong
     assert snapshot(world) == before
     print(f"{len(ROWS)} bad inputs, each to a process")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_into_a_closed_pipe_ends_without_a_traceback(script):
+    """What `| head -1` does once it has its line."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as pipe:
+        said = subprocess.run([sys.executable, str(ROOT / script), "--help"], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert said.stderr == "" and said.returncode in (0, 1)
 
 
 def test_good_input_passes_where_bad_input_does_not(world, workdir):
