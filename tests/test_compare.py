@@ -1,14 +1,19 @@
 """compare.py: its results, what it keeps, and that a stopped comparison continues."""
+import errno
 import json
+import os
 import re
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_here
+from matplotlib.figure import Figure
 
+import bench
 import checkpoint
 import compare
 from configurator import UserError
@@ -103,8 +108,12 @@ def test_the_gap_is_between_the_first_start_of_the_same_shapes_and_the_dense_mod
             row("plain", 50, [4, 8, 1], 5.0, 1.9), row("fitted", 50, [4, 8, 1], 2.0, 1.1),
             row("other", 50, [2, 8, 1], 3.0, 1.5)]
     assert [compare.gap_recovered(rows, r) for r in rows[1:]] == ["", "", "", "75% → 80%", ""]
+    rows[1]["runs"][:] = rows[3]["runs"]  # no gap is left after training
+    assert compare.gap_recovered(rows, rows[4]) == "75%"
     del rows[1:3]
     assert compare.gap_recovered(rows, rows[2]) == "75%"
+    rows[1]["before"] = 1.0  # nor before
+    assert compare.gap_recovered(rows, rows[2]) == ""
 
 
 def test_each_start_keeps_its_best_learning_rate(calls, monkeypatch):
@@ -138,6 +147,45 @@ def test_a_training_that_was_stopped_is_no_result(calls, monkeypatch):
 
     monkeypatch.setattr(compare, "call", stop_early)
     with pytest.raises(UserError, match="stopped after 2 of 4 steps") as error:
+        compare.main()
+    assert error.value.status == 1 and not Path("out/whole/seed_3.json").exists()
+
+
+def write_half(figure, target, **kwargs):
+    """Figure.savefig on a disk that is full."""
+    with open(target, "wb") if isinstance(target, (str, Path)) else nullcontext(target) as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("module, draw, name", [
+    (compare, lambda: compare.save(Figure(), "loss.png"), "loss.png"),
+    (bench, lambda: bench.draw({"ours": {"file": 2.0}}, ["file"]), "ratios.png")])
+def test_a_full_disk_spares_the_old_picture(module, draw, name, workdir, monkeypatch):
+    monkeypatch.setattr(module, "out_dir", "out")
+    Path("out").mkdir()
+    Path("out", name).write_text("old")
+    with monkeypatch.context() as full:
+        full.setattr(Figure, "savefig", write_half)
+        with pytest.raises(OSError, match="No space left"):
+            draw()
+    assert Path("out", name).read_text() == "old" and os.listdir("out") == [name]
+    draw()
+    assert Path("out", name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_that_is_not_finite_is_no_result(calls, monkeypatch):
+    call = compare.call
+
+    def diverge(script, *args):
+        seconds = call(script, *args)
+        if script == "train.py":
+            with open("out/whole/seed_3/log.jsonl", "a") as file:
+                file.write('{"step": 4, "val_loss": NaN}\n')
+        return seconds
+
+    monkeypatch.setattr(compare, "call", diverge)
+    with pytest.raises(UserError, match=r"a validation loss in out/whole/seed_3/log\.jsonl is not finite") as error:
         compare.main()
     assert error.value.status == 1 and not Path("out/whole/seed_3.json").exists()
 

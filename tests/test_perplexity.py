@@ -2,16 +2,24 @@
 import json
 import math
 import re
+import shutil
+import socket
+import sys
+import threading
+import time
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiktoken
 import torch
-from conftest import run_here
+from conftest import ROOT, run_here
+from test_bad_input import write_byte_level_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import hugging_face
 import perplexity
 
 CONTEXT = 32  # of the model in gpt2_dir
@@ -245,6 +253,64 @@ def test_no_network_gets_one_line_that_names_the_way_around(name, option, gpt2_d
     assert said.returncode == 1
     assert f"cannot load {name} from nobody/nothing" in said.stderr and option in said.stderr
     assert said.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script, args, words", [
+    ("perplexity.py", ["nothing", "wiki103"], "no file or directory nothing, nor models/nothing"),
+    ("perplexity.py", ["{}", "wiki103"], "--wikitext=DIRECTORY"), ("perplexity.py", ["{}", "lambada"], "--lambada=FILE.jsonl"),
+    ("prepare_owt.py", ["--tokenizer={}", "--out=mine"], "--data_files=FILES reads local files")])
+def test_a_hub_that_does_not_answer_is_tried_once_and_quietly(script, args, words, gpt2_dir, workdir, run_script):
+    """Its libraries retry for 26 s, and print two lines each time."""
+    write_byte_level_tokenizer("model")
+    shutil.copytree(gpt2_dir, "model", dirs_exist_ok=True)
+    offline = dict(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:1", HF_HOME=str(workdir / "hf"))
+    start = time.monotonic()
+    said = run_script(script, *(arg.format("model") for arg in args), cwd=workdir, env=offline)
+    assert said.returncode in (1, 2) and words in said.stderr and said.stderr.count("\n") == 1, said.stderr
+    assert time.monotonic() - start < 15
+    assert not Path("data").exists()
+
+
+def test_a_hub_that_keeps_silent_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(hugging_face, "HUB_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        start = time.monotonic()
+        hugging_face.reach_hub()
+        assert huggingface_hub.constants.HF_HUB_OFFLINE and 0.1 < time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("answer, is_offline", [(b"200 OK", False), (b"404 Not Found", False), (b"503 Busy", True)])
+def test_a_hub_that_answers_is_used(answer, is_offline, monkeypatch):
+    def serve():
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(10_000)
+            connection.sendall(b"HTTP/1.1 " + answer + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        hugging_face.reach_hub()
+        assert huggingface_hub.constants.HF_HUB_OFFLINE == is_offline
+        thread.join()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by setrlimit")
+def test_a_full_disk_spares_the_old_results(gpt2_dir, workdir, run_script):
+    Path("text.txt").write_bytes(some_bytes(100))
+    Path("results.json").write_text("old results")
+    Path("limited.py").write_text(
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        f"runpy.run_path({str(ROOT / 'perplexity.py')!r}, run_name='__main__')\n")
+    said = run_script(workdir / "limited.py", gpt2_dir, "text.txt", "--json_out=results.json", cwd=workdir)
+    assert said.returncode == 1 and said.stderr.count("\n") == 1 and "results.json" in said.stderr, said.stderr
+    assert Path("results.json").read_text() == "old results"
+    assert sorted(path.name for path in workdir.iterdir()) == ["limited.py", "results.json", "text.txt"]
 
 
 def test_perplexity_is_that_of_lm_evaluation_harness(gpt2_dir, workdir):

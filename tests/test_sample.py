@@ -85,6 +85,8 @@ def test_a_byte_order_mark_is_not_of_the_prompt(talker, workdir, greedy):
     ("--temperature=-1", "--temperature is at least 0"),
     ("--num_samples=0", "at least 1"),
     ("--max_new_tokens=0", "at least 1"),
+    ("--temperature=1e-50", "--temperature is 0 or at least 1e-06, not 1e-50"),
+    ("--start=FILE:.", ". is no regular file"),
     ("--temperature=hot", "--temperature takes a number"),
     ("--dtype=int8", "dtype is float32"),
     ("--device=abacus", "there is no device 'abacus'"),
