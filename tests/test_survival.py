@@ -27,6 +27,8 @@ from files import atomic_write, lock
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
 LONG_RUN = [*RUN, "--dropout=0.2", "--max_iters=400", "--eval_interval=5", "--eval_iters=1", "--keep=2"]
 ENVIRONMENT = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1")
+WITHOUT_LINKS = ["-c", f"import os, runpy, sys; del os.link, sys.argv[0]; sys.path.insert(0, {str(ROOT)!r}); "
+                       "runpy.run_path(sys.argv[0], run_name='__main__')"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -35,9 +37,10 @@ def tokens(workdir):
     return write_dataset("tiny", 5000)
 
 
-def start(*options, torchrun=False, **kwargs):
-    """A train.py process of its own, in a process group of its own."""
-    command = [sys.executable, *(TORCHRUN if torchrun else ()), str(ROOT / "train.py"), *options]
+def start(*options, torchrun=False, has_links=True, **kwargs):
+    """A train.py process of its own, in a process group of its own; without hard links, as on FAT."""
+    launch = TORCHRUN if torchrun else () if has_links else WITHOUT_LINKS
+    command = [sys.executable, *launch, str(ROOT / "train.py"), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
                             start_new_session=True, **kwargs)
 
@@ -97,7 +100,8 @@ def test_a_run_killed_a_dozen_times_ends_as_the_one_that_was_not(tokens):
     killed = saving = 0
     while killed < 12 or saving < 3:
         assert killed < 30, "few kills hit a save"
-        with start(*LONG_RUN, "--max_iters=4000", "--lr_decay_iters=400", *resume_or_start()) as process:
+        options = [*LONG_RUN, "--max_iters=4000", "--lr_decay_iters=400", *resume_or_start()]
+        with start(*options, has_links=killed % 4 < 2) as process:
             wait_for_step(process)
             if killed % 2:  # in the middle of a save
                 while not asides("ckpt.pt"):
@@ -475,3 +479,74 @@ def test_a_preparation_that_fails_half_way_spares_the_data_set(workdir, tokens):
                           text=True)
     assert said.returncode == 1 and said.stderr.splitlines()[-1] == "error: [Errno 27] File too large: 'data/tiny'"
     assert {path.name: path.read_bytes() for path in Path("data/tiny").iterdir()} == before
+
+
+@contextmanager
+def small_disk(n_bytes):
+    """A file system of a size, under the current directory."""
+    Path("disk").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "tmpfs", "disk"], capture_output=True)
+    try:
+        if mounted.returncode:
+            pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode()}")
+        yield Path("disk")
+    finally:
+        subprocess.run(["umount", "-l", "disk"], capture_output=True)
+        Path("disk").rmdir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [
+    "kron_decompose.py 32 64 1 --init_from=model.pt --out=disk/made.pt", "prune.py --init_from=model.pt --out=disk/made.pt",
+    "kron_to_gpt.py model.pt disk/made", "perplexity.py model.pt text.txt --json_out=disk/made.json",
+    "prepare_pydocs.py --out=full", "train.py --init_from=model.pt --out_dir=disk/out --overwrite=True --keep=2 "
+    "--eval_interval=2 --max_iters=6 --block_size=16 --batch_size=4 --gradient_accumulation_steps=1 --eval_iters=1 "
+    "--dataset=tiny"])
+def test_a_disk_that_is_full(command, tokens, small_model):
+    """On disks of growing sizes, with an old file on them: it is there until the new one is, and what is said is true."""
+    checkpoint.save("model.pt", small_model)
+    Path("text.txt").write_text("some text " * 20)
+    script, *options = command.split()
+    is_told = is_done = False
+    for size in (64, 256, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768):
+        with small_disk(1024 * size) as disk:
+            Path("data/full").unlink(missing_ok=True)
+            Path("data/full").symlink_to(disk.absolute())
+            with open(disk / "filler", "wb") as filler:
+                filler.write(bytes(1024 * (size // 2)))
+            said = subprocess.run([sys.executable, str(ROOT / script), *options], env=ENVIRONMENT, capture_output=True,
+                                  text=True)
+            left = sorted(str(path.relative_to(disk)) for path in disk.rglob("*") if path.suffix == ".tmp")
+            assert "Traceback" not in said.stderr and not left, said.stderr
+            if said.returncode:
+                assert said.stderr.splitlines()[-1].startswith("error: the disk is full"), said.stderr
+            is_told, is_done = is_told or said.returncode == 1, said.returncode == 0
+            for path in disk.glob("**/*.pt"):
+                checkpoint.load(str(path))
+        if is_done:
+            break
+    assert is_told or "json" in command  # which is smaller than the smallest disk
+    assert is_done
+
+
+@pytest.mark.slow
+def test_two_exports_to_one_directory_some_of_them_killed(small_model, workdir):
+    models = []
+    for i in range(2):
+        with torch.no_grad():
+            small_model.transformer.wte.weight.mul_(0.5)
+        checkpoint.save(f"{i}.pt", small_model)
+        assert run_here("kron_to_gpt.py", f"{i}.pt", f"whole_{i}").returncode == 0
+        models.append({path.name: path.read_bytes() for path in Path(f"whole_{i}").iterdir()})
+    moments = random.Random(0)
+    for _ in range(6):
+        exports = [subprocess.Popen([sys.executable, str(ROOT / "kron_to_gpt.py"), f"{i}.pt", "made"], env=ENVIRONMENT,
+                                    stdout=subprocess.DEVNULL) for i in range(2)]
+        while not asides("made", "."):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        exports[0].kill()
+        assert [process.wait() for process in exports] in ([0, 0], [-signal.SIGKILL, 0])
+        assert {path.name: path.read_bytes() for path in Path("made").iterdir()} in models
+    assert run_here("kron_to_gpt.py", "0.pt", "made").returncode == 0
+    assert not asides("made", ".")
