@@ -17,6 +17,7 @@ from configurator import UserError, check_choice, is_out_of_memory
 LONG_ENOUGH = 0.02  # seconds of a matrix product that tell how fast a device is
 LARGEST_PRODUCT = {"cuda": 8192, "cpu": 2048}  # order of the matrices that measure it, at most
 TRIES, PAUSE = 5, 0.02  # more measurements, and seconds between them: the best is the one that nothing disturbed
+LARGEST_SHOWN = 2**100  # bytes
 NO_FLOAT64 = ("mps",)  # types of devices without float64
 DATA_SHEETS = (  # (words of a GPU's name, dense TFLOP/s in bfloat16 or float16, in float32 by TF32 where it has that)
     ("B200", 2250, 1100), ("H200", 989, 494), ("GH200", 989, 494), ("H100 PCIe", 756, 378), ("H100 NVL", 835, 417),
@@ -152,6 +153,7 @@ def check_memory(n_bytes, device, what):
     """Raise UserError where something would take more memory than a device has: where allocation does not fail, the system
     kills the process."""
     if n_bytes > (there := memory_of(device)):
+        n_bytes = min(n_bytes, LARGEST_SHOWN)
         raise UserError(f"{what} takes {n_bytes / 2**30:,.0f} GiB or more, and {device} has {there / 2**30:,.0f} GiB",
                         status=1)
 

@@ -36,6 +36,12 @@ def test_a_device_that_is_not_here_is_refused(name):
     assert caught.value.status == 2
 
 
+def test_what_no_memory_holds_is_one_line_however_large():
+    for n_bytes in 2**70, 10**400, 10**5000:
+        with pytest.raises(UserError, match=r"a model takes [\d,]+ GiB or more, and cpu has \d+ GiB"):
+            device.check_memory(n_bytes, torch.device("cpu"), "a model")
+
+
 def test_a_device_whose_memory_is_full_is_not_called_absent(monkeypatch):
     def ones(size, device):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")

@@ -5,21 +5,27 @@ FUZZ_CASES sets the number of cases of each test; the seeds are fixed.
 import json
 import os
 import random
+import runpy
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import kron_sum, to_gpt2
+from conftest import ROOT, kron_sum, run_here, to_gpt2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_bad_input import is_one_line_with, write_byte_level_tokenizer
+from test_train import write_dataset
 
 import checkpoint
 import data
-from configurator import UserError
+from configurator import UserError, option_types
 from kron import kron_linear, kron_weight, rearrange, van_loan
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 from prune import prune_matrix
+from texts import read_rows
 
 CASES = int(os.environ.get("FUZZ_CASES", 40))
 SIDES = st.tuples(*[st.integers(1, 6)] * 4)
@@ -243,3 +249,93 @@ def test_odd_meta(workdir):
             data.load_tokens("a", "train", 256)
         except (UserError, FileNotFoundError) as error:
             assert len(str(error).splitlines()) == 1
+
+
+NINES = 25 * "9"
+NUMBERS = [  # values of a numeric option, of which some are good
+    "", "-1", "0", "-0.0", "1", "0.5", "1e-400", "1e-320", "1e39", "1e999", "-1e999", "nan", "inf", "None", "True", "1j", "0x2",
+    "1_0", "²", NINES, f"-{NINES}", f"1{400 * '0'}", 5000 * "9", "1000000000000", "-1000000000000", 50 * "[", 100_000 * "[",
+    "1,2", "1e", "'1'", "$(x)"]
+TINY = {  # {script: arguments of a run of milliseconds}
+    "train.py": "--dataset=tiny --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=1 --eval_iters=1 "
+                "--gradient_accumulation_steps=1 --device=cpu --overwrite=True",
+    "sample.py": "good.pt --max_new_tokens=1 --device=cpu",
+    "perplexity.py": "good.pt tiny --device=cpu",
+    "prune.py": "--init_from=good.pt --out=made.pt",
+    "kron_decompose.py": "8 16 1 --init_from=good.pt --out=made.pt",
+    "prepare_owt.py": "--data_files=rows.jsonl --tokenizer=byte_level --out=mine --threads=1",
+    "compare.py": "--train_config=tiny.py --dataset=none",
+    "bench.py": "layer --shapes=8,16,1 --layer_shapes=16,64,1 --layer_tokens=1 --n_embd=16 --n_head=1 --n_layer=1 --repeats=1 "
+                "--device=cpu",
+}
+LISTS = {"seeds", "learning_rates", "shapes", "layer_shapes", "layer_tokens", "factors"}
+ENDLESS = {("train.py", "max_iters", "1000000000000")}
+
+
+def odd_numbers(script):
+    """All (option, value) of a script's options for numbers and NUMBERS."""
+    types = option_types(runpy.run_path(str(ROOT / script)))
+    return [(name, value) for name, kind in types.items() if kind in (int, float) or name in LISTS for value in NUMBERS
+            if (script, name, value) not in ENDLESS]
+
+
+@pytest.fixture
+def tiny_world(workdir, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(workdir / "cache"))
+    monkeypatch.setattr("device.matmul_flops", lambda device, dtype: 1e9)  # measuring it takes train.py a second
+    write_dataset("tiny", 2000)
+    write_byte_level_tokenizer("byte_level")
+    checkpoint.save("good.pt", KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=16)))
+    Path("rows.jsonl").write_text('{"text": "a b"}\n' * 5)
+    Path("tiny.py").write_text("seed = 1\n")
+
+
+def check_odd_numbers(script, pairs):
+    said = run_here(script, *TINY[script].split())
+    assert said.returncode == 0 or script == "compare.py", said.stderr  # it would run others for minutes
+    refused, wrong = 0, {}
+    for name, value in pairs:
+        try:
+            said = run_here(script, *TINY[script].split(), f"--{name}={value}")
+        except BaseException as error:
+            wrong[name, value[:30]] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        refused += said.returncode != 0
+        if said.returncode and not is_one_line_with("", said):
+            wrong[name, value[:30]] = said.stderr[-300:]
+    assert not wrong
+    return refused
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_odd_numbers_for_options_are_used_or_refused_in_one_line(script, tiny_world):
+    pairs = odd_numbers(script)
+    pairs = random.Random(0).sample(pairs, min(len(pairs), CASES // 2))
+    print(f"{script}: {check_odd_numbers(script, pairs)} of {len(pairs)} refused")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", TINY)
+def test_all_odd_numbers_for_options(script, tiny_world):
+    pairs = odd_numbers(script)
+    print(f"{script}: {check_odd_numbers(script, pairs)} of {len(pairs)} refused")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json"])
+def test_damaged_texts(kind, workdir):
+    path = Path(f"rows.{kind}")
+    rows = [dict(text=f"Zeile {i}: naïve café") for i in range(20)]
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": [row["text"] for row in rows]}), path)
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    content, rng, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(10 * CASES):
+        path.write_bytes(damage(content, rng))
+        try:
+            assert all(text is None or isinstance(text, str) for text in read_rows(path))
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1 and str(path) in str(error)
+            refused += 1
+    assert refused > CASES
+    print(f"{10 * CASES} damaged {kind} files, {refused} refused")
