@@ -147,8 +147,8 @@ def test_a_config_file_that_is_a_pipe_does_not_hang(workdir):
         configured("small.py")
 
 
-@pytest.mark.parametrize("value", ["9" * 25, "9" * 5000, "-" + "9" * 25, "(" * 5000, "[" * 300 + "]" * 300, "1e", "\\d",
-                                   "'" * 3, "10**12", "inf", "0x", "True"])
+@pytest.mark.parametrize("value", ["9" * 25, "9" * 5000, "-" + "9" * 25, "(" * 5000, "-" * 100_000 + "1",
+                                   "[" * 300 + "]" * 300, "1e", "\\d", "'" * 3, "10**12", "inf", "0x", "True"])
 def test_a_whole_number_that_cannot_be_meant_gets_one_short_line(value, workdir):
     with pytest.raises(UserError, match="--batch_size ") as caught:
         configured(f"--batch_size={value}")

@@ -268,9 +268,6 @@ def test_a_start_over_that_cannot_save_spares_the_old_run(tokens):
 
 def test_a_full_disk_is_called_full(tokens, gpt2_dir, monkeypatch):
     """Where torch, safetensors and json write; the others report the system's error as it is."""
-    def full(path, *args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     class Full:
         def __init__(self, file):
             self.file = file
@@ -279,7 +276,9 @@ def test_a_full_disk_is_called_full(tokens, gpt2_dir, monkeypatch):
             return getattr(self.file, name)
 
         def write(self, data):
-            full(None)
+            if self.file.tell() > 20_000:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
 
     @contextmanager
     def atomic_write_to_a_full_disk(path, *args, **kwargs):
@@ -391,9 +390,15 @@ def test_two_writers_of_one_file_do_not_mix(workdir):
 
 def test_a_link_where_a_half_written_file_will_be_is_not_followed(workdir, monkeypatch):
     Path("victim").write_text("mine")
-    names = iter(("0" * 12, "1" * 12))
-    monkeypatch.setattr(files, "secrets", StandIn(files.secrets, token_hex=lambda n_bytes: next(names)))
-    Path(f".file.{'0' * 12}.tmp").symlink_to("victim")
+    links = iter([Path(f".file.{digit * 12}.tmp") for digit in "01"])
+
+    def token_hex(n_bytes):
+        link = next(links)
+        if link.name.startswith(".file.0"):
+            link.symlink_to("victim")
+        return link.name.split(".")[2]
+
+    monkeypatch.setattr(files, "secrets", StandIn(files.secrets, token_hex=token_hex))
     with atomic_write("file", "w") as file:
         file.write("new")
     assert Path("victim").read_text() == "mine" and Path("file").read_text() == "new" and not Path("file").is_symlink()

@@ -288,7 +288,7 @@ def test_a_resume_without_best_pt_finds_a_new_one(tokens):
     run_train("--max_iters=10", "--lr_decay_iters=20", "--out_dir=first")
     Path("out").mkdir()
     shutil.copy("first/ckpt.pt", "out/ckpt.pt")
-    said = run_train("--init_from=resume", "--learning_rate=0.1", "--max_iters=11")  # which makes it worse
+    said = run_train("--init_from=resume", "--learning_rate=30", "--max_iters=11")  # which makes it worse
     best = load("out/best.pt")["best_val_loss"]
     assert said.stdout.splitlines()[-1] == f"done: best validation loss {best:.4f}, in out/best.pt"
 
