@@ -249,7 +249,7 @@ def write_byte_level_tokenizer(directory):
     """One of Hugging Face's that needs no download."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["<|endoftext|>"]
+    vocabulary = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
     made = Tokenizer(models.BPE({name: i for i, name in enumerate(vocabulary)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.add_special_tokens(["<|endoftext|>"])

@@ -28,8 +28,8 @@ def test_the_default_is_cuda_where_available_else_the_cpu(has_cuda, default, mon
     assert device.pick_device() == torch.device(default) and asked == [torch.device(default)]
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "cuda:99", "cuda:-2", "hip", "xpu:99", "meta", "meta:0", "hpu", "vulkan",
-                                  "privateuseone", "cpu:99999999999999999999"])
+@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "cuda:99", "cuda:-2", "hip", "xpu:99", "meta", "meta:0", "hpu",
+                                  "vulkan", "privateuseone", "cpu:99999999999999999999"])
 def test_a_device_that_is_not_here_is_refused(name):
     with pytest.raises(UserError, match=re.escape(f"there is no device '{name}' here")) as caught:
         device.pick_device(name)

@@ -253,20 +253,20 @@ def test_odd_meta(workdir):
 
 NINES = 25 * "9"
 NUMBERS = [  # values of a numeric option, of which some are good
-    "", "-1", "0", "-0.0", "1", "0.5", "1e-400", "1e-320", "1e39", "1e999", "-1e999", "nan", "inf", "None", "True", "1j", "0x2",
-    "1_0", "²", NINES, f"-{NINES}", f"1{400 * '0'}", 5000 * "9", "1000000000000", "-1000000000000", 50 * "[", 100_000 * "[",
-    "1,2", "1e", "'1'", "$(x)"]
+    "", "-1", "0", "-0.0", "1", "0.5", "1e-400", "1e-320", "1e39", "1e999", "-1e999", "nan", "inf", "None", "True", "1j",
+    "0x2", "1_0", "²", "1,2", "1e", "'1'", "$(x)",
+    NINES, f"-{NINES}", f"1{400 * '0'}", 5000 * "9", "1000000000000", "-1000000000000", 50 * "[", 100_000 * "["]
 TINY = {  # {script: arguments of a run of milliseconds}
-    "train.py": "--dataset=tiny --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=1 --eval_iters=1 "
-                "--gradient_accumulation_steps=1 --device=cpu --overwrite=True",
+    "train.py": "--dataset=tiny --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2 --max_iters=1 "
+                "--eval_iters=1 --gradient_accumulation_steps=1 --device=cpu --overwrite=True",
     "sample.py": "good.pt --max_new_tokens=1 --device=cpu",
     "perplexity.py": "good.pt tiny --device=cpu",
     "prune.py": "--init_from=good.pt --out=made.pt",
     "kron_decompose.py": "8 16 1 --init_from=good.pt --out=made.pt",
     "prepare_owt.py": "--data_files=rows.jsonl --tokenizer=byte_level --out=mine --threads=1",
     "compare.py": "--train_config=tiny.py --dataset=none",
-    "bench.py": "layer --shapes=8,16,1 --layer_shapes=16,64,1 --layer_tokens=1 --n_embd=16 --n_head=1 --n_layer=1 --repeats=1 "
-                "--device=cpu",
+    "bench.py": "layer --shapes=8,16,1 --layer_shapes=16,64,1 --layer_tokens=1 --n_embd=16 --n_head=1 --n_layer=1 "
+                "--repeats=1 --device=cpu",
 }
 LISTS = {"seeds", "learning_rates", "shapes", "layer_shapes", "layer_tokens", "factors"}
 ENDLESS = {("train.py", "max_iters", "1000000000000")}

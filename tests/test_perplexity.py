@@ -257,7 +257,8 @@ def test_no_network_gets_one_line_that_names_the_way_around(name, option, gpt2_d
 
 @pytest.mark.parametrize("script, args, words", [
     ("perplexity.py", ["nothing", "wiki103"], "no file or directory nothing, nor models/nothing"),
-    ("perplexity.py", ["{}", "wiki103"], "--wikitext=DIRECTORY"), ("perplexity.py", ["{}", "lambada"], "--lambada=FILE.jsonl"),
+    ("perplexity.py", ["{}", "wiki103"], "--wikitext=DIRECTORY"),
+    ("perplexity.py", ["{}", "lambada"], "--lambada=FILE.jsonl"),
     ("prepare_owt.py", ["--tokenizer={}", "--out=mine"], "--data_files=FILES reads local files")])
 def test_a_hub_that_does_not_answer_is_tried_once_and_quietly(script, args, words, gpt2_dir, workdir, run_script):
     """Its libraries retry for 26 s, and print two lines each time."""

@@ -116,7 +116,7 @@ def test_a_pipe_is_not_waited_for(name, gpt2_dir, workdir, run_script):
 
 
 def test_line_ends_are_scored_as_they_are_in_the_file(workdir):
-    content = "\r\none\r\n\r\ntwo\rthree\n\n".encode()
+    content = b"\r\none\r\n\r\ntwo\rthree\n\n"
     Path("a.txt").write_bytes(content)
     tokens, n_bytes = load_text_tokens("a.txt", 256)
     assert bytes(tokens.tolist()) == content and n_bytes == len(content)
