@@ -55,12 +55,13 @@ def claim(aside):
     descriptor = os.open(aside, os.O_RDONLY | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(aside)  # it may have been removed before it was locked
         return descriptor
     except OSError as error:
         os.close(descriptor)
-        if isinstance(error, BlockingIOError):
+        if isinstance(error, (BlockingIOError, FileNotFoundError)):
             raise FileNotFoundError from None
-    return None
+    return None  # a file system without locks
 
 
 def target_of(path):

@@ -286,6 +286,9 @@ class KronyGPT(nn.Module):
 
         Returns:
             (B, T + max_new_tokens)
+
+        Raises:
+            UserError: logits are not finite.
         """
         block_size = self.config.block_size
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
@@ -301,6 +304,8 @@ class KronyGPT(nn.Module):
             else:
                 x = self.hidden(idx[:, -1:], cache)
             logits = self.lm_head(x[:, -1]).float()  # (B, vocab_size)
+            if not logits.isfinite().all():
+                raise UserError("the model's logits are not finite", status=1)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)

@@ -218,6 +218,8 @@ ROWS |= {command: (command, words) for command, words in {
     }.items()},
     "perplexity.py good.pt tiny --json_out=folder": "folder is a directory",
     "perplexity.py far.pt three.jsonl --json_out=made.json": "the loss on three.jsonl in float32 is",
+    "sample.py nonfinite.pt": "the model's logits are not finite",
+    "sample.py nonfinite.pt --temperature=0": "the model's logits are not finite",
     "perplexity.py nonfinite.pt tiny --json_out=made.json": "the loss on tiny in float32 is nan",
     "perplexity.py good.pt nothing.pt": "no data set in data/nothing.pt",
     "bench.py score none.txt good.pt good.pt": "none.txt",
