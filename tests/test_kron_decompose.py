@@ -157,7 +157,7 @@ def test_rank_in_the_table_is_what_random_factors_reach(gpt2_dir):
 
 
 @pytest.mark.parametrize("size, message", [
-    ("lots", "82M"), ("", "82M"), ("nan", "82M"), ("-82M", "82M"), ("0", "82M"),
+    ("lots", "82M"), ("", "--budget is empty"), ("nan", "82M"), ("-82M", "82M"), ("0", "82M"),
     ("1K", "no shapes fit 1,000 parameters: the nearest size is 67,890,432"), ("500M", "nearest size is 124,439,808"),
 ])
 def test_a_budget_that_no_shape_meets_gets_one_line(size, message):
