@@ -50,10 +50,11 @@ weight_decay = 0.1  # of matrices and factors
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
 grad_clip = 1.0  # largest norm of the gradient; 0 for none
-decay_lr = True  # cosine decay after the warm-up; False keeps the rate constant
+decay_lr = True  # decay after the warm-up; False keeps the rate constant
+decay = "cosine"  # cosine or linear
 warmup_iters = 200  # steps of linear warm-up
 lr_decay_iters: int | None = None  # step at which min_lr is reached; default: max_iters
-min_lr: float | None = None  # the lowest rate; default: learning_rate / 10
+min_lr: float | None = None  # the lowest rate; default: learning_rate / 10, with linear decay 0
 # distillation
 teacher: str | None = None  # the teacher: a checkpoint, a Hugging Face directory or a hub name
 distill = 0.5  # weight of the divergence from the teacher in the loss; 1 - distill is that of the cross entropy
@@ -77,13 +78,15 @@ MOST_SKIPPED = 32  # steps in a row whose gradients may overflow in float16, eac
 
 
 def learning_rate_at(step):
-    """Linear warm-up, then cosine decay from learning_rate to min_lr, or a constant rate."""
+    """Linear warm-up, then decay from learning_rate to min_lr, or a constant rate."""
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     if not decay_lr:
         return learning_rate
-    lowest = learning_rate / 10 if min_lr is None else min_lr
     share = min(1.0, (step - warmup_iters) / max(1, (lr_decay_iters or max_iters) - warmup_iters))
+    if decay == "linear":
+        return learning_rate + ((min_lr or 0.0) - learning_rate) * share
+    lowest = learning_rate / 10 if min_lr is None else min_lr
     return lowest + (learning_rate - lowest) * (1 + math.cos(math.pi * share)) / 2
 
 
@@ -95,6 +98,7 @@ def check_options(world_size):
     check_range(globals(), "beta1 beta2", at_least=0, below=1)
     check_range(globals(), "distill", at_least=0, at_most=1)
     check_range(globals(), "temperature", above=0)
+    check_choice(globals(), "decay", "cosine", "linear")
     check_choice(globals(), "wandb_mode", "off", "online", "offline")
     if gradient_accumulation_steps % world_size:
         raise UserError(f"--gradient_accumulation_steps={gradient_accumulation_steps} cannot be divided evenly among "

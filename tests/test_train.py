@@ -343,6 +343,10 @@ def test_learning_rate_warms_up_and_decays_to_its_lowest(monkeypatch):
     assert train.learning_rate_at(500) == pytest.approx(0.1)
     monkeypatch.setattr(train, "lr_decay_iters", 60)
     assert [train.learning_rate_at(step) for step in (35, 60, 110)] == pytest.approx([0.55, 0.1, 0.1])
+    monkeypatch.setattr(train, "decay", "linear")
+    assert [train.learning_rate_at(step) for step in (10, 35, 60, 110)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    monkeypatch.setattr(train, "min_lr", 0.2)
+    assert [train.learning_rate_at(step) for step in (35, 60)] == pytest.approx([0.6, 0.2])
     monkeypatch.setattr(train, "decay_lr", False)
     assert [train.learning_rate_at(step) for step in (0, 10, 110)] == pytest.approx([1 / 11, 1.0, 1.0])
 
@@ -426,6 +430,7 @@ def test_a_float16_run_resumes_from_a_float32_one_and_refuses_a_damaged_scaler(t
     (["--dim_1=5"], "dim_1=5 does not divide the 32 rows of mlp.c_fc"),
     (["--dtype=float8"], "--dtype is float32, bfloat16 or float16"),
     (["--device=abacus"], "no device 'abacus'"),
+    (["--decay=exponential"], "--decay is cosine or linear"),
     (["--wandb_mode=on"], "--wandb_mode is off, online or offline"),
     (["--bath_size=4"], "did you mean --batch_size?"),
     (["config/nothing.py"], "no config file config/nothing.py"),
