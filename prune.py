@@ -123,8 +123,7 @@ def main():
         options |= dict(epsilon=epsilon, select=select, refit=refit, calibrate=calibrate,
                         calibration_tokens=calibration_tokens)
         if calibrate:
-            text, _ = calibration.calibration_text(calibrate, calibration_tokens, config, device,
-                                                   tokenizer=rest["tokenizer"])
+            text = calibration.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
             dense.to(text.device)
         if select in ("norm", "contribution"):  # the strongest units take the places that are kept
             hidden, embd = calibration.contributions(dense, text) if select == "contribution" else calibration.norms(dense)
