@@ -49,7 +49,8 @@ def shapes_within(config, limit, largest=None):
             per_factor = 2 * config.n_layer * (m1 * n1 + m2 * n2)
             r = max(1, min((largest - rest) // per_factor, m1 * n1, m2 * n2))
             shape = MLPShape(dim_1, dim_2, r, rest + r * per_factor, 0.0, min(C, r * min(m1, n1) * min(m2, n2)))
-            macs = sum(min(multiply_adds(*sides).values()) for sides in shape.factor_shapes(config))
+            sides = ((r, m1, n1), (r, m2, n2)), ((r, n1, m1), (r, n2, m2))  # of c_fc, and of c_proj, its mirror image
+            macs = sum(min(multiply_adds(*pair).values()) for pair in sides)
             shapes.append(replace(shape, multiply_adds=macs / (2 * C * hidden)))
     fitting = [shape for shape in shapes if SLACK * limit <= shape.parameters <= largest]
     if not fitting:
