@@ -142,27 +142,8 @@ def spectrum(W, fisher, covariance):
     return torch.linalg.eigvalsh(root.T @ cost @ root).clamp(min=0).flip(0)
 
 
-class HiddenStatistics:
-    """How much the hidden units of an MLP contribute on real text."""
-
-    def __init__(self, mlp):
-        self.norms = float64(mlp.c_proj.weight).square().sum(1)  # of the rows of c_proj
-        self.sums, self.count = self.norms.new_zeros(2, len(self.norms)), 0
-
-    def add(self, h):
-        """Add a batch of activations h (tokens, n_inner)."""
-        self.sums += float64(torch.stack((h.sum(0), h.square().sum(0))))
-        self.count += len(h)
-
-    def contribution(self):
-        """[n_inner], the variance that each unit adds to the residual stream: that of its activation times the squared
-        norm of its row in c_proj."""
-        mean, square = self.sums / self.count
-        return self.norms * (square - mean.square())
-
-
 def interleave(contribution, n1, n2):
-    """An order of hidden units in which the units that contribute most share no column of A.
+    """An order of the hidden units of an MLP in which those that contribute most share no column of A.
 
     Unit j of c_fc takes column j // n2 of A and column j % n2 of B. The n1 strongest units take the first column of B, the
     next n1 the second, and so on: each of the strongest has a column of A of its own, and a B of a one and zeros would prune
@@ -179,19 +160,23 @@ def contributions(model, tokens):
     """How much hidden units and dimensions of the residual stream contribute on real text.
 
     Returns:
-        hidden [n_layer, n_inner], as in HiddenStatistics; and embd [C], the variance that each dimension gives to the
-        pre-activations of all MLPs: that of the MLP's input times the squared norm of its row in c_fc.
+        hidden [n_layer, n_inner], the variance that each unit adds to the residual stream: that of its activation times the
+        squared norm of its row in c_proj; and embd [C], the variance that each dimension gives to the pre-activations of
+        all MLPs: that of the MLP's input times the squared norm of its row in c_fc.
     """
+    def variance(sums):
+        mean, square = sums / tokens.numel()
+        return square - mean.square()
+
     stream, hidden, embd = ResidualStream(model, tokens), [], 0
     for layer, block in enumerate(model.transformer.h):
         stream.move(layer, "attn")
-        units, sums = HiddenStatistics(block.mlp), 0
+        x_sums = h_sums = 0
         for _, x, _, h, _ in stream.through(layer, "mlp"):
-            units.add(h)
-            sums = sums + float64(torch.stack((x.sum(0), x.square().sum(0))))
-        mean, square = sums / units.count
-        hidden.append(units.contribution())
-        embd = embd + (square - mean.square()) * float64(block.mlp.c_fc.weight.square().sum(1))
+            x_sums, h_sums = (sums + float64(torch.stack((v.sum(0), v.square().sum(0))))
+                              for sums, v in ((x_sums, x), (h_sums, h)))
+        hidden.append(variance(h_sums) * float64(block.mlp.c_proj.weight.square().sum(1)))
+        embd = embd + variance(x_sums) * float64(block.mlp.c_fc.weight.square().sum(1))
     return torch.stack(hidden), embd
 
 
@@ -217,71 +202,46 @@ class Fit:
     output_error: float
 
 
-def fit_matrix(layer, kind, matrix, moments, fisher, W, old, fixed_B):
-    """Fit a matrix to text.
-
-    Args:
-        layer, kind: its place.
-        matrix: a KronLinear, whose factors and bias are set.
-        moments: Moments of its inputs and targets.
-        fisher: F [n, n], as in a Problem, or None.
-        W: [m, n], the dense weights.
-        old: (weight [m, n], bias [n]) of the matrix before.
-        fixed_B: its B stays.
-
-    Returns:
-        Fit
-    """
-    problem = Problem(moments, W, fisher)
+def fit_matrix(dense, compressed, layer, kind, moments, fisher, fixed_B):
+    """Fit a factored matrix of a compressed model, and its bias, to Moments. Args as in calibrate(). Returns the Fit."""
+    name = f"transformer.h.{layer}.{kind}"
+    matrix, W = compressed.get_submodule(name), dense.get_submodule(name).weight
+    problem, before = Problem(moments, W, fisher.get(name)), (matrix.weight, matrix.bias)
     A, B = fit(problem, matrix.A, matrix.B, fixed_B)
     matrix.A.data, matrix.B.data = (side.to(W.dtype).to(W.device) for side in (A, B))
     matrix.bias.data = problem.bias(matrix.weight).to(W.dtype).to(W.device)
-    pairs = old, (matrix.weight, matrix.bias)
+    pairs = before, (matrix.weight, matrix.bias)
     return Fit(layer, kind, len(A), *(share((W - V).norm(), W.norm()) for V, _ in pairs),
                *(problem.error(V, b) ** 0.5 for V, b in pairs))
 
 
-def fit_half(teacher, student, layer, half, fisher, fixed_B, reorder):
-    """Fit the factored matrices of a half block, "attn" or "mlp", and move both streams through it.
-
-    Args: those of calibrate(), with ResidualStreams in front of the half block in the place of models and tokens.
-
-    Returns:
-        [Fit]
-    """
-    old, new = (stream.model.transformer.h[layer].get_submodule(half) for stream in (teacher, student))
-    (old_reader, old_writer), (reader, writer) = (
-        (module.get_submodule(HALVES[half][1]), module.c_proj) for module in (old, new))
-    kinds = f"{half}.{HALVES[half][1]}", f"{half}.c_proj"
-    F_reader, F_writer = (fisher.get(f"transformer.h.{layer}.{kind}") for kind in kinds)
-    moments, units, order, fits = Moments(), HiddenStatistics(old), slice(None), []
-    for rows, _, z, h, _ in teacher.through(layer, half):
-        units.add(h)
-        if not reader.is_dense:
+def fit_half(teacher, student, layer, half, fisher, fixed_B):
+    """Fit the factored matrices of a half block, "attn" or "mlp", and move the ResidualStreams of both models through it.
+    Args as in calibrate(). Returns [Fit]."""
+    models, fits, first = (teacher.model, student.model), [], HALVES[half][1]
+    is_dense = {kind: models[1].transformer.h[layer].get_submodule(f"{half}.{kind}").is_dense for kind in (first, "c_proj")}
+    moments = Moments()
+    for rows, _, z, _, _ in teacher.through(layer, half):
+        if not is_dense[first]:
             moments.add(student.input(layer, half, rows).flatten(0, 1), z)
-    if half == "mlp" and reorder and not (reader.is_dense or writer.is_dense):
-        order = interleave(units.contribution(), reader.A.shape[2], reader.B.shape[2]).to(teacher.x.device)
-    if not reader.is_dense:
-        F_reader = F_reader[order][:, order] if F_reader is not None else None
-        fits.append(fit_matrix(layer, kinds[0], reader, moments.reordered(targets=order), F_reader,
-                               old_reader.weight[:, order], (reader.weight[:, order], reader.bias[order]), fixed_B))
-    if not writer.is_dense:
+    if not is_dense[first]:
+        fits.append(fit_matrix(*models, layer, f"{half}.{first}", moments, fisher, fixed_B))
+    if not is_dense["c_proj"]:
         moments = Moments()
         for rows, _, _, h, _ in student.through(layer, half, move=False):
             moments.add(h, (teacher.x[rows] - student.x[rows]).flatten(0, 1))
-        fits.append(fit_matrix(layer, kinds[1], writer, moments, F_writer, old_writer.weight[order],
-                               (writer.weight[order], writer.bias), fixed_B))
+        fits.append(fit_matrix(*models, layer, f"{half}.c_proj", moments, fisher, fixed_B))
     student.move(layer, half)
     return fits
 
 
 @torch.no_grad()
-def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, reorder=True, refine_steps=0):
+def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, refine_steps=0):
     """Fit the factored matrices of a compressed model so that its blocks do to real text what those of the dense model do.
 
     It goes through the blocks in order. c_attn and c_fc are fitted to the dense model's outputs; both c_proj to the
     difference that brings the residual stream back to the dense model's. All their biases are fitted, too. Matrices that
-    are dense in the compressed model stay as they are. A new order of the hidden units changes nothing in the dense model.
+    are dense in the compressed model stay as they are.
 
     For N tokens, width C and L layers it takes about L N (120 C² + 12 C T) floating point operations with a context of T:
     50 C² are moments, the others the dense model, once, and the compressed one, twice. Refinement takes another L S (3 M)
@@ -294,7 +254,6 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, reorder=Tru
         tokens: (windows, T), on that device.
         fisher: {name of a matrix: F [n, n]} of statistics(), for the metric of errors. Default: all errors count alike.
         fixed_B: keep each B and fit A alone.
-        reorder: put the hidden units of a factored MLP into the order of interleave() first.
         refine_steps: gradient steps on each block after the closed form.
 
     Returns:
@@ -312,7 +271,7 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, reorder=Tru
     for layer in tqdm(range(dense.config.n_layer), "calibrating", unit="block", **BAR):
         before = student.x.clone() if refine_steps else None
         for half in HALVES:
-            fits += fit_half(teacher, student, layer, half, fisher, fixed_B, reorder)
+            fits += fit_half(teacher, student, layer, half, fisher, fixed_B)
         if refine_steps:
             student.x = before
             refine(teacher, student, layer, fisher.get(f"transformer.h.{layer}.mlp.c_proj"), refine_steps)

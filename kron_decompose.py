@@ -120,23 +120,30 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     checkpoint.check_is_file(path)
     kinds = [kind for kind in config.matrices
              if kind.startswith("mlp.") or (attention_rank if dim_1 else matrices == "all")]
-    fisher = spectra = fits = None
-    options = dict(init_from=init_from, tokenizer=rest["tokenizer"])
-    start = time.perf_counter()
+    if dim_1:
+        dim_1, dim_2, factors = parse_shape(dim_1, dim_2, n_factors, config.n_layer)
+        shapes = {kind: [Shape(config.n_embd, 1, attention_rank)] * config.n_layer for kind in kinds}
+        shapes |= mlp_shapes(dim_1, dim_2, factors)
+        compress.reshaped(config, shapes)  # an error comes before the work
+    else:
+        allocations = allocate(config, kinds, limit)
+
+    start, options, fits, fisher = time.perf_counter(), dict(init_from=init_from, tokenizer=rest["tokenizer"]), None, None
     if calibrate:
+        options |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens, metric=metric, refine_steps=refine_steps)
         text = calibration.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
         dense.to(text.device)
+        if dim_1:  # the hidden units that contribute most get columns of A of their own
+            hidden, _ = calibration.contributions(dense, text)
+            order = [calibration.interleave(scores, dim_2, config.n_inner // dim_2) for scores in hidden]
+            dense = compress.reorder_units(dense, hidden=order)
         if metric == "fisher" or (ranks == "loss" and not dim_1):
             fisher, spectra = calibration.statistics(dense, text, kinds)
-        options |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens, metric=metric, refine_steps=refine_steps)
-
-    if dim_1:
-        shapes = mlp_shapes(*parse_shape(dim_1, dim_2, n_factors, config.n_layer))
-        shapes |= {kind: [Shape(config.n_embd, 1, attention_rank)] * config.n_layer for kind in kinds if kind not in shapes}
-    else:
-        allocations = allocate(config, kinds, limit, spectra if ranks == "loss" else None)
-        shapes = {kind: [a.shape for a in allocations if a.kind == kind] for kind in kinds}
+        if ranks == "loss" and not dim_1:
+            allocations = allocate(config, kinds, limit, spectra)
+    if not dim_1:
         print_allocations(allocations)
+        shapes = {kind: [a.shape for a in allocations if a.kind == kind] for kind in kinds}
     new = compress.factorize(dense, shapes, van_loan)
     if calibrate:
         fits = calibration.calibrate(dense, new, text, fisher if metric == "fisher" else None, refine_steps=refine_steps)

@@ -8,7 +8,6 @@ from the moments X̂ᵀX̂ and X̂ᵀY alone, so that its memory does not depend
 moments F [n, n] of the loss's gradient at the outputs: an error counts as much as the loss feels it (Y. Hsu et al., Language
 model compression with weighted low-rank factorization, arXiv 2207.00112, has a weight for each row in place of M).
 """
-import copy
 import math
 from functools import cached_property
 
@@ -61,14 +60,6 @@ class Moments:
         for total, part in zip(self.sums, (X.sum(0), Y.sum(0), gram(X), X.T @ Y, Y.square().sum(0))):
             total += part.to(total.device)
         self.count += len(X)
-
-    def reordered(self, inputs=slice(None), targets=slice(None)):
-        """The moments of X[:, inputs] and Y[:, targets]."""
-        new = copy.copy(self)
-        (x, y), (sum_x, sum_y, G, C, yy) = self.origin, self.sums
-        new.origin = x[inputs], y[targets]
-        new.sums = [sum_x[inputs], sum_y[targets], G[inputs][:, inputs], C[inputs][:, targets], yy[targets]]
-        return new
 
     def centred(self):
         """(mean_x [m], mean_y [n], G [m, m], C [m, n], variance of Y [n]): G and C are averages over the tokens of the

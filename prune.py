@@ -132,7 +132,7 @@ def main():
         shapes = mlp_shapes(dim_1, dim_2, [1] * config.n_layer)
         new = compress.factorize(dense, shapes, partial(prune_matrix, offset=kept, epsilon=epsilon))
         if refit:
-            fits = calibration.calibrate(dense, new, text, fixed_B=True, reorder=False)
+            fits = calibration.calibrate(dense, new, text, fixed_B=True)
         compress.print_errors(dense, new, fits)
         compress.write(path, dense, new, options, f"one in {keep} units of the side {dim} kept")
     print(f"next: python train.py config/train_gpt2_96m.py --init_from={path}")
