@@ -350,6 +350,26 @@ def test_script_calibrates(trained, workdir):
     assert new.config.shapes["mlp.c_fc"] == [(32, 32, 1)] * 2 and rest["config"]["calibrate"] == "pattern"
     run_here("kron_decompose.py", *args, "--out=b.pt")
     assert (workdir / "a.pt").read_bytes() == (workdir / "b.pt").read_bytes()
+    text = calibration.calibration_text("pattern", 1024, model.config, "cpu")
+    order = [interleave(units, 32, 4) for units in contributions(model, text)[0]]  # the strongest units share no column
+    expected = in_the_metric(reorder_units(model, hidden=order), text)
+    for (_, matrix), (_, other) in zip(new.matrices(), expected.matrices()):
+        assert torch.equal(matrix.A, other.A) and torch.equal(matrix.bias, other.bias)
+
+
+def in_the_metric(model, text):
+    new, mlp = compressed(model, (32, 32, [1, 1])), ["mlp.c_fc", "mlp.c_proj"]
+    calibration.calibrate(model, new, text, calibration.statistics(model, text, mlp)[0], refine_steps=2)
+    return new
+
+
+@pytest.mark.parametrize("args, said", [
+    (["32", "32", "1", "--attention_rank=33"], "33 factors of (32, 1)"), (["32", "32", "99"], "99 factors"),
+    (["--budget=1K"], "1,000 parameters is not between"), (["--budget=1M"], "34,176, which the dense model has")])
+def test_shapes_and_budgets_are_checked_before_the_work(trained, workdir, args, said):
+    checkpoint.save("dense.pt", trained[0])
+    done = run_here("kron_decompose.py", *args, "--init_from=dense.pt", "--calibrate=data_that_is_not_there")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_script_compresses_the_whole_model_to_a_budget(trained, workdir):
@@ -409,10 +429,8 @@ def test_even_ranks_without_text_are_the_plain_svd(trained, workdir):
 
 def test_no_ranks_for_a_budget_is_one_line(trained, workdir):
     checkpoint.save("dense.pt", trained[0])
-    make_data(trained[1])
-    calibrated = ["--calibrate=pattern", "--calibration_tokens=1024"]
-    for size, options, said in (("1K", [], "no shapes fit 1,000"), ("1K", calibrated, "1,000 parameters is not between"),
-                                ("1M", calibrated, "34,176, which the dense"), ("1M", ["--ranks=even"], "34,176, which")):
+    for size, options, said in (("1K", [], "no shapes fit 1,000"), ("1K", ["--ranks=even"], "1,000 parameters is not"),
+                                ("1M", ["--ranks=even"], "34,176, which the dense model has")):
         done = run_here("kron_decompose.py", "--init_from=dense.pt", f"--budget={size}", *options)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not Path("checkpoints").exists()
@@ -421,8 +439,7 @@ def test_no_ranks_for_a_budget_is_one_line(trained, workdir):
 @pytest.mark.parametrize("option, said", [
     ("--calibrate=nothing", "data/nothing"), ("--calibration_tokens=5", "too few"), ("--refine_steps=-1", "refine_steps"),
     ("--device=abacus", "abacus"), ("--metric=euclid", "metric is fisher or none"), ("--ranks=uneven", "ranks is loss or"),
-    ("--matrices=attn", "matrices is all or mlp"), ("--attention_rank=-1", "attention_rank is at least 0"),
-    ("--attention_rank=33", "33 factors of (32, 1)")])
+    ("--matrices=attn", "matrices is all or mlp"), ("--attention_rank=-1", "attention_rank is at least 0")])
 def test_wrong_options(trained, workdir, option, said):
     checkpoint.save("dense.pt", trained[0])
     make_data(trained[1])
