@@ -252,19 +252,21 @@ def test_script_calibrates_a_model_with_zeros(trained, workdir, what):
     assert "nan" not in done.stdout and math.isfinite(loss(checkpoint.load("a.pt")[0], trained[1]))
 
 
-def test_another_order_is_the_same_function(small_model):
+def test_another_order_is_the_same_function(mixed_model):
     generator = torch.Generator().manual_seed(0)
-    hidden = [torch.randperm(256, generator=generator) for _ in range(2)]
-    embd = torch.randperm(64, generator=generator)
+    hidden = [torch.randperm(512, generator=generator) for _ in range(5)]
+    embd = torch.randperm(128, generator=generator)
     tokens = torch.randint(256, (2, 32), generator=generator)
-    before = {name: p.clone() for name, p in small_model.state_dict().items()}
+    before = {name: p.clone() for name, p in mixed_model.state_dict().items()}
     with torch.no_grad():
-        for orders in (dict(hidden=hidden), dict(embd=embd), dict(hidden=hidden, embd=embd)):
-            other = reorder_units(small_model, **orders)
-            torch.testing.assert_close(other(tokens), small_model(tokens), rtol=1e-4, atol=1e-4)
-    assert torch.equal(other.transformer.wte.weight, before["transformer.wte.weight"][:, embd])
+        for orders in (dict(embd=embd), dict(hidden=hidden, embd=embd), dict(hidden=hidden)):
+            other = reorder_units(mixed_model, **orders)
+            torch.testing.assert_close(other(tokens), mixed_model(tokens), rtol=1e-3, atol=1e-3)
+            if "embd" in orders:
+                assert torch.equal(other.transformer.wte.weight, before["transformer.wte.weight"][:, embd])
+    assert other.config.shapes["attn.c_attn"] == mixed_model.config.shapes["attn.c_attn"]
     assert torch.equal(other.transformer.h[1].mlp.c_fc.bias, before["transformer.h.1.mlp.c_fc.bias"][hidden[1]])
-    assert all(torch.equal(p, before[name]) for name, p in small_model.state_dict().items())
+    assert all(torch.equal(p, before[name]) for name, p in mixed_model.state_dict().items())
 
 
 def test_contributions_find_the_units_that_matter(trained):
