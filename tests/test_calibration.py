@@ -46,6 +46,7 @@ def test_fisher_moments_and_spectra_are_those_of_a_plain_loop(monkeypatch):
         p.data.mul_(6)  # otherwise the blocks hardly matter
     randomize_vectors(model.eval())
     tokens, draws = torch.randint(6, (2, 5)), 10_000
+    monkeypatch.setattr(calibration, "STATISTICS_TOKENS", 10 * draws)
     monkeypatch.setattr(calibration, "GRADIENT_TOKENS", 30_000)
     fisher, spectra = calibration.statistics(model, tokens.repeat(draws, 1), [*model.config.matrices])
 
@@ -124,6 +125,21 @@ def test_calibration_keeps_more_of_the_model(trained, shape):
     assert [f.n_factors for f in fits] == [r for r in shape[2] for _ in "ab"]
     assert all(f.output_error < f.output_error_before for f in fits)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()), "the dense model was changed"
+
+
+def test_statistics_sample_a_long_text(trained, monkeypatch):
+    model, tokens = trained[0], trained[1][:, :-1]
+    sample, _ = calibration.statistics(model, tokens[::4], ["attn.c_proj"])
+    monkeypatch.setattr(calibration, "STATISTICS_TOKENS", tokens.numel() // 4)
+    found, _ = calibration.statistics(model, tokens, ["attn.c_proj"])
+    assert all(torch.equal(found[name], F) for name, F in sample.items())
+
+
+def test_dropout_takes_no_part(trained):
+    model, tokens = trained
+    dropping = KronyGPT.from_state_dict(dict(model.config.as_plain_types(), dropout=0.5), model.state_dict()).train()
+    (one, fits), (other, same) = (calibrate(m, tokens, (32, 32, [1, 1])) for m in (model, dropping))
+    assert fits == same and all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))
 
 
 def test_matrices_that_are_dense_stay_as_they_are(trained):
