@@ -104,7 +104,8 @@ def main(dim_1=None, dim_2=None, n_factors=None):
 
     limit, largest = parse_budget(budget)
     check_options(dim_1, n_factors)
-    wants_table = not dim_1 and not calibrate and ranks == "loss"
+    by_loss = not dim_1 and ranks == "loss"
+    wants_table = by_loss and not calibrate
     if wants_table and init_from in GPT2_SIZES:  # which need no download
         n_layer, n_embd = GPT2_SIZES[init_from]
         config = KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // checkpoint.GPT2_HEAD_DIM)
@@ -137,9 +138,9 @@ def main(dim_1=None, dim_2=None, n_factors=None):
             hidden, _ = calibration.contributions(dense, text)
             order = [calibration.interleave(scores, dim_2, config.n_inner // dim_2) for scores in hidden]
             dense = compress.reorder_units(dense, hidden=order)
-        if metric == "fisher" or (ranks == "loss" and not dim_1):
+        if metric == "fisher" or by_loss:
             fisher, spectra = calibration.statistics(dense, text, kinds)
-        if ranks == "loss" and not dim_1:
+        if by_loss:
             allocations = allocate(config, kinds, limit, spectra)
     if not dim_1:
         print_allocations(allocations)

@@ -86,15 +86,15 @@ class Problem:
         moments: Moments of X̂ and Y.
         W: [m, n], the trained weights, towards which a ridge pulls.
         fisher: F [n, n], second moments of the loss's gradient at the outputs, for the metric M; None for M = I.
-        ridge: share of the mean second moment of an input. Inputs that never change tell nothing, and the ridge alone
-            decides: the weights stay.
+
+    Inputs that never change tell nothing, and the ridge alone decides: the weights stay.
     """
 
-    def __init__(self, moments, W, fisher=None, ridge=RIDGE):
+    def __init__(self, moments, W, fisher=None):
         self.mean_x, self.mean_y, self.G, self.C, self.variance = moments.centred()
         self.W = float64(W)
         self.M = metric(fisher, self.W.shape[1], self.W.device)
-        size = torch.maximum(ridge * self.G.diagonal().mean(), ROUNDING * self.mean_x.square().mean())  # above G's rounding
+        size = torch.maximum(RIDGE * self.G.diagonal().mean(), ROUNDING * self.mean_x.square().mean())  # above G's rounding
         penalty = torch.where(size > torch.finfo(size.dtype).tiny, size, 1.0)
         self.ridged_G = self.G + penalty * torch.eye(len(self.G), dtype=torch.float64, device=self.G.device)
         self.ridged_C = self.C + penalty * self.W
