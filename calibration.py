@@ -87,8 +87,9 @@ def statistics(model, tokens, kinds, seed=0):
     of the output). Of a matrix W with inputs of covariance G, rank r thus adds at least ½ Σ_{i>r} σ_i² nats per
     token, with σ the singular values of G^(1/2) W F^(1/2).
 
-    Memory for L blocks of width C: 8 L bytes for each number in F, 27 C² a block for all four matrices, and in covariances,
-    4 C²; and a backward pass of GRADIENT_TOKENS tokens or one window. N tokens take about L N 80 C² operations in all.
+    Memory for L blocks of width C: 8 bytes for each of L 27 C² numbers in F and L 4 C² in covariances, and what a backward
+    pass of GRADIENT_TOKENS tokens, or one window, takes. N tokens take about N (85 L C² + 6 C V) floating point operations
+    with a vocabulary of V.
 
     Args:
         model: a KronyGPT.
