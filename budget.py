@@ -1,34 +1,19 @@
-"""Budget search: the shapes that fit a number of parameters, and which of them keeps most of a model.
-
-Low rank is a sum of Kronecker products, (C, 1, r), and pruning is one with a B of ones and zeros: a search over dim_1,
-dim_2 and the factors covers them all.
-"""
-import sys
+"""Budgets: the ranks of all matrices that cost a model least, and the table of shapes that fit a number of parameters."""
 from dataclasses import dataclass, replace
 
 import torch
-from tqdm import tqdm
 
-from calibration import HiddenStatistics, ResidualStream, batches, calibrate, interleave
-from compress import factorize
 from configurator import UserError
-from kron import kron_weight, multiply_adds, van_loan
-from least_squares import LARGEST_SYSTEM, Moments, Problem, fit, initial_factors, largest_system
-from model import KronyGPT, mlp_shapes
+from kron import multiply_adds
+from model import KronyGPT, Shape
 
-SLACK = 0.99  # share of the budget that a shape must use
-PROBED_LAYERS = 3  # blocks on which shapes are ranked
-KEPT = 6  # shapes that pass the first ranking, on one block
-TRIED = 3  # shapes that pass the second ranking; the whole model is calibrated with each
-QUICK_STEPS = 1  # of alternating least squares in the first ranking: none tells little, more change the order little
-THOROUGH_STEPS = 3  # in the second
-SHARES = (0.5, 0.75, 1.0, 1.5, 2.0)  # of a layer's even number of factors, for uneven ones
+SLACK = 0.99  # share of the budget that a shape in the table must use
+HALVINGS = 100  # of the interval in which the price of a parameter is searched
 
 
 @dataclass
 class MLPShape:
-    """One member of the family: its shape, parameters in all, multiply-adds of an MLP over dense ones, largest rank, and
-    the errors that are predicted for it on the middle block and on a few, shares of the residual stream's variance."""
+    """One shape of the MLPs: its parameters in all, multiply-adds of an MLP over dense ones, and largest rank."""
 
     dim_1: int
     dim_2: int
@@ -36,18 +21,6 @@ class MLPShape:
     parameters: int
     multiply_adds: float
     rank: int
-    quick_error: float | None = None
-    error: float | None = None
-
-    def factor_shapes(self, config):
-        """[(A shape, B shape)] of c_fc and of c_proj, its mirror image."""
-        m1, n1, m2, n2 = self.dim_1, self.dim_2, config.n_embd // self.dim_1, config.n_inner // self.dim_2
-        r = self.n_factors
-        return [((r, m1, n1), (r, m2, n2)), ((r, n1, m1), (r, n2, m2))]
-
-    def can_be_fitted(self, config):
-        """Whether its normal matrices are not too large."""
-        return all(largest_system(*shapes) <= LARGEST_SYSTEM for shapes in self.factor_shapes(config))
 
 
 def shapes_within(config, limit, largest=None):
@@ -76,7 +49,8 @@ def shapes_within(config, limit, largest=None):
             per_factor = 2 * config.n_layer * (m1 * n1 + m2 * n2)
             r = max(1, min((largest - rest) // per_factor, m1 * n1, m2 * n2))
             shape = MLPShape(dim_1, dim_2, r, rest + r * per_factor, 0.0, min(C, r * min(m1, n1) * min(m2, n2)))
-            macs = sum(min(multiply_adds(*sides).values()) for sides in shape.factor_shapes(config))
+            sides = ((r, m1, n1), (r, m2, n2)), ((r, n1, m1), (r, n2, m2))  # of c_fc, and of c_proj, its mirror image
+            macs = sum(min(multiply_adds(*pair).values()) for pair in sides)
             shapes.append(replace(shape, multiply_adds=macs / (2 * C * hidden)))
     fitting = [shape for shape in shapes if SLACK * limit <= shape.parameters <= largest]
     if not fitting:
@@ -92,144 +66,98 @@ def shapes_within(config, limit, largest=None):
 
 
 @dataclass
-class Probe:
-    """What a dense block does to real text: moments of its matrices' inputs and targets, in the order of the model's
-    hidden units."""
+class Allocation:
+    """What a matrix of a block gets: its shape, (m, 1, rank) or dense, its parameters without the bias, and the loss that is
+    predicted for it in nats per token, or None."""
 
-    fc: Moments
-    proj: Moments
-    W: torch.Tensor  # [C, n_inner] of c_fc
-    W_proj: torch.Tensor  # [n_inner, C]
-    contribution: torch.Tensor  # [n_inner], see HiddenStatistics
-    sensitivity: torch.Tensor  # [n_inner]
-    variance: float  # of the residual stream after the block, summed over its dimensions
-
-    def error(self, dim_1, dim_2, r, steps):
-        """The squared error that r factors of (dim_1, dim_2), fitted to this block, put into the residual stream, as a
-        share of its variance: that of c_fc by each hidden unit's sensitivity, and that of c_proj."""
-        n1, n2 = dim_2, len(self.W[0]) // dim_2
-        order = interleave(self.contribution, n1, n2)
-        total = 0.0
-        for moments, W, weights, dims in (
-                (self.fc.reordered(targets=order), self.W[:, order], self.sensitivity[order], (dim_1, dim_2)),
-                (self.proj.reordered(inputs=order), self.W_proj[order], None, (dim_2, dim_1))):
-            problem = Problem(moments, W, weights)
-            A, B = fit(problem, *initial_factors(problem, *dims, r), steps=steps)
-            errors = problem.squared_errors(kron_weight(A, B))
-            total += (errors if weights is None else errors * weights).sum().item()
-        return total / self.variance
+    layer: int
+    kind: str
+    shape: Shape
+    parameters: int
+    loss: float | None
 
 
-@torch.no_grad()
-def probe(model, text, layers):
-    """Yields the Probes of some layers of a model on (windows, T) tokens, of some 200 C² bytes each."""
-    stream = ResidualStream(model, text)
-    for layer, block in enumerate(model.transformer.h):
-        stream.attend(layer)
-        if layer not in layers:
-            stream.transform(layer)
-            continue
-        fc, proj, statistics = Moments(), Moments(), HiddenStatistics(block.mlp)
-        for _, x, z, h, y in stream.mlp(layer):
-            fc.add(x, z)
-            proj.add(h, y)
-            statistics.add(z, h)
-        variance = stream.x.flatten(0, 1).var(0).sum().item()
-        yield Probe(fc, proj, block.mlp.c_fc.weight, block.mlp.c_proj.weight, statistics.contribution(),
-                    statistics.sensitivity(), variance)
+def allocate(config, kinds, limit, spectra=None):
+    """Ranks for a number of parameters by predicted loss; each matrix is free to stay dense.
 
-
-@torch.no_grad()
-def loss_on(model, x, y):
-    """Mean cross entropy in nats of tokens y (windows, T) after x (windows, T)."""
-    model.eval()
-    return (sum(model(x[rows], y[rows]).item() * len(x[rows]) for rows in batches(x)) / len(x))
-
-
-def uneven_factors(probes, shape, config):
-    """Factors for each layer with the sum of the shape's, spent where the predicted error falls most: from the fewest of
-    SHARES, the layer with the largest gain per factor gets its next share.
+    Rank r of a matrix [m, n] has r (m + n) parameters and costs ½ Σ_{i>r} σ_i²; dense has m n and costs nothing. With a
+    price for each parameter every matrix chooses for itself, and bisection finds the price at which the model fits. What
+    is then left goes, step by step, where it lowers the loss most per parameter.
 
     Args:
-        probes: yields one for each layer.
-        shape: an MLPShape.
-        config: the KronyGPTConfig of the model.
-    """
-    n_layer, sides = config.n_layer, shape.dim_1 * shape.dim_2
-    most = min(sides, config.n_embd * config.n_inner // sides)  # which reach every matrix
-    steps = sorted({min(most, max(1, round(share * shape.n_factors))) for share in SHARES})
-    steps = [r for r in steps if replace(shape, n_factors=r).can_be_fitted(config)]
-    curves = [[probe.error(shape.dim_1, shape.dim_2, r, QUICK_STEPS) for r in steps] for probe in probes]
-    factors, chosen, left = [steps[0]] * n_layer, [0] * n_layer, n_layer * (shape.n_factors - steps[0])
-    while left:
-        gains = {layer: (curve[i] - curve[i + 1]) / (steps[i + 1] - steps[i])
-                 for layer, (curve, i) in enumerate(zip(curves, chosen)) if i + 1 < len(steps)}
-        layer = max(gains, key=gains.get)
-        extra = min(left, steps[chosen[layer] + 1] - steps[chosen[layer]])
-        factors[layer] += extra
-        chosen[layer] += 1
-        left -= extra
-    return factors
-
-
-@dataclass
-class Candidate:
-    """A shape with which the whole model was calibrated, and its loss on other text in nats per token."""
-
-    dim_1: int
-    dim_2: int
-    factors: list[int]
-    loss: float
-
-
-def search(model, text, held_out, limit):
-    """The member of the family that keeps most of a model within a budget.
-
-    Ranks all shapes by the predicted error on the middle block, the best of them on a few blocks with more care,
-    calibrates the best of these on the whole model without refinement, and compares their losses on other text; then
-    it tries uneven factors for the winner. (Swift-SVD, arXiv 2604.01609, chooses the ranks of low rank by predicted
-    loss.) Shapes that calibration cannot fit, for the size of their normal matrix, are omitted.
-
-    Args:
-        model: a KronyGPT, dense or not, on the device of the text.
-        text: (windows, T) tokens to calibrate on.
-        held_out: (x, y), (windows, T) each, other text, on which losses are compared.
-        limit: number of parameters in all.
+        config: a KronyGPTConfig.
+        kinds: names of the matrices of a block to compress, such as "mlp.c_fc"; the shapes of the others stay.
+        limit: number of parameters in all, which is never exceeded.
+        spectra: {name of a matrix: σ²} of calibration.statistics(). Default: all matrices keep about the same share of
+            their parameters.
 
     Returns:
-        [MLPShape] and [Candidate], the best ones first.
+        [Allocation] of all layers and kinds, in the order of the model.
 
     Raises:
-        UserError: no shape fits the budget.
+        UserError: the budget is too small for any rank, or large enough for the dense model.
     """
-    n_layer = model.config.n_layer
-    mirrored = 1, model.config.n_inner  # the same sums as (C, 1): low rank
-    shapes = [s for s in shapes_within(model.config, limit)
-              if (s.dim_1, s.dim_2) != mirrored and s.can_be_fitted(model.config)]
-    if not shapes:
-        raise UserError(f"no shapes that fit {limit:,} parameters can be calibrated: their normal matrices are too large")
-    layers = sorted({round(i * (n_layer - 1) / max(1, PROBED_LAYERS - 1)) for i in range(PROBED_LAYERS)})
-    few = list(probe(model, text, layers))
+    with torch.device("meta"):
+        whole = KronyGPT(replace(config, shapes={k: s for k, s in config.shapes.items() if k not in kinds}))
+    places = [(layer, kind, *config.matrices[kind]) for layer in range(config.n_layer) for kind in config.matrices
+              if kind in kinds]
+    dense, total = sum(m * n for *_, m, n in places), whole.count_parameters()["total"]
+    least, spare = sum(min(m + n, m * n) for *_, m, n in places), limit - (total - dense)
+    if not least <= spare < dense:
+        raise UserError(f"a budget of {limit:,} parameters is not between {total - dense + least:,}, with rank 1 in all "
+                        f"matrices, and {total:,}, which the dense model has")
 
-    def mean_error(shape, probes, steps):
-        return sum(p.error(shape.dim_1, shape.dim_2, shape.n_factors, steps) for p in probes) / len(probes)
+    sizes, losses = [], []  # of the choices of each matrix: rank 1, 2, ..., dense
+    for layer, kind, m, n in places:
+        ranks = torch.arange(1, 1 + (m * n - 1) // (m + n))
+        sizes.append(torch.cat((ranks * (m + n), torch.tensor([m * n]))))
+        if spectra is None:
+            losses.append(None)
+            continue
+        tail = spectra[f"transformer.h.{layer}.{kind}"].cpu().flip(0).cumsum(0).flip(0) / 2
+        losses.append(torch.cat((tail[ranks], tail.new_zeros(1))))
 
-    def candidate(dim_1, dim_2, factors):
-        new = factorize(model, mlp_shapes(dim_1, dim_2, factors), van_loan)
-        calibrate(model, new, text)
-        return Candidate(dim_1, dim_2, factors, loss_on(new, *held_out))
+    if spectra is None:
+        share = (spare - least) / (dense - least)
+        chosen = [int(share * (size[-1] - size[0]) / size[0]) for size in sizes]
+    else:
+        chosen = cheapest(sizes, losses, spare)
+    result = []
+    for (layer, kind, m, n), size, loss, choice in zip(places, sizes, losses, chosen):
+        shape = Shape(m, 1, choice + 1) if choice + 1 < len(size) else Shape(m, n, 1)
+        result.append(Allocation(layer, kind, shape, size[choice].item(), None if loss is None else loss[choice].item()))
+    return result
 
-    bar = dict(unit="shape", leave=False, disable=not sys.stderr.isatty())
-    for shape in tqdm(shapes, "ranking", **bar):
-        shape.quick_error = mean_error(shape, [few[len(few) // 2]], QUICK_STEPS)
-    shapes.sort(key=lambda shape: shape.quick_error)
-    for shape in tqdm(shapes[:KEPT], "ranking the best", **bar):
-        shape.error = mean_error(shape, few, THOROUGH_STEPS)
-    shapes[:KEPT] = sorted(shapes[:KEPT], key=lambda shape: shape.error)
-    tried = [candidate(s.dim_1, s.dim_2, [s.n_factors] * n_layer) for s in shapes[:TRIED]]
-    shape = shapes[min(range(len(tried)), key=lambda i: tried[i].loss)]
-    if shape.n_factors > 1:
-        factors = uneven_factors(probe(model, text, range(n_layer)), shape, model.config)
-        if len(set(factors)) > 1:
-            tried.append(candidate(shape.dim_1, shape.dim_2, factors))
-    return shapes, sorted(tried, key=lambda c: c.loss)
+
+def cheapest(sizes, losses, limit):
+    """One choice for each matrix whose sizes sum up to at most the limit and whose losses to about the least that can be
+    had so.
+
+    Args:
+        sizes, losses: for each matrix those of its choices: sizes rise, losses fall.
+        limit: at least the sum of the smallest sizes.
+
+    Returns:
+        [index of a choice] for each matrix.
+    """
+    def choose(price):
+        return [int((loss + price * size).argmin()) for size, loss in zip(sizes, losses)]
+
+    def used(chosen):
+        return sum(size[i].item() for size, i in zip(sizes, chosen))
+
+    low, high = 0.0, 1.0 + sum(loss[0].item() for loss in losses)  # at which nothing is worth a parameter
+    for _ in range(HALVINGS):
+        price = (low + high) / 2
+        low, high = (low, price) if used(choose(price)) <= limit else (price, high)
+    chosen = choose(high)
+    while True:
+        left, best = limit - used(chosen), (0.0, None)
+        for k, (size, loss, i) in enumerate(zip(sizes, losses, chosen)):
+            extra, gain = size[i + 1:] - size[i], loss[i] - loss[i + 1:]
+            rates = torch.where(extra <= left, gain / extra, 0)
+            if len(rates) and rates.max() > best[0]:
+                best = rates.max().item(), (k, i + 1 + int(rates.argmax()))
+        if best[1] is None:
+            return chosen
+        chosen[best[1][0]] = best[1][1]

@@ -1,9 +1,11 @@
 """Calibration: what the matrices of a model do to real text, and a compressed model that does the same.
 
-Van Loan's decomposition keeps the weights; what matters is what the weights do to activations. calibrate() goes through the
-blocks in order and fits one MLP matrix after the other by least squares. The inputs come from the model compressed so far
-and the targets from the dense model, so each matrix compensates for the errors of the earlier ones.
+Van Loan's decomposition keeps the weights; what matters is what the weights do to activations, and what an error there does
+to the loss. statistics() measures the latter; calibrate() goes through the blocks in order and fits one matrix after the
+other by least squares. The inputs come from the model compressed so far and the targets from the dense model, so each
+matrix compensates for the errors of the earlier ones.
 """
+import math
 import sys
 from dataclasses import dataclass
 
@@ -13,93 +15,140 @@ from tqdm import tqdm
 
 from configurator import UserError
 from data import even_starts, load_tokens, windows
-from device import float64, pick_device
-from least_squares import ROUNDING, Moments, Problem, check_size, fit, initial_factors, share
+from device import float64, float64_device, pick_device
+from least_squares import ROUNDING, Moments, Problem, check_size, fit, gram, metric, share
+from loss import ChunkedLinearLoss
 
 TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
+GRADIENT_TOKENS = 1024  # in a batch of a backward pass
+STATISTICS_TOKENS = 32768  # at most, of statistics(); with a quarter or four times as many the loss is within 0.001
 REFINE_RATE = 1e-3  # learning rate of the refinement, at its beginning
 REFINE_TOKENS = 1024  # in a gradient step of the refinement
+HALVES = {"attn": ("ln_1", "c_attn"), "mlp": ("ln_2", "c_fc")}  # the norm and the first matrix; the second is c_proj
+BAR = dict(leave=False, disable=not sys.stderr.isatty())
 
 
 class ResidualStream:
-    """The hidden states (windows, T, C) of a model on tokens, moved through its blocks one at a time."""
+    """Hidden states (windows, T, C) of a model, without dropout, on tokens, moved through its half blocks one at a time."""
 
     def __init__(self, model, tokens):
-        self.model = model
+        self.model = model.eval()
         position = torch.arange(tokens.shape[1], device=tokens.device)
         self.x = model.transformer.wte(tokens) + model.transformer.wpe(position)
 
-    def attend(self, layer):
-        """Move through a block's attention."""
-        block = self.model.transformer.h[layer]
-        for rows in batches(self.x):
-            self.x[rows] += block.attn(block.ln_1(self.x[rows]))
+    def input(self, layer, half, rows):
+        """The input of a half block's first matrix, (windows, T, C)."""
+        return self.model.transformer.h[layer].get_submodule(HALVES[half][0])(self.x[rows])
 
-    def mlp_input(self, layer, rows):
-        """The input of a block's MLP, (tokens, C)."""
-        return self.model.transformer.h[layer].ln_2(self.x[rows]).flatten(0, 1)
+    def through(self, layer, half, move=True):
+        """Run a half block, "attn" or "mlp", a batch at a time.
 
-    def mlp(self, layer):
-        """Move through a block's MLP, a batch at a time.
+        Args:
+            move: whether its output is added to the stream.
 
         Yields:
-            rows: slice of the windows of a batch; they get the MLP's output after the yield;
-            x (tokens, C), z (tokens, n_inner), h (tokens, n_inner), y (tokens, C): the MLP's input, its pre-activations,
-                activations and output.
+            rows: slice of the windows of a batch; they get the output after the yield;
+            x (tokens, C), z (tokens, 3 C or n_inner): input and output of the first matrix, c_attn or c_fc;
+            h (tokens, C or n_inner), y (tokens, C): those of the second, c_proj.
         """
-        mlp = self.model.transformer.h[layer].mlp
-        for rows in batches(self.x):
-            x = self.mlp_input(layer, rows)
-            z = mlp.c_fc(x)
-            h = F.gelu(z, approximate="tanh")
-            y = mlp.c_proj(h)
-            yield rows, x, z, h, y
-            self.x[rows] += y.view_as(self.x[rows])
+        module, seen = self.model.transformer.h[layer].get_submodule(half), {}
 
-    def transform(self, layer):
-        """Move through a block's MLP in one call."""
-        for _ in self.mlp(layer):
+        def keep(matrix, inputs, output):
+            seen[matrix] = inputs[0].flatten(0, -2), output.flatten(0, -2)
+
+        matrices = module.get_submodule(HALVES[half][1]), module.c_proj
+        hooks = [matrix.register_forward_hook(keep) for matrix in matrices]
+        for rows in batches(self.x):
+            y = module(self.input(layer, half, rows))
+            yield rows, *seen[matrices[0]], *seen[matrices[1]]
+            if move:
+                self.x[rows] += y
+        for hook in hooks:
+            hook.remove()
+
+    def move(self, layer, half):
+        """Move through a half block in one call."""
+        for _ in self.through(layer, half):
             pass
 
 
-def batches(x):
-    """Slices of x (windows, T, C) with about TOKENS_AT_ONCE tokens each."""
-    step = max(1, TOKENS_AT_ONCE // x.shape[1])
+def batches(x, n_tokens=TOKENS_AT_ONCE):
+    """Slices of x (windows, T, ...) with about n_tokens tokens each."""
+    step = max(1, n_tokens // x.shape[1])
     return [slice(begin, begin + step) for begin in range(0, len(x), step)]
 
 
-def gelu_slope(z):
-    """gelu'(z)."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        return torch.autograd.grad(F.gelu(z, approximate="tanh").sum(), z)[0]
+def statistics(model, tokens, kinds, seed=0):
+    """What errors in the outputs of a model's matrices cost: one pass forward and backward over a text, of which an even
+    sample of STATISTICS_TOKENS is enough.
+
+    An error e [n] in the output of a matrix at one token adds about ½ eᵀ F e to the loss, where F = E[g gᵀ] and g is the
+    gradient of the summed loss at that output, with labels that are drawn from the model itself (the Fisher information
+    of the output). Of a matrix W with inputs of covariance G, rank r thus adds at least ½ Σ_{i>r} σ_i² nats per
+    token, with σ the singular values of G^(1/2) W F^(1/2).
+
+    Memory for L blocks of width C: 8 bytes for each of L 27 C² numbers in F and L 4 C² in covariances, and what a backward
+    pass of GRADIENT_TOKENS tokens, or one window, takes. N tokens take about N (85 L C² + 6 C V) floating point operations
+    with a vocabulary of V.
+
+    Args:
+        model: a KronyGPT.
+        tokens: (windows, T), on the model's device.
+        kinds: names of the matrices of a block, such as "mlp.c_fc".
+        seed: of the labels.
+
+    Returns:
+        {name of a matrix: F [n, n]} and {name: σ², [min(m, n)], descending}, in float64.
+    """
+    device = float64_device(tokens.device)
+    matrices = {matrix: name for name, matrix in model.matrices() if name.split(".", 3)[3] in kinds}
+    fisher = {name: torch.zeros(len(matrix.bias), len(matrix.bias), dtype=torch.float64, device=device)
+              for matrix, name in matrices.items()}
+    moments = {name: Moments() for name in fisher}
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    tokens = tokens[::math.ceil(tokens.numel() / STATISTICS_TOKENS)]
+
+    def add_to_sums(matrix, inputs, output):
+        x, y, name = inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2), matrices[matrix]
+        moments[name].add(x if x.shape[1] <= y.shape[1] else y)  # the smaller side tells σ, too
+
+        def add_gradient(g):
+            fisher[name] += gram(g.flatten(0, -2)).to(device)
+
+        output.register_hook(add_gradient)
+
+    def loss_of_samples(logits):
+        labels = torch.multinomial(F.softmax(logits.detach(), -1), 1, generator=generator)
+        return F.cross_entropy(logits, labels[:, 0], reduction="sum")
+
+    hooks = [matrix.register_forward_hook(add_to_sums) for matrix in matrices]
+    for rows in tqdm(batches(tokens, GRADIENT_TOKENS), "gradients", unit="batch", **BAR):
+        start = ResidualStream(model, tokens[rows]).x.detach().requires_grad_()
+        x = start
+        for block in model.transformer.h:
+            x = block(x)
+        x, W = model.transformer.ln_f(x).flatten(0, 1), model.transformer.wte.weight.detach()
+        torch.autograd.grad(ChunkedLinearLoss.apply(loss_of_samples, x.dtype, x, W), start)
+    for hook in hooks:
+        hook.remove()
+    spectra = {}
+    for matrix, name in matrices.items():
+        fisher[name] /= tokens.numel()
+        spectra[name] = spectrum(float64(matrix.weight.detach()), fisher[name], moments[name].centred()[2])
+    return fisher, spectra
 
 
-class HiddenStatistics:
-    """How much the hidden units of an MLP matter on real text."""
-
-    def __init__(self, mlp):
-        self.norms = float64(mlp.c_proj.weight).square().sum(1)  # of the rows of c_proj
-        self.sums, self.count = self.norms.new_zeros(3, len(self.norms)), 0
-
-    def add(self, z, h):
-        """Add a batch of pre-activations z and activations h (tokens, n_inner)."""
-        self.sums += float64(torch.stack((h.sum(0), h.square().sum(0), gelu_slope(z).square().sum(0))))
-        self.count += len(z)
-
-    def contribution(self):
-        """[n_inner], the variance that each unit adds to the residual stream: that of its activation times the squared
-        norm of its row in c_proj."""
-        mean, square, _ = self.sums / self.count
-        return self.norms * (square - mean.square())
-
-    def sensitivity(self):
-        """[n_inner], the cost of a squared error in each unit's pre-activation: E[gelu'²] times the squared norm."""
-        return self.norms * self.sums[2] / self.count
+def spectrum(W, fisher, covariance):
+    """The squared singular values of G^(1/2) W F^(1/2) for W [m, n] and F [n, n], in descending order, from a covariance:
+    that of the inputs, G [m, m], where m <= n, else that of the outputs, Wᵀ G W [n, n]."""
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt()
+    cost = W @ fisher @ W.T if len(covariance) == len(W) else fisher
+    return torch.linalg.eigvalsh(root.T @ cost @ root).clamp(min=0).flip(0)
 
 
 def interleave(contribution, n1, n2):
-    """An order of hidden units in which the units that contribute most share no column of A.
+    """An order of the hidden units of an MLP in which those that contribute most share no column of A.
 
     Unit j of c_fc takes column j // n2 of A and column j % n2 of B. The n1 strongest units take the first column of B, the
     next n1 the second, and so on: each of the strongest has a column of A of its own, and a B of a one and zeros would prune
@@ -116,19 +165,23 @@ def contributions(model, tokens):
     """How much hidden units and dimensions of the residual stream contribute on real text.
 
     Returns:
-        hidden [n_layer, n_inner], as in HiddenStatistics; and embd [C], the variance that each dimension gives to the
-        pre-activations of all MLPs: that of the MLP's input times the squared norm of its row in c_fc.
+        hidden [n_layer, n_inner], the variance that each unit adds to the residual stream: that of its activation times the
+        squared norm of its row in c_proj; and embd [C], the variance that each dimension gives to the pre-activations of
+        all MLPs: that of the MLP's input times the squared norm of its row in c_fc.
     """
+    def variance(sums):
+        mean, square = sums / tokens.numel()
+        return square - mean.square()
+
     stream, hidden, embd = ResidualStream(model, tokens), [], 0
     for layer, block in enumerate(model.transformer.h):
-        stream.attend(layer)
-        statistics, sums = HiddenStatistics(block.mlp), 0
-        for _, x, z, h, _ in stream.mlp(layer):
-            statistics.add(z, h)
-            sums = sums + float64(torch.stack((x.sum(0), x.square().sum(0))))
-        mean, square = sums / statistics.count
-        hidden.append(statistics.contribution())
-        embd = embd + (square - mean.square()) * float64(block.mlp.c_fc.weight.square().sum(1))
+        stream.move(layer, "attn")
+        x_sums = h_sums = 0
+        for _, x, _, h, _ in stream.through(layer, "mlp"):
+            x_sums, h_sums = (sums + float64(torch.stack((v.sum(0), v.square().sum(0))))
+                              for sums, v in ((x_sums, x), (h_sums, h)))
+        hidden.append(variance(h_sums) * float64(block.mlp.c_proj.weight.square().sum(1)))
+        embd = embd + variance(x_sums) * float64(block.mlp.c_fc.weight.square().sum(1))
     return torch.stack(hidden), embd
 
 
@@ -154,111 +207,108 @@ class Fit:
     output_error: float
 
 
-def fit_matrix(matrix, problem, W, old, fixed_B):
-    """Fit a matrix to a Problem.
-
-    Args:
-        matrix: a KronLinear, whose factors and bias are set.
-        problem: its Problem.
-        W: [m, n], the dense weights.
-        old: (weight [m, n], bias [n]) of the matrix before.
-        fixed_B: its B stays.
-
-    Returns:
-        The relative errors of the weights, before and after, and those of the output.
-    """
-    r, dim_1, dim_2 = matrix.A.shape
-    start = (matrix.A, matrix.B) if fixed_B else initial_factors(problem, dim_1, dim_2, r)
-    A, B = fit(problem, *start, fixed_B=fixed_B)
+def fit_matrix(dense, compressed, layer, kind, moments, fisher, fixed_B):
+    """Fit a factored matrix of a compressed model, and its bias, to Moments. Args as in calibrate(). Returns the Fit."""
+    name = f"transformer.h.{layer}.{kind}"
+    matrix, W = compressed.get_submodule(name), dense.get_submodule(name).weight
+    problem, before = Problem(moments, W, fisher.get(name)), (matrix.weight, matrix.bias)
+    A, B = fit(problem, matrix.A, matrix.B, fixed_B)
     matrix.A.data, matrix.B.data = (side.to(W.dtype).to(W.device) for side in (A, B))
     matrix.bias.data = problem.bias(matrix.weight).to(W.dtype).to(W.device)
-    pairs = old, (matrix.weight, matrix.bias)
-    return (*(share((W - V).norm(), W.norm()) for V, _ in pairs), *(problem.error(V, b) ** 0.5 for V, b in pairs))
+    pairs = before, (matrix.weight, matrix.bias)
+    return Fit(layer, kind, len(A), *(share((W - V).norm(), W.norm()) for V, _ in pairs),
+               *(problem.error(V, b) ** 0.5 for V, b in pairs))
+
+
+def fit_half(teacher, student, layer, half, fisher, fixed_B):
+    """Fit the factored matrices of a half block, "attn" or "mlp", and move the ResidualStreams of both models through it.
+    Args as in calibrate(). Returns [Fit]."""
+    models, fits, first = (teacher.model, student.model), [], HALVES[half][1]
+    is_dense = {kind: models[1].transformer.h[layer].get_submodule(f"{half}.{kind}").is_dense for kind in (first, "c_proj")}
+    moments = Moments()
+    for rows, _, z, _, _ in teacher.through(layer, half):
+        if not is_dense[first]:
+            moments.add(student.input(layer, half, rows).flatten(0, 1), z)
+    if not is_dense[first]:
+        fits.append(fit_matrix(*models, layer, f"{half}.{first}", moments, fisher, fixed_B))
+    if not is_dense["c_proj"]:
+        moments = Moments()
+        for rows, _, _, h, _ in student.through(layer, half, move=False):
+            moments.add(h, (teacher.x[rows] - student.x[rows]).flatten(0, 1))
+        fits.append(fit_matrix(*models, layer, f"{half}.c_proj", moments, fisher, fixed_B))
+    student.move(layer, half)
+    return fits
 
 
 @torch.no_grad()
-def calibrate(dense, compressed, tokens, fixed_B=False, reorder=True, refine_steps=0):
-    """Fit the MLPs of a compressed model so that its blocks do to real text what those of the dense model do.
+def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, refine_steps=0):
+    """Fit the factored matrices of a compressed model so that its blocks do to real text what those of the dense model do.
 
-    It goes through the blocks in order. c_fc is fitted to the dense model's pre-activations, with each hidden unit's
-    column weighted by the cost of an error; c_proj to the difference that brings the residual stream back to the dense
-    model's. A new order of the hidden units changes nothing in the dense model. All biases are fitted, too.
+    It goes through the blocks in order. c_attn and c_fc are fitted to the dense model's outputs; both c_proj to the
+    difference that brings the residual stream back to the dense model's. All their biases are fitted, too. Matrices that
+    are dense in the compressed model stay as they are.
 
-    For N tokens, width C and L layers it takes about L N (67 C² + 8 C T + 1.5 M) floating point operations with a context
-    of T, where M is the cost of a token in an MLP of the new shape, from 4 C² at (C, C, 1) to 16 C²: 35 C² are moments and
-    16 C² each the attention of both models and the dense MLP. Refinement takes another L S (3 M) for S tokens in all its
-    steps, and least squares with many factors can take minutes a matrix. Memory: 8 N C bytes of hidden states and
-    about 650 C² for moments and their factorisations.
+    For N tokens, width C and L layers it takes about L N (120 C² + 12 C T) floating point operations with a context of T:
+    50 C² are moments, the others the dense model, once, and the compressed one, twice. Refinement takes another L S (3 M)
+    for S tokens in all its steps and M of one token in a block; least squares with many factors can take minutes a matrix.
+    Memory: 8 N C bytes of hidden states, with refinement 12 N C, and about 800 C² for moments and their factorisations.
 
     Args:
         dense: a KronyGPT.
-        compressed: a KronyGPT made from it by factorize(), on the same device; its MLPs are changed in place.
+        compressed: a KronyGPT made from it by factorize(), on the same device; changed in place.
         tokens: (windows, T), on that device.
+        fisher: {name of a matrix: F [n, n]} of statistics(), for the metric of errors. Default: all errors count alike.
         fixed_B: keep each B and fit A alone.
-        reorder: put the hidden units into the order of interleave() first.
         refine_steps: gradient steps on each block after the closed form.
 
     Returns:
-        [Fit], two a block.
+        [Fit], one for each factored matrix, in the order of the model.
 
     Raises:
         UserError: a shape whose normal matrix is too large.
     """
-    for block in compressed.transformer.h:
-        for matrix in (block.mlp.c_fc, block.mlp.c_proj):
+    fisher = fisher or {}
+    for _, matrix in compressed.matrices():
+        if not matrix.is_dense:
             check_size(matrix.A.shape, matrix.B.shape)
     teacher, student = ResidualStream(dense, tokens), ResidualStream(compressed, tokens)
     fits = []
-    for layer in tqdm(range(dense.config.n_layer), "calibrating", unit="block", leave=False,
-                      disable=not sys.stderr.isatty()):
-        teacher.attend(layer)
-        student.attend(layer)
-        mlp, target = compressed.transformer.h[layer].mlp, dense.transformer.h[layer].mlp
-        moments, statistics = Moments(), HiddenStatistics(target)
-        for rows, _, z, h, _ in teacher.mlp(layer):
-            moments.add(student.mlp_input(layer, rows), z)
-            statistics.add(z, h)
-        order = slice(None)
-        if reorder:
-            order = interleave(statistics.contribution(), mlp.c_fc.A.shape[2], mlp.c_fc.B.shape[2]).to(tokens.device)
-        W = target.c_fc.weight[:, order]
-        problem = Problem(moments.reordered(targets=order), W, statistics.sensitivity()[order])
-        old = mlp.c_fc.weight[:, order], mlp.c_fc.bias[order]
-        fits.append(Fit(layer, "mlp.c_fc", len(mlp.c_fc.A), *fit_matrix(mlp.c_fc, problem, W, old, fixed_B)))
-
-        moments = Moments()
-        for rows in batches(teacher.x):
-            h = F.gelu(mlp.c_fc(student.mlp_input(layer, rows)), approximate="tanh")
-            moments.add(h, (teacher.x[rows] - student.x[rows]).flatten(0, 1))
-        W = target.c_proj.weight[order]
-        old = mlp.c_proj.weight[order], mlp.c_proj.bias
-        fits.append(Fit(layer, "mlp.c_proj", len(mlp.c_proj.A),
-                        *fit_matrix(mlp.c_proj, Problem(moments, W), W, old, fixed_B)))
+    for layer in tqdm(range(dense.config.n_layer), "calibrating", unit="block", **BAR):
+        before = student.x.clone() if refine_steps else None
+        for half in HALVES:
+            fits += fit_half(teacher, student, layer, half, fisher, fixed_B)
         if refine_steps:
-            refine(teacher, student, layer, refine_steps)
-        student.transform(layer)
+            student.x = before
+            refine(teacher, student, layer, fisher.get(f"transformer.h.{layer}.mlp.c_proj"), refine_steps)
+            for half in HALVES:
+                student.move(layer, half)
     return fits
 
 
-def refine(teacher, student, layer, steps):
-    """Gradient steps on the MLP of one block, towards the dense model's hidden states behind it (AA-SVD, arXiv 2604.02119,
-    does this for low rank).
+def refine(teacher, student, layer, fisher, steps):
+    """Gradient steps on the factors and their biases in one block, towards the dense model's hidden states behind it
+    (AA-SVD, arXiv 2604.02119, does this for low rank).
 
     Args:
         teacher: the dense model's ResidualStream, behind the block.
-        student: the compressed model's, in front of the block's MLP.
+        student: the compressed model's, in front of it.
+        fisher: F [C, C] behind the block, for the metric of errors, or None.
     """
-    mlp = student.model.transformer.h[layer].mlp
-    trained = [p.requires_grad_() for p in mlp.parameters()]
+    block = student.model.transformer.h[layer]
+    trained = [p.requires_grad_() for matrix in (*block.attn.children(), *block.mlp.children())
+               if not getattr(matrix, "is_dense", True) for p in matrix.parameters()]
+    if not trained:
+        return
+    root = torch.linalg.cholesky(metric(fisher, teacher.x.shape[2], float64_device(teacher.x.device))).to(teacher.x)
     optimizer = torch.optim.Adam(trained, lr=REFINE_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(layer)
     n_rows = max(1, REFINE_TOKENS // teacher.x.shape[1])
     for _ in range(steps):
         rows = torch.randint(len(teacher.x), (n_rows,), generator=generator).to(teacher.x.device)
-        x, y = student.mlp_input(layer, rows), (teacher.x[rows] - student.x[rows]).flatten(0, 1)
+        x, y = student.x[rows], teacher.x[rows]
         with torch.enable_grad():
-            loss = (mlp(x) - y).square().mean() / y.var().clamp(min=ROUNDING)
+            loss = ((block(x) - y) @ root).square().mean() / (y - x).var().clamp(min=ROUNDING)
             gradients = torch.autograd.grad(loss, trained)
         for p, gradient in zip(trained, gradients):
             p.grad = gradient
@@ -267,28 +317,27 @@ def refine(teacher, student, layer, steps):
     optimizer.zero_grad()
 
 
-def calibration_text(dataset, n_tokens, config, device, between=False, tokenizer=None):
+def calibration_text(dataset, n_tokens, config, device, tokenizer=None):
     """Windows spread evenly over the training split of a data set.
 
     Args:
         dataset: its name under data/.
-        n_tokens: number of tokens.
+        n_tokens: number of tokens; all there are, where they are fewer.
         config: the KronyGPTConfig of the model that reads them.
         device: its name, or "" for the default.
         tokenizer: the model's record of its tokenizer, or None where its vocabulary tells it.
-        between: the windows halfway between those, one fewer: text that calibration has not seen.
 
     Returns:
-        (windows, block_size) tokens, and the ones that follow them.
+        (windows, block_size) tokens.
 
     Raises:
         UserError: fewer tokens than a window has, or than a matrix has inputs.
     """
     context, hidden = config.block_size, config.n_inner
+    tokens = load_tokens(dataset, "train", config.vocab_size, context, tokenizer)
+    n_tokens = min(n_tokens, len(tokens))
     if n_tokens < max(context, hidden):
         raise UserError(f"{n_tokens} calibration tokens are too few: a window has {context}, and a matrix up to {hidden} "
                         "inputs, which fewer tokens cannot tell apart")
-    tokens = load_tokens(dataset, "train", config.vocab_size, context, tokenizer)
-    n = n_tokens // context
-    starts = even_starts(len(tokens), context, max(3, 2 * n - 1))[1::2] if between else even_starts(len(tokens), context, n)
-    return windows(tokens, starts, context, config.vocab_size, pick_device(device))
+    starts = even_starts(len(tokens), context, n_tokens // context)
+    return windows(tokens, starts, context, config.vocab_size, pick_device(device))[0]

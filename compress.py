@@ -19,6 +19,22 @@ from least_squares import share
 from model import KronyGPT
 
 
+def reshaped(config, shapes):
+    """A KronyGPTConfig with other shapes of some matrices, {name: [Shape of each block]}.
+
+    Raises:
+        UserError: shapes that do not fit, or with more factors than a matrix can use.
+    """
+    config = replace(config, shapes=config.shapes | shapes)
+    for name in shapes:
+        m, n = config.matrices[name]
+        for dim_1, dim_2, r in config.shapes[name]:
+            most = min(dim_1 * dim_2, m * n // (dim_1 * dim_2))
+            if r > most:
+                raise UserError(f"{name}: {r} factors of ({dim_1}, {dim_2}), where a sum of {most} reaches every matrix")
+    return config
+
+
 @torch.no_grad()
 def factorize(model, shapes, method):
     """A KronyGPT with other factors, and copies of all other tensors.
@@ -30,15 +46,9 @@ def factorize(model, shapes, method):
             matrix, such as van_loan.
 
     Raises:
-        UserError: shapes that do not fit, or with more factors than a matrix can use.
+        UserError: as in reshaped().
     """
-    config = replace(model.config, shapes=model.config.shapes | shapes)
-    for name in shapes:
-        m, n = config.matrices[name]
-        for dim_1, dim_2, r in config.shapes[name]:
-            most = min(dim_1 * dim_2, m * n // (dim_1 * dim_2))
-            if r > most:
-                raise UserError(f"{name}: {r} factors of ({dim_1}, {dim_2}), where a sum of {most} reaches every matrix")
+    config = reshaped(model.config, shapes)
     state_dict = {name: p.clone() for name, p in model.state_dict().items()}
     for name, matrix in model.matrices():
         _, _, layer, kind = name.split(".", 3)
@@ -50,7 +60,7 @@ def factorize(model, shapes, method):
 
 @torch.no_grad()
 def reorder_units(model, hidden=None, embd=None):
-    """The same function as a dense KronyGPT with its units in another order.
+    """The same function as a KronyGPT with its units in another order, in which their matrices are dense.
 
     Args:
         model: a KronyGPT.
@@ -58,7 +68,8 @@ def reorder_units(model, hidden=None, embd=None):
         embd: [C], that of each dimension of the residual stream, or None.
     """
     config = model.config
-    dense_shapes = {name: [(m, n, 1)] * config.n_layer for name, (m, n) in config.matrices.items()}
+    dense_shapes = {name: [(m, n, 1)] * config.n_layer for name, (m, n) in config.matrices.items()
+                    if embd is not None or name.startswith("mlp.")}
     new = factorize(model, dense_shapes, van_loan)
     for layer, block in enumerate(new.transformer.h):
         fc, proj, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn

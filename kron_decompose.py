@@ -1,33 +1,39 @@
-"""Van Loan's decomposition: each MLP matrix of a GPT-2 as its best sum of Kronecker products.
+"""Compress a GPT-2: its matrices as low rank or as sums of Kronecker products.
 
-    python kron_decompose.py                            # the shapes that make an 82M model of GPT-2
-    python kron_decompose.py --budget=96M               # ... of another size
-    python kron_decompose.py --budget=96M --calibrate=openwebtext  # the best of them → checkpoints/best_96M.pt
-    python kron_decompose.py dim_1 dim_2 n_factors      # → checkpoints/VL_{dim_1}_{dim_2}_{n_factors}.pt
+    python kron_decompose.py --budget=82M --calibrate=openwebtext  # the whole model in 82M → checkpoints/best_82M.pt
+    python kron_decompose.py --budget=82M --calibrate=openwebtext --matrices=mlp   # ... attention stays dense
+    python kron_decompose.py --budget=96M               # the shapes of the MLPs that make a 96M model
+    python kron_decompose.py dim_1 dim_2 n_factors      # Van Loan's sum → checkpoints/VL_{dim_1}_{dim_2}_{n_factors}.pt
     python kron_decompose.py 768 768 1
     python kron_decompose.py 256 64 16,16,10,10,10,10,10,10,10,10,10,10     # a number of factors for each layer
     python kron_decompose.py 768 768 1 --calibrate=openwebtext     # → checkpoints/calibrated_....pt
+    python kron_decompose.py 768 1 164 --attention_rank=164        # attention, too: (n_embd, 1, 164)
 
-dim_1 divides n_embd, dim_2 divides 4 n_embd: they are the sides of A in c_fc; c_proj has the mirror image.
+With --budget and --calibrate, each matrix of each block gets a rank of its own: the ranks that should raise the loss on the
+text least. dim_1, dim_2 and n_factors instead are one shape for all MLPs: dim_1 divides n_embd, dim_2 divides 4 n_embd, and
+they are the sides of A in c_fc; c_proj has the mirror image.
 
 Van Loan's decomposition is the nearest to the weights. With --calibrate the factors are then fitted to what the weights do
-to the text of a data set, one matrix after the other, which keeps far more of what the model has learnt. This takes
-minutes, and a GPU helps. With --calibrate and no shape, the shapes that fit the budget are ranked by their predicted error
-on the text, the best of them are tried on other text, and the best one of these is written.
+to the text of a data set, one matrix after the other, and an error counts as much as the loss feels it. This keeps far more
+of what the model has learnt. It takes minutes, and a GPU helps.
 """
 import time
 from decimal import Decimal
 
-from configurator import UserError, check_range, run
+from configurator import UserError, check_choice, check_range, run
 from files import check_is_file
 
 init_from = "gpt2"  # the model to decompose: a hub name, a Hugging Face directory or a checkpoint
-out: str | None = None  # file to write; default: checkpoints/VL_....pt
+out: str | None = None  # file to write; default: checkpoints/best_....pt, VL_....pt or calibrated_....pt
+budget = "82M"  # total number of parameters, of the whole model or for the table of shapes
+matrices = "all"  # matrices that share the budget: all, or mlp for those of the MLPs
+attention_rank = 0  # rank of the attention matrices beside dim_1 dim_2 n_factors; 0 leaves them dense
 calibrate: str | None = None  # data set under data/ to fit the factors to
 calibration_tokens = 32768  # number of its tokens
-refine_steps = 400  # gradient steps on each block after the closed-form fit; 0 for none
+refine_steps = 0  # gradient steps on each block after the closed-form fit
 device = ""  # of the calibration; default: CUDA if available, else the CPU
-budget = "82M"  # total number of parameters, for the table of shapes and the search
+metric = "fisher"  # of errors; none, where all count alike, is for comparisons
+ranks = "loss"  # of a budget: by predicted loss; even, the same share for each matrix, is for comparisons
 
 GPT2_SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
 SHOWN = 20  # rows that are printed
@@ -47,21 +53,12 @@ def parse_budget(text):
         raise UserError(f"--budget takes a number of parameters such as 82M, not {text}") from None
 
 
-def print_shapes(shapes):
-    """Print a table of budget.Shapes; with the predicted errors where they are known."""
-    is_ranked = shapes[0].quick_error is not None
-    print(f"{'parameters':>12}  dim_1  dim_2  factors  multiply-adds of an MLP  rank, at most"
-          f"{'  error, one block  error, a few' if is_ranked else ''}")
-    for s in shapes:
-        errors = "".join(f"  {error:>{width}.4f}" for error, width in ((s.quick_error, 16), (s.error, 12))
-                         if error is not None)
-        print(f"{s.parameters:>12,}  {s.dim_1:>5}  {s.dim_2:>5}  {s.n_factors:>7}  {s.multiply_adds:>16.2f} × dense  "
-              f"{s.rank:>13}{errors}")
-
-
 def print_table(shapes):
     """Print the first of some budget.MLPShapes."""
-    print_shapes(shapes[:SHOWN])
+    print(f"{'parameters':>12}  dim_1  dim_2  factors  multiply-adds of an MLP  rank, at most")
+    for s in shapes[:SHOWN]:
+        print(f"{s.parameters:>12,}  {s.dim_1:>5}  {s.dim_2:>5}  {s.n_factors:>7}  {s.multiply_adds:>16.2f} × dense  "
+              f"{s.rank:>13}")
     if len(shapes) > SHOWN:
         print(f"... and {len(shapes) - SHOWN} more with as many multiply-adds or more")
 
@@ -76,57 +73,82 @@ def parse_shape(dim_1, dim_2, n_factors, n_layer):
                          f"{dim_1} {dim_2} {n_factors}") from None
 
 
-def print_search(shapes, candidates):
-    """Print the result of budget.search."""
-    print(f"the best {min(SHOWN, len(shapes))} of {len(shapes)} shapes by the error that they put into the residual stream")
-    print_shapes(shapes[:SHOWN])
-    print("calibrated on the whole model, without refinement:\n  loss on other text  shape")
-    for c in candidates:
-        factors = c.factors[0] if len(set(c.factors)) == 1 else ",".join(map(str, c.factors))
-        print(f"{c.loss:>20.4f}  {c.dim_1} {c.dim_2} {factors}")
+def print_allocations(allocations):
+    """Print the shares of a budget, budget.Allocations."""
+    print(f"{'layer':>5}  {'matrix':<11}  {'rank':>5}  {'parameters':>10}  loss added, predicted (nats per token)")
+    for a in allocations:
+        rank, loss = "dense" if a.shape.dim_2 > 1 else a.shape.factors, "" if a.loss is None else f"{a.loss:.5f}"
+        print(f"{a.layer:>5}  {a.kind:<11}  {rank:>5}  {a.parameters:>10,}  {loss:>10}".rstrip())
+    if allocations[0].loss is not None:
+        total, loss = sum(a.parameters for a in allocations), sum(a.loss for a in allocations)
+        print(f"in all {total:,} parameters, {loss:.4f} nats per token added")
+
+
+def check_options(dim_1, n_factors):
+    check_range(globals(), "refine_steps attention_rank", at_least=0)
+    check_choice(globals(), "matrices", "all", "mlp")
+    check_choice(globals(), "metric", "fisher", "none")
+    check_choice(globals(), "ranks", "loss", "even")
+    if dim_1 and not n_factors:
+        raise UserError("give all three of dim_1 dim_2 n_factors, or none of them for a budget")
+    if attention_rank and not dim_1:
+        raise UserError("--attention_rank goes with dim_1 dim_2 n_factors; a budget chooses the ranks itself")
 
 
 def main(dim_1=None, dim_2=None, n_factors=None):
     import calibration
     import checkpoint
     import compress
-    from budget import search, shapes_within
+    from budget import allocate, shapes_within
     from kron import van_loan
-    from model import KronyGPTConfig, mlp_shapes
+    from model import KronyGPTConfig, Shape, mlp_shapes
 
     limit, largest = parse_budget(budget)
-    check_range(globals(), "refine_steps", at_least=0)
-    if dim_1 and not n_factors:
-        raise UserError("give all three of dim_1 dim_2 n_factors, or none of them for the table of shapes")
-    if not dim_1 and not calibrate and init_from in GPT2_SIZES:  # which need no download
+    check_options(dim_1, n_factors)
+    by_loss = not dim_1 and ranks == "loss"
+    wants_table = by_loss and not calibrate
+    if wants_table and init_from in GPT2_SIZES:  # which need no download
         n_layer, n_embd = GPT2_SIZES[init_from]
         config = KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // checkpoint.GPT2_HEAD_DIM)
         return print_table(shapes_within(config, limit, largest))
     dense, rest = checkpoint.load(init_from)
-    if not dim_1 and not calibrate:
-        return print_table(shapes_within(dense.config, limit, largest))
+    config = dense.config
+    if wants_table:
+        return print_table(shapes_within(config, limit, largest))
 
     name = f"{dim_1}_{dim_2}_{n_factors.replace(',', '-')}" if dim_1 else budget
+    name += f"_attention_{attention_rank}" if attention_rank else ""
     path = out or f"checkpoints/{('calibrated' if calibrate else 'VL') if dim_1 else 'best'}_{name}.pt"
     check_is_file(path)
-    if calibrate:
-        source = dict(dataset=calibrate, n_tokens=calibration_tokens, config=dense.config, device=device,
-                      tokenizer=rest["tokenizer"])
-        text, _ = calibration.calibration_text(**source)
-        dense.to(text.device)
+    kinds = [kind for kind in config.matrices
+             if kind.startswith("mlp.") or (attention_rank if dim_1 else matrices == "all")]
     if dim_1:
-        shape = parse_shape(dim_1, dim_2, n_factors, dense.config.n_layer)
+        dim_1, dim_2, factors = parse_shape(dim_1, dim_2, n_factors, config.n_layer)
+        shapes = {kind: [Shape(config.n_embd, 1, attention_rank)] * config.n_layer for kind in kinds}
+        shapes |= mlp_shapes(dim_1, dim_2, factors)
+        compress.reshaped(config, shapes)  # an error comes before the work
     else:
-        held_out = calibration.calibration_text(**source, between=True)
-        shapes, candidates = search(dense, text, held_out, limit)
-        print_search(shapes, candidates)
-        shape = candidates[0].dim_1, candidates[0].dim_2, candidates[0].factors
+        allocations = allocate(config, kinds, limit)
 
-    start, fits, options = time.perf_counter(), None, dict(init_from=init_from, tokenizer=rest["tokenizer"])
-    new = compress.factorize(dense, mlp_shapes(*shape), van_loan)
+    start, options, fits, fisher = time.perf_counter(), dict(init_from=init_from, tokenizer=rest["tokenizer"]), None, None
     if calibrate:
-        fits = calibration.calibrate(dense, new, text, refine_steps=refine_steps)
-        options |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens, refine_steps=refine_steps)
+        options |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens, metric=metric, refine_steps=refine_steps)
+        text = calibration.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
+        dense.to(text.device)
+        if dim_1:  # the hidden units that contribute most get columns of A of their own
+            hidden, _ = calibration.contributions(dense, text)
+            order = [calibration.interleave(scores, dim_2, config.n_inner // dim_2) for scores in hidden]
+            dense = compress.reorder_units(dense, hidden=order)
+        if metric == "fisher" or by_loss:
+            fisher, spectra = calibration.statistics(dense, text, kinds)
+        if by_loss:
+            allocations = allocate(config, kinds, limit, spectra)
+    if not dim_1:
+        print_allocations(allocations)
+        shapes = {kind: [a.shape for a in allocations if a.kind == kind] for kind in kinds}
+    new = compress.factorize(dense, shapes, van_loan)
+    if calibrate:
+        fits = calibration.calibrate(dense, new, text, fisher if metric == "fisher" else None, refine_steps=refine_steps)
     seconds = time.perf_counter() - start
     compress.print_errors(dense, new, fits)
     compress.write(path, dense, new, options, f"the factors took {seconds:.1f} s")

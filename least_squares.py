@@ -1,21 +1,26 @@
-"""Least squares for one matrix: moments of activations, and the Kronecker sum that fits them.
+"""Least squares for one matrix: moments of activations, and the Kronecker sum that fits them in a metric.
 
-For inputs X̂ [T, m] and targets Y [T, n], fit() minimises
+For inputs X̂ [T, m], targets Y [T, n] and a metric M [n, n] of their errors, fit() minimises
 
-    ‖Y − X̂ Σ_f A_f ⊗ B_f − 1 bᵀ‖²
+    tr[E M Eᵀ]      E = Y − X̂ Σ_f A_f ⊗ B_f − 1 bᵀ
 
-from the moments X̂ᵀX̂ and X̂ᵀY alone, so that its memory does not depend on the number of tokens T.
+from the moments X̂ᵀX̂ and X̂ᵀY alone, so that its memory does not depend on the number of tokens T. M is made of the second
+moments F [n, n] of the loss's gradient at the outputs: an error counts as much as the loss feels it (Y. Hsu et al., Language
+model compression with weighted low-rank factorization, arXiv 2207.00112, has a weight for each row in place of M).
 """
-import copy
 import math
+from functools import cached_property
 
 import torch
+from torch.linalg import cholesky, solve_triangular
 
 from configurator import UserError
 from device import float64, float64_device
-from kron import balanced, kron_weight, van_loan
+from kron import balanced, kron_weight, rearrange, van_loan
 
 RIDGE = 1e-3  # pull towards the trained weights, as a share of the mean second moment of an input
+BLEND = 0.1  # share of the identity in a metric; 0.02 to 0.5 do the same
+POWER_STEPS = 20  # of the separable metric; more change nothing that matters
 ALS_STEPS = 30  # steps of alternating least squares, at most
 TOLERANCE = 1e-4  # relative gain of a step, below which they end
 LARGEST_SYSTEM = 8192  # order of the largest normal matrix: 512 MB in float64
@@ -43,8 +48,9 @@ class Moments:
     def __init__(self):
         self.count = 0
 
-    def add(self, X, Y):
-        """Add a batch of inputs X (T, m) and targets Y (T, n)."""
+    def add(self, X, Y=None):
+        """Add a batch of inputs X (T, m) and targets Y (T, n); default: no targets, n = 0."""
+        Y = X[:, :0] if Y is None else Y
         if not self.count:
             self.origin = X.mean(0), Y.mean(0)
             m, n = X.shape[1], Y.shape[1]
@@ -55,14 +61,6 @@ class Moments:
             total += part.to(total.device)
         self.count += len(X)
 
-    def reordered(self, inputs=slice(None), targets=slice(None)):
-        """The moments of X[:, inputs] and Y[:, targets]."""
-        new = copy.copy(self)
-        (x, y), (sum_x, sum_y, G, C, yy) = self.origin, self.sums
-        new.origin = x[inputs], y[targets]
-        new.sums = [sum_x[inputs], sum_y[targets], G[inputs][:, inputs], C[inputs][:, targets], yy[targets]]
-        return new
-
     def centred(self):
         """(mean_x [m], mean_y [n], G [m, m], C [m, n], variance of Y [n]): G and C are averages over the tokens of the
         products of the centred X and Y."""
@@ -72,56 +70,60 @@ class Moments:
                 (yy - y.square()).clamp(min=0))
 
 
+def metric(fisher, n, device):
+    """M [n, n] = (1 − BLEND) F / (mean of F's diagonal) + BLEND I of the second moments F [n, n] of the loss's gradient at
+    the outputs; I without them, and where they are 0."""
+    M = torch.eye(n, dtype=torch.float64, device=device)
+    if fisher is None or not (mean := fisher.diagonal().mean()):
+        return M
+    return BLEND * M + (1 - BLEND) / mean * fisher
+
+
 class Problem:
     """The least squares of one matrix: find A [r, m1, n1] and B [r, m2, n2].
 
     Args:
         moments: Moments of X̂ and Y.
         W: [m, n], the trained weights, towards which a ridge pulls.
-        weights: [n], the cost of an error in each column; a cost of 0 is raised to a rounding error. Default: all alike,
-            which they are also where all of them cost nothing.
-        ridge: share of the mean second moment of an input. Inputs that never change tell nothing, and the ridge alone
-            decides: the weights stay.
+        fisher: F [n, n], second moments of the loss's gradient at the outputs, for the metric M; None for M = I.
+
+    Inputs that never change tell nothing, and the ridge alone decides: the weights stay.
     """
 
-    def __init__(self, moments, W, weights=None, ridge=RIDGE):
+    def __init__(self, moments, W, fisher=None):
         self.mean_x, self.mean_y, self.G, self.C, self.variance = moments.centred()
-        weights = torch.ones_like(self.variance) if weights is None else float64(weights)
-        weights = weights / weights.mean() if weights.any() else torch.ones_like(weights)
-        self.weights = weights.clamp(min=ROUNDING)
         self.W = float64(W)
-        size = torch.maximum(ridge * self.G.diagonal().mean(), ROUNDING * self.mean_x.square().mean())  # above G's rounding
-        self.penalty = torch.where(size > torch.finfo(size.dtype).tiny, size, 1.0)
-        self.ridged_G = self.G + self.penalty * torch.eye(len(self.G), dtype=torch.float64, device=self.G.device)
-        self.ridged_C = self.C + self.penalty * self.W
+        self.M = metric(fisher, self.W.shape[1], self.W.device)
+        size = torch.maximum(RIDGE * self.G.diagonal().mean(), ROUNDING * self.mean_x.square().mean())  # above G's rounding
+        penalty = torch.where(size > torch.finfo(size.dtype).tiny, size, 1.0)
+        self.ridged_G = self.G + penalty * torch.eye(len(self.G), dtype=torch.float64, device=self.G.device)
+        self.ridged_C = self.C + penalty * self.W
 
-    def squared_errors(self, W):
-        """Mean of (Y − X̂ W − b)² over the tokens, for each column [n], with the best b."""
-        return self.variance - 2 * (W * self.C).sum(0) + (W * (self.G @ W)).sum(0)
+    @cached_property
+    def root(self):  # L [m, m], lower, with L Lᵀ = ridged_G
+        return cholesky(self.ridged_G)
+
+    @cached_property
+    def solution(self):  # [m, n], the best weights of all
+        return torch.cholesky_solve(self.ridged_C, self.root)
 
     def error(self, W, bias=None):
-        """Weighted mean of (Y − X̂ W − b)² over tokens and columns, relative to the variance of Y; default: the best b."""
+        """Mean of (Y − X̂ W − b)² over tokens and columns, relative to the variance of Y; default: the best b."""
         W = float64(W)
-        residual = self.squared_errors(W)
+        residual = self.variance - 2 * (W * self.C).sum(0) + (W * (self.G @ W)).sum(0)
         if bias is not None:
             residual = residual + (self.mean_y - self.mean_x @ W - float64(bias)).square()
-        residual = residual.clamp(min=0)  # rounding of the moments can make it negative
-        return share((self.weights * residual).sum(), (self.weights * self.variance).sum())
+        return share(residual.clamp(min=0).sum(), self.variance.sum())  # rounding of the moments can make it negative
 
-    def objective(self, W, weights):
-        """The objective of a fit: the sum of the squared errors and the ridge, by columns, times their weights [n]."""
-        W = float64(W)
-        ridge = self.penalty * (W - self.W).square().sum(0)
-        return (weights * (self.squared_errors(W) + ridge)).sum().item()
+    def objective(self, W, M_1, M_2):
+        """What a fit minimises, less its smallest value for any W: tr[Dᵀ ridged_G D (M_1 ⊗ M_2)] with D = W − solution."""
+        D = float64(W) - self.solution
+        weighted = M_1 @ D.view(-1, len(M_1), len(M_2)) @ M_2  # D (M_1 ⊗ M_2), for symmetric M_1 and M_2
+        return (self.ridged_G @ D * weighted.view_as(D)).sum().item()
 
     def bias(self, W):
         """The best bias [n] for weights W."""
         return self.mean_y - self.mean_x @ float64(W)
-
-    def separable_weights(self, n1, n2):
-        """u [n1] and v [n2] such that u ⊗ v, which an ALS step can use, is near the columns' weights."""
-        grid = self.weights.view(n1, n2)
-        return grid.mean(1), grid.mean(0)
 
 
 def share(part, whole):
@@ -129,7 +131,18 @@ def share(part, whole):
     return (part / whole).item() if whole else part.item()
 
 
-def als_step(G, C, B, m1, weights):
+def separable(M, n1):
+    """M_1 [n1, n1] and M_2 [n2, n2], positive definite as M [n1 n2, n1 n2] is, whose Kronecker product is nearest to M (Van
+    Loan and Pitsianis, 1993): power iteration from the identity, whose steps keep symmetry and signs."""
+    R = rearrange(M, n1, n1)  # (n1², n2²)
+    M_2 = torch.eye(len(M) // n1, dtype=M.dtype, device=M.device).view(-1)
+    for _ in range(POWER_STEPS):
+        M_1 = R @ M_2 / M_2.square().sum()
+        M_2 = R.T @ M_1 / M_1.square().sum()
+    return M_1.view(n1, n1), M_2.view(len(M) // n1, -1)
+
+
+def als_step(G, C, B, m1, M_2):
     """The best A for a fixed B: an ordinary least-squares problem whose normal matrix, over (factor, row of A), is the
     same for all columns of A.
 
@@ -138,22 +151,22 @@ def als_step(G, C, B, m1, weights):
         C: [m1 m2, n1 n2], cross moments.
         B: [r, m2, n2].
         m1: rows of A.
-        weights: [n2], of B's columns; those of A's columns do not matter.
+        M_2: [n2, n2], the metric of B's columns; that of A's columns does not matter.
 
     Returns:
         A [r, m1, n1]
     """
     r, m2, n2 = B.shape
     n1 = C.shape[1] // n2
+    weighted = B @ M_2
     blocks = C.view(m1, m2, n1, n2).permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
-    weighted = (B * weights).permute(1, 2, 0).reshape(m2 * n2, r)
-    target = (blocks @ weighted).view(m1, n1, r).permute(2, 0, 1).reshape(r * m1, n1)
+    target = (blocks @ weighted.flatten(1).T).view(m1, n1, r).permute(2, 0, 1).reshape(r * m1, n1)
     blocks = G.view(m1, m2, m1, m2).permute(0, 2, 1, 3).reshape(m1 * m1, m2 * m2)
-    products = torch.einsum("fij,j,gkj->ikfg", B, weights, B).reshape(m2 * m2, r * r)
-    M = (blocks @ products).view(m1, m1, r, r).permute(2, 0, 3, 1).reshape(r * m1, r * m1)
-    mean = M.diagonal().mean()  # factors that are alike make it singular, and those of a zero matrix zero
-    M.diagonal().add_(torch.where(mean > 0, ROUNDING * mean, 1.0))
-    return torch.cholesky_solve(target, torch.linalg.cholesky(M)).view(r, m1, n1)
+    products = torch.einsum("fij,gkj->ikfg", weighted, B).reshape(m2 * m2, r * r)
+    N = (blocks @ products).view(m1, m1, r, r).permute(2, 0, 3, 1).reshape(r * m1, r * m1)
+    mean = N.diagonal().mean()  # factors that are alike make it singular, and those of a zero matrix zero
+    N.diagonal().add_(torch.where(mean > 0, ROUNDING * mean, 1.0))
+    return torch.cholesky_solve(target, cholesky(N)).view(r, m1, n1)
 
 
 def is_low_rank(A_shape, B_shape):
@@ -162,37 +175,29 @@ def is_low_rank(A_shape, B_shape):
     return (n1 == 1 and m2 == 1) or (m1 == 1 and n2 == 1)
 
 
-def largest_system(A_shape, B_shape):
-    """Order of the largest normal matrix that a fit of A [r, m1, n1] and B [r, m2, n2] factorises."""
-    return 0 if is_low_rank(A_shape, B_shape) else A_shape[0] * max(A_shape[1], B_shape[1])
-
-
 def check_size(A_shape, B_shape):
-    """Raise UserError where the normal matrix of a fit is larger than LARGEST_SYSTEM."""
-    if (order := largest_system(A_shape, B_shape)) > LARGEST_SYSTEM:
-        r, dim_1, dim_2 = A_shape
+    """Raise UserError where the normal matrix of a fit of A [r, m1, n1] and B [r, m2, n2] is larger than LARGEST_SYSTEM."""
+    r, dim_1, dim_2 = A_shape
+    if not is_low_rank(A_shape, B_shape) and (order := r * max(dim_1, B_shape[1])) > LARGEST_SYSTEM:
         raise UserError(f"calibration of {r} factors of ({dim_1}, {dim_2}) needs a normal matrix of order {order:,}, and "
                         f"the largest is {LARGEST_SYSTEM:,}: choose fewer factors or a more even shape")
 
 
 def reduced_rank(problem, r, A_is_column):
-    """The exact least squares of rank r, for any weights of the columns: whitening and one SVD (reduced-rank regression;
-    A. J. Izenman, 1975).
+    """The exact least squares of rank r in the metric: inputs and outputs whitened, and one SVD (reduced-rank regression;
+    A. J. Izenman, 1975. SVD-LLM, arXiv 2403.07378, whitens the inputs).
 
     Returns:
         A [r, m, 1] and B [r, 1, n], or A [r, 1, n] and B [r, m, 1].
     """
-    L = torch.linalg.cholesky(problem.ridged_G)
-    root = problem.weights.sqrt()
-    whitened = torch.linalg.solve_triangular(L, problem.ridged_C, upper=False) * root
-    if len(whitened) > whitened.shape[1]:
-        vectors = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -r:].flip(1)
-        left, right = whitened @ vectors, vectors.T
-    else:
-        vectors = torch.linalg.eigh(whitened @ whitened.T).eigenvectors[:, -r:].flip(1)
-        left, right = vectors, vectors.T @ whitened
-    column = torch.linalg.solve_triangular(L.T, left, upper=True).T[:, :, None]  # (r, m, 1)
-    row = (right / root)[:, None, :]  # (r, 1, n)
+    R = cholesky(problem.M)
+    whitened = solve_triangular(problem.root, problem.ridged_C, upper=False) @ R  # (m, n), root.T @ solution @ R
+    is_tall = len(whitened) > whitened.shape[1]
+    square = whitened.T @ whitened if is_tall else whitened @ whitened.T
+    vectors = torch.linalg.eigh(square).eigenvectors[:, -r:].flip(1)
+    left, right = (whitened @ vectors, vectors.T) if is_tall else (vectors, vectors.T @ whitened)
+    column = solve_triangular(problem.root.T, left, upper=True).T[:, :, None]  # (r, m, 1)
+    row = solve_triangular(R, right, upper=False, left=False)[:, None, :]  # (r, 1, n)
     return balanced(column, row) if A_is_column else balanced(row, column)
 
 
@@ -201,14 +206,43 @@ def swapped(W, m1, n1, m2, n2):
     return W.view(m1, m2, n1, n2).permute(1, 0, 3, 2).reshape(m1 * m2, n1 * n2)
 
 
-def fit(problem, A, B, steps=ALS_STEPS, fixed_B=False):
-    """The Kronecker sum that minimises a Problem, by alternating least squares from A and B; in closed form where it is
-    of low rank. The problem's objective never rises from step to step.
+def alternate(problem, A, B, steps=ALS_STEPS):
+    """Alternating least squares from A [r, m1, n1] and B [r, m2, n2], in the separable metric that is nearest to M. The
+    problem's objective never rises from step to step."""
+    (_, m1, n1), (_, m2, n2) = A.shape, B.shape
+    M_1, M_2 = separable(problem.M, n1)
+    G, C = problem.ridged_G, problem.ridged_C
+    swapped_G, swapped_C = swapped(G, m1, m1, m2, m2), swapped(C, m1, n1, m2, n2)
+    last = math.inf
+    for _ in range(steps):
+        A = als_step(G, C, B, m1, M_2)
+        B = als_step(swapped_G, swapped_C, A, m2, M_1)
+        A, B = balanced(A, B)
+        now = problem.objective(kron_weight(A, B), M_1, M_2)
+        if now > (1 - TOLERANCE) * last:
+            break
+        last = now
+    return A, B
+
+
+def initial_factors(problem, dim_1, dim_2, r):
+    """A start for alternating least squares: Van Loan's sum for the best weights of all, where moments of the inputs and
+    metric are replaced by the nearest separable ones.
+
+    Returns:
+        A [r, dim_1, dim_2] and B [r, m/dim_1, n/dim_2]
+    """
+    L, R = ([cholesky(side) for side in separable(*pair)] for pair in ((problem.ridged_G, dim_1), (problem.M, dim_2)))
+    sides = van_loan(torch.kron(*L).T @ problem.solution @ torch.kron(*R), dim_1, dim_2, r)
+    return [solve_triangular(R_i, solve_triangular(L_i.T, side, upper=True), upper=False, left=False)
+            for L_i, R_i, side in zip(L, R, sides)]
+
+
+def fit(problem, A, B, fixed_B=False):
+    """The Kronecker sum of the shape of A [r, m1, n1] and B [r, m2, n2] that minimises a Problem of W [m1 m2, n1 n2]: in
+    closed form where it is of low rank, by alternating least squares otherwise.
 
     Args:
-        problem: a Problem of W [m1 m2, n1 n2].
-        A, B: [r, m1, n1] and [r, m2, n2], the start.
-        steps: of alternating least squares, at most.
         fixed_B: B stays, and A is the least-squares solution.
 
     Returns:
@@ -217,39 +251,11 @@ def fit(problem, A, B, steps=ALS_STEPS, fixed_B=False):
     Raises:
         UserError: the normal matrix is too large.
     """
-    A, B = float64(A), float64(B)
-    (r, m1, n1), (_, m2, n2) = A.shape, B.shape
-    if is_low_rank(A.shape, B.shape) and not fixed_B:
+    r, m1, n1 = A.shape
+    if fixed_B:
+        B = float64(B)
+        return als_step(problem.ridged_G, problem.ridged_C, B, m1, separable(problem.M, n1)[1]), B
+    if is_low_rank(A.shape, B.shape):
         return reduced_rank(problem, r, A_is_column=n1 == 1)
     check_size(A.shape, B.shape)
-    u, v = problem.separable_weights(n1, n2)
-    G, C = problem.ridged_G, problem.ridged_C
-    if fixed_B:
-        return als_step(G, C, B, m1, v), B
-    swapped_G, swapped_C = swapped(G, m1, m1, m2, m2), swapped(C, m1, n1, m2, n2)
-    last = math.inf
-    for _ in range(steps):
-        A = als_step(G, C, B, m1, v)
-        B = als_step(swapped_G, swapped_C, A, m2, u)
-        A, B = balanced(A, B)
-        now = problem.objective(kron_weight(A, B), (u[:, None] * v).view(-1))
-        if now > (1 - TOLERANCE) * last:
-            break
-        last = now
-    return A, B
-
-
-def initial_factors(problem, dim_1, dim_2, r):
-    """A start for alternating least squares: Van Loan's sum for the least-squares solution, with rows and columns scaled
-    by the second moments of the inputs and the costs of errors.
-
-    Returns:
-        A [r, dim_1, dim_2] and B [r, m/dim_1, n/dim_2]
-    """
-    m2, n2 = problem.W.shape[0] // dim_1, problem.W.shape[1] // dim_2
-    solution = torch.cholesky_solve(problem.ridged_C, torch.linalg.cholesky(problem.ridged_G))
-    sizes = problem.ridged_G.diagonal().view(dim_1, m2)
-    s, t = sizes.mean(1).sqrt(), (sizes.mean(0) / sizes.mean()).sqrt()
-    u, v = (w.sqrt() for w in problem.separable_weights(dim_2, n2))
-    A, B = van_loan(solution * (s[:, None] * t).view(-1, 1) * (u[:, None] * v).view(-1), dim_1, dim_2, r)
-    return A / s[:, None] / u, B / t[:, None] / v
+    return alternate(problem, *initial_factors(problem, m1, n1, r))

@@ -125,8 +125,7 @@ def main():
         options |= dict(epsilon=epsilon, select=select, refit=refit, calibrate=calibrate,
                         calibration_tokens=calibration_tokens)
         if calibrate:
-            text, _ = calibration.calibration_text(calibrate, calibration_tokens, config, device,
-                                                   tokenizer=rest["tokenizer"])
+            text = calibration.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
             dense.to(text.device)
         if select in ("norm", "contribution"):  # the strongest units take the places that are kept
             hidden, embd = calibration.contributions(dense, text) if select == "contribution" else calibration.norms(dense)
@@ -135,7 +134,7 @@ def main():
         shapes = mlp_shapes(dim_1, dim_2, [1] * config.n_layer)
         new = compress.factorize(dense, shapes, partial(prune_matrix, offset=kept, epsilon=epsilon))
         if refit:
-            fits = calibration.calibrate(dense, new, text, fixed_B=True, reorder=False)
+            fits = calibration.calibrate(dense, new, text, fixed_B=True)
         compress.print_errors(dense, new, fits)
         compress.write(path, dense, new, options, f"one in {keep} units of the side {dim} kept")
     print(f"next: python train.py config/train_gpt2_96m.py --init_from={path}")

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import kron_sum, run_here
+from conftest import kron_sum, randomize_vectors, run_here
 
 import calibration
 import checkpoint
+import least_squares
 from calibration import contributions, interleave
 from compress import factorize, reorder_units
 from configurator import UserError
@@ -19,28 +20,59 @@ from kron import van_loan
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 
-def test_hidden_statistics_and_the_stream_are_those_of_a_plain_computation(small_model):
+def test_contributions_and_the_stream_are_those_of_a_plain_computation(small_model):
     tokens = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))
-    stream = calibration.ResidualStream(small_model, tokens)
     with torch.no_grad():
-        stream.attend(0)
-        statistics = calibration.HiddenStatistics(small_model.transformer.h[0].mlp)
-        for _, _, z, h, _ in stream.mlp(0):
-            statistics.add(z, h)
-    block = small_model.transformer.h[0]
-    with torch.no_grad():
+        stream, block = calibration.ResidualStream(small_model, tokens), small_model.transformer.h[0]
+        (_, _, qkv, heads, _), = stream.through(0, "attn")
         x = small_model.transformer.wte(tokens) + small_model.transformer.wpe(torch.arange(32))
+        torch.testing.assert_close(qkv, block.attn.c_attn(block.ln_1(x)).flatten(0, 1))
         hidden = x + block.attn(block.ln_1(x))
-        x = block.ln_2(hidden).flatten(0, 1)
-        z = x @ kron_sum(block.mlp.c_fc.A, block.mlp.c_fc.B) + block.mlp.c_fc.bias
-        W = kron_sum(block.mlp.c_proj.A, block.mlp.c_proj.B)
-        h, shifted = (torch.nn.functional.gelu(v, approximate="tanh") for v in (z, z + 1e-3))
-    added = h[:, :, None] * W  # (tokens, 4C, C)
-    np.testing.assert_allclose(statistics.contribution(), added.var(0, correction=0).sum(1), rtol=1e-3)
-    slope = (shifted - h) / 1e-3
-    np.testing.assert_allclose(statistics.sensitivity(), slope.square().mean(0) * W.square().sum(1), rtol=1e-2)
-    with torch.no_grad():
-        torch.testing.assert_close(stream.x, hidden + block.mlp(block.ln_2(hidden)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(stream.x, hidden, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(block.attn.c_proj(heads).view_as(x), block.attn(block.ln_1(x)), rtol=1e-4, atol=1e-4)
+        z = block.ln_2(hidden).flatten(0, 1) @ kron_sum(block.mlp.c_fc.A, block.mlp.c_fc.B) + block.mlp.c_fc.bias
+        h = torch.nn.functional.gelu(z, approximate="tanh")
+        added = h[:, :, None] * kron_sum(block.mlp.c_proj.A, block.mlp.c_proj.B)
+        np.testing.assert_allclose(contributions(small_model, tokens)[0][0], added.var(0, correction=0).sum(1), rtol=1e-3)
+        stream.move(0, "mlp")
+        torch.testing.assert_close(stream.x, block(x), rtol=1e-4, atol=1e-4)
+
+
+def test_fisher_moments_and_spectra_are_those_of_a_plain_loop(monkeypatch):
+    """Beside autograd of one label at a time, weighted by its probability, and numpy."""
+    torch.manual_seed(0)
+    model = KronyGPT(KronyGPTConfig(block_size=5, vocab_size=6, n_layer=2, n_head=2, n_embd=8))
+    for p in model.parameters():
+        p.data.mul_(6)  # otherwise the blocks hardly matter
+    randomize_vectors(model.eval())
+    tokens, draws = torch.randint(6, (2, 5)), 10_000
+    monkeypatch.setattr(calibration, "STATISTICS_TOKENS", 10 * draws)
+    monkeypatch.setattr(calibration, "GRADIENT_TOKENS", 30_000)
+    fisher, spectra = calibration.statistics(model, tokens.repeat(draws, 1), [*model.config.matrices])
+
+    inputs, outputs = {}, {}
+    hooks = [matrix.register_forward_hook(lambda matrix, x, y, name=name: (inputs.update({name: x[0]}),
+                                                                           outputs.update({name: y}))[:0] or None)
+             for name, matrix in model.matrices()]
+    logp = model(tokens).log_softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    expected = dict.fromkeys(fisher, 0)
+    for row, position, label in np.ndindex(2, 5, 6):  # drawn labels of different tokens have independent gradients of mean 0
+        gradients = torch.autograd.grad(logp[row, position, label], list(outputs.values()), retain_graph=True)
+        for name, g in zip(outputs, gradients):
+            expected[name] += logp[row, position, label].exp().item() * (g[row].T @ g[row]).double().numpy() / tokens.numel()
+
+    def root(S):
+        values, vectors = np.linalg.eigh(S)
+        return vectors * np.sqrt(values.clip(0)) @ vectors.T
+
+    for name, matrix in model.matrices():
+        assert np.linalg.norm(fisher[name].numpy() - expected[name]) < 0.04 * np.linalg.norm(expected[name]), name
+        covariance = np.cov(inputs[name].detach().flatten(0, 1).double().T.numpy(), bias=True)
+        W = matrix.weight.detach().double().numpy()
+        sigma = np.linalg.svd(root(covariance) @ W @ root(fisher[name].numpy()), compute_uv=False)
+        np.testing.assert_allclose(spectra[name], sigma**2, rtol=1e-3, atol=1e-5 * sigma[0]**2)
 
 
 def test_strongest_units_share_no_factor():
@@ -95,11 +127,94 @@ def test_calibration_keeps_more_of_the_model(trained, shape):
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items()), "the dense model was changed"
 
 
-def test_dense_shape_keeps_the_function(trained):
+def test_statistics_sample_a_long_text(trained, monkeypatch):
+    model, tokens = trained[0], trained[1][:, :-1]
+    sample, _ = calibration.statistics(model, tokens[::4], ["attn.c_proj"])
+    monkeypatch.setattr(calibration, "STATISTICS_TOKENS", tokens.numel() // 4)
+    found, _ = calibration.statistics(model, tokens, ["attn.c_proj"])
+    assert all(torch.equal(found[name], F) for name, F in sample.items())
+
+
+def test_dropout_takes_no_part(trained):
+    model, tokens = trained
+    dropping = KronyGPT.from_state_dict(dict(model.config.as_plain_types(), dropout=0.5), model.state_dict()).train()
+    (one, fits), (other, same) = (calibrate(m, tokens, (32, 32, [1, 1])) for m in (model, dropping))
+    assert fits == same and all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))
+
+
+def test_matrices_that_are_dense_stay_as_they_are(trained):
     model, tokens = trained
     new, fits = calibrate(model, tokens, (32, 128, [1, 1]))
-    assert max(f.output_error for f in fits) < 0.02 and max(f.weight_error for f in fits) < 0.1
-    assert loss(new, tokens) == pytest.approx(loss(model, tokens), abs=2e-3)
+    assert not fits and all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), new.state_dict().values()))
+    new = factorize(model, {"attn.c_attn": [(32, 1, 8), (32, 96, 1)], "mlp.c_proj": [(128, 32, 1), (128, 1, 8)]}, van_loan)
+    fits = calibration.calibrate(model, new, tokens[:, :-1], refine_steps=2)
+    assert [(f.layer, f.name) for f in fits] == [(0, "attn.c_attn"), (1, "mlp.c_proj")]
+    for (name, old), (_, matrix) in zip(model.matrices(), new.matrices()):
+        is_same = torch.equal(old.weight, matrix.weight) and torch.equal(old.bias, matrix.bias)
+        assert is_same == matrix.is_dense, name
+
+
+def test_all_matrices_fitted_in_the_metric_keep_more_of_the_model(trained):
+    model, tokens = trained
+    kinds = [*model.config.matrices]
+    fisher, _ = calibration.statistics(model, tokens[:, :-1], kinds)
+    shapes = {kind: [(m, 1, 6)] * 2 for kind, (m, n) in model.config.matrices.items()}
+    losses = {}
+    for name, metric, steps in (("metric", fisher, 0), ("none", None, 0), ("refined", fisher, 50)):
+        new = factorize(model, shapes, van_loan)
+        plain = loss(new, tokens)
+        fits = calibration.calibrate(model, new, tokens[:, :-1], metric, refine_steps=steps)
+        assert [f.name for f in fits] == kinds * 2
+        losses[name] = loss(new, tokens)
+    assert losses["refined"] < losses["metric"] < losses["none"] < plain, (losses, plain)
+
+
+@pytest.mark.parametrize("kind, place", [("attn.c_attn", 0), ("attn.c_proj", 2), ("mlp.c_fc", 0), ("mlp.c_proj", 2)])
+def test_errors_are_smallest_in_the_metric(trained, kind, place):
+    """One matrix of the first block is factored, so that its inputs are the dense model's."""
+    model, tokens = trained[0], trained[1][:, :-1]
+    (m, n), half = model.config.matrices[kind], kind.split(".")[0]
+    fisher, _ = calibration.statistics(model, tokens, [kind])
+    stream = calibration.ResidualStream(model, tokens)
+    with torch.no_grad():
+        if half == "mlp":
+            stream.move(0, "attn")
+        (_, *seen), = stream.through(0, half, move=False)
+    x, y = seen[place:place + 2]
+    M, errors = least_squares.metric(fisher[f"transformer.h.0.{kind}"], n, "cpu"), []
+    for metric in (fisher, None):
+        new = factorize(model, {kind: [(m, 1, 4), (m, n, 1)]}, van_loan)
+        calibration.calibrate(model, new, tokens, metric)
+        with torch.no_grad():
+            E = (new.transformer.h[0].get_submodule(kind)(x) - y).double()
+        errors.append([torch.einsum("ti,ij,tj->", E, metric, E).item() for metric in (M, torch.eye(n).double())])
+    assert errors[0][0] < 0.99 * errors[1][0] and errors[1][1] < 0.99 * errors[0][1], errors
+
+
+def test_each_matrix_is_fitted_to_the_dense_model_behind_those_before_it(trained):
+    """Full rank reaches every matrix: beside numpy's ridge regression on the activations of both models."""
+    model, tokens = trained[0], trained[1][:, :-1]
+    new = factorize(model, {"attn.c_attn": [(32, 1, 4), (1, 96, 32)], "attn.c_proj": [(32, 1, 32)] * 2}, van_loan)
+    calibration.calibrate(model, new, tokens)
+    with torch.no_grad():
+        dense, student = (calibration.ResidualStream(m, tokens) for m in (model, new))
+        dense.move(0, "attn")
+        (_, _, _, h, _), = student.through(0, "attn", move=False)
+        pairs = [(0, "attn.c_proj", h, (dense.x - student.x).flatten(0, 1))]
+        student.move(0, "attn")
+        dense.move(0, "mlp")
+        student.move(0, "mlp")
+        (_, _, z, _, _), = dense.through(1, "attn", move=False)
+        pairs.append((1, "attn.c_attn", student.input(1, "attn", slice(None)).flatten(0, 1), z))
+    for layer, kind, inputs, targets in pairs:
+        X, Y = (v.double().numpy() - v.double().numpy().mean(0) for v in (inputs, targets))
+        W = model.transformer.h[layer].get_submodule(kind).weight.detach().double().numpy()
+        G, matrix = X.T @ X / len(X), new.transformer.h[layer].get_submodule(kind)
+        ridge = least_squares.RIDGE * G.diagonal().mean() * np.eye(32)
+        best = np.linalg.solve(G + ridge, X.T @ Y / len(X) + ridge @ W)
+        np.testing.assert_allclose(matrix.weight.detach(), best, rtol=1e-2, atol=2e-3)
+        np.testing.assert_allclose(matrix(inputs).mean(0).detach(), targets.mean(0), atol=1e-4)
+        assert np.linalg.norm(best - W) > 0.5, "nothing to make up for"
 
 
 def test_hidden_units_that_are_gone_cost_nothing(trained):
@@ -130,7 +245,7 @@ def test_zeros_are_fitted_to_zeros(trained, what):
     for block in model.transformer.h:
         make_dead(block, what)
     for shape in ((32, 32, [1, 1]), (16, 16, [2, 3]), (32, 1, [8, 8]), (1, 128, [8, 8])):
-        for options in (dict(), dict(refine_steps=3), dict(fixed_B=True, reorder=False)):
+        for options in (dict(), dict(refine_steps=3), dict(fixed_B=True)):
             new, fits = calibrate(model, tokens, shape, **options)
             assert all(p.isfinite().all() for p in new.parameters()), (shape, options)
             assert all(math.isfinite(number) for f in fits for number in (
@@ -153,19 +268,21 @@ def test_script_calibrates_a_model_with_zeros(trained, workdir, what):
     assert "nan" not in done.stdout and math.isfinite(loss(checkpoint.load("a.pt")[0], trained[1]))
 
 
-def test_another_order_is_the_same_function(small_model):
+def test_another_order_is_the_same_function(mixed_model):
     generator = torch.Generator().manual_seed(0)
-    hidden = [torch.randperm(256, generator=generator) for _ in range(2)]
-    embd = torch.randperm(64, generator=generator)
+    hidden = [torch.randperm(512, generator=generator) for _ in range(5)]
+    embd = torch.randperm(128, generator=generator)
     tokens = torch.randint(256, (2, 32), generator=generator)
-    before = {name: p.clone() for name, p in small_model.state_dict().items()}
+    before = {name: p.clone() for name, p in mixed_model.state_dict().items()}
     with torch.no_grad():
-        for orders in (dict(hidden=hidden), dict(embd=embd), dict(hidden=hidden, embd=embd)):
-            other = reorder_units(small_model, **orders)
-            torch.testing.assert_close(other(tokens), small_model(tokens), rtol=1e-4, atol=1e-4)
-    assert torch.equal(other.transformer.wte.weight, before["transformer.wte.weight"][:, embd])
+        for orders in (dict(embd=embd), dict(hidden=hidden, embd=embd), dict(hidden=hidden)):
+            other = reorder_units(mixed_model, **orders)
+            torch.testing.assert_close(other(tokens), mixed_model(tokens), rtol=1e-3, atol=1e-3)
+            if "embd" in orders:
+                assert torch.equal(other.transformer.wte.weight, before["transformer.wte.weight"][:, embd])
+    assert other.config.shapes["attn.c_attn"] == mixed_model.config.shapes["attn.c_attn"]
     assert torch.equal(other.transformer.h[1].mlp.c_fc.bias, before["transformer.h.1.mlp.c_fc.bias"][hidden[1]])
-    assert all(torch.equal(p, before[name]) for name, p in small_model.state_dict().items())
+    assert all(torch.equal(p, before[name]) for name, p in mixed_model.state_dict().items())
 
 
 def test_contributions_find_the_units_that_matter(trained):
@@ -238,17 +355,6 @@ def make_data(tokens):
         vocab_size=256, tokenizer="bytes", tokens={}, documents={}, source="a test")))
 
 
-def test_finalists_are_compared_on_other_text_than_they_are_calibrated_on(workdir):
-    make_data(torch.arange(1024))
-    Path("data/pattern/meta.json").write_text(json.dumps(dict(
-        vocab_size=50257, tokenizer="gpt2", tokens={}, documents={}, source="a test")))
-    config = KronyGPTConfig(block_size=32, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
-    x, _ = calibration.calibration_text("pattern", 320, config, "cpu")
-    between, y = calibration.calibration_text("pattern", 320, config, "cpu", between=True)
-    assert x.shape == (10, 32) and between.shape == (9, 32) and torch.equal(y, between + 1)
-    assert not set(x.flatten().tolist()) & set(between.flatten().tolist())
-
-
 def test_script_calibrates(trained, workdir):
     model, tokens = trained
     checkpoint.save("dense.pt", model)
@@ -262,38 +368,96 @@ def test_script_calibrates(trained, workdir):
     assert new.config.shapes["mlp.c_fc"] == [(32, 32, 1)] * 2 and rest["config"]["calibrate"] == "pattern"
     run_here("kron_decompose.py", *args, "--out=b.pt")
     assert (workdir / "a.pt").read_bytes() == (workdir / "b.pt").read_bytes()
+    text = calibration.calibration_text("pattern", 1024, model.config, "cpu")
+    order = [interleave(units, 32, 4) for units in contributions(model, text)[0]]  # the strongest units share no column
+    expected = in_the_metric(reorder_units(model, hidden=order), text)
+    for (_, matrix), (_, other) in zip(new.matrices(), expected.matrices()):
+        assert torch.equal(matrix.A, other.A) and torch.equal(matrix.bias, other.bias)
 
 
-def test_script_searches_a_budget_and_writes_the_best(trained, workdir):
+def in_the_metric(model, text):
+    new, mlp = compressed(model, (32, 32, [1, 1])), ["mlp.c_fc", "mlp.c_proj"]
+    calibration.calibrate(model, new, text, calibration.statistics(model, text, mlp)[0], refine_steps=2)
+    return new
+
+
+@pytest.mark.parametrize("args, said", [
+    (["32", "32", "1", "--attention_rank=33"], "33 factors of (32, 1)"), (["32", "32", "99"], "99 factors"),
+    (["--budget=1K"], "1,000 parameters is not between"), (["--budget=1M"], "34,176, which the dense model has")])
+def test_shapes_and_budgets_are_checked_before_the_work(trained, workdir, args, said):
+    checkpoint.save("dense.pt", trained[0])
+    done = run_here("kron_decompose.py", *args, "--init_from=dense.pt", "--calibrate=data_that_is_not_there")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_script_compresses_the_whole_model_to_a_budget(trained, workdir):
     model, tokens = trained
     checkpoint.save("dense.pt", model)
     make_data(tokens)
-    args = ["--init_from=dense.pt", "--budget=26K", "--calibrate=pattern", "--calibration_tokens=1024"]
-    done = run_here("kron_decompose.py", *args, "--refine_steps=0")
-    assert done.returncode == 0, done.stderr
-    tried = re.findall(r"^ +(\d\.\d{4})  (\d+) (\d+) ([\d,]+)$", done.stdout, re.M)
-    assert len(tried) >= 3 and tried == sorted(tried, key=lambda row: float(row[0]))
-    new, _ = checkpoint.load("checkpoints/best_26K.pt")
-    assert 0.95 * 26_000 < sum(p.numel() for p in new.parameters()) <= 26_000
-    assert [str(dim) for dim in new.config.shapes["mlp.c_fc"][0][:2]] == list(tried[0][1:3])
-    x, y = calibration.calibration_text("pattern", 1024, model.config, "cpu", between=True)
-    with torch.no_grad():
-        logp = new(x).log_softmax(-1).gather(2, y[:, :, None])
-    assert -logp.mean().item() == pytest.approx(float(tried[0][0]), abs=1e-4)
+    args = ["--init_from=dense.pt", "--budget=20K", "--calibrate=pattern", "--calibration_tokens=1024"]
+    losses = {}
+    for name, options in (("ours", []), ("mlp", ["--matrices=mlp"]), ("none", ["--metric=none"]),
+                          ("even", ["--metric=none", "--ranks=even"])):
+        done = run_here("kron_decompose.py", *args, *options)
+        assert done.returncode == 0, done.stderr
+        new, rest = checkpoint.load("checkpoints/best_20K.pt")
+        losses[name] = loss(new, tokens)
+        assert 19_000 < sum(p.numel() for p in new.parameters()) <= 20_000
+        assert rest["config"]["metric"] == ("none" if name in ("none", "even") else "fisher")
+        assert all(matrix.is_dense for place, matrix in new.matrices() if ".attn." in place) == (name == "mlp")
+        rows = re.findall(r"^ +(\d)  ([a-z_.]+) +(\d+|dense) +([\d,]+)(?: +(\d\.\d+))?$", done.stdout, re.M)
+        assert len(rows) == (4 if name == "mlp" else 8)
+        for layer, kind, rank, size, predicted in rows:
+            matrix = new.transformer.h[int(layer)].get_submodule(kind)
+            assert matrix.is_dense if rank == "dense" else len(matrix.A) == int(rank)
+            assert sum(p.numel() for p in (matrix.A, matrix.B)) - matrix.is_dense == int(size.replace(",", ""))
+            assert bool(predicted) == (name != "even")
+        if name != "even":
+            total = re.search(r"^in all ([\d,]+) parameters, (\d\.\d+) nats per token added$", done.stdout, re.M)
+            assert int(total[1].replace(",", "")) == sum(int(row[3].replace(",", "")) for row in rows)
+            assert float(total[2]) == pytest.approx(sum(float(row[4]) for row in rows), abs=2e-4)
+    assert losses.pop("ours") < min(losses.values())
 
 
-def test_no_shape_for_a_budget_is_one_line(trained, workdir):
+def test_script_takes_a_rank_for_attention(trained, workdir):
     checkpoint.save("dense.pt", trained[0])
     make_data(trained[1])
-    for options in ([], ["--calibrate=pattern", "--calibration_tokens=1024"]):
-        done = run_here("kron_decompose.py", "--init_from=dense.pt", "--budget=1K", *options)
-        assert done.returncode == 2 and "no shapes fit 1,000" in done.stderr and done.stderr.count("\n") == 1
+    for calibrated in ([], ["--calibrate=pattern", "--calibration_tokens=1024"]):
+        done = run_here("kron_decompose.py", 32, 32, 1, "--attention_rank=5", "--init_from=dense.pt", "--out=a.pt",
+                        *calibrated)
+        assert done.returncode == 0, done.stderr
+        shapes = checkpoint.load("a.pt")[0].config.shapes
+        assert shapes["mlp.c_fc"] == [(32, 32, 1)] * 2
+        assert shapes["attn.c_attn"] == shapes["attn.c_proj"] == [(32, 1, 5)] * 2
+        assert len(re.findall(r"attn\.c_(?:attn|proj) +5 ", done.stdout)) == 4
+
+
+def test_even_ranks_without_text_are_the_plain_svd(trained, workdir):
+    checkpoint.save("dense.pt", trained[0])
+    done = run_here("kron_decompose.py", "--init_from=dense.pt", "--budget=20K", "--ranks=even", "--out=a.pt")
+    assert done.returncode == 0, done.stderr
+    new = checkpoint.load("a.pt")[0]
+    for (_, old), (name, matrix) in zip(trained[0].matrices(), new.matrices()):
+        W = old.weight.detach().numpy()
+        U, sigma, V = np.linalg.svd(W)
+        r = len(matrix.A)
+        np.testing.assert_allclose(matrix.weight.detach(), U[:, :r] * sigma[:r] @ V[:r], atol=1e-5)
+        assert r * sum(W.shape) / W.size == pytest.approx(0.38, abs=0.06), name
+
+
+def test_no_ranks_for_a_budget_is_one_line(trained, workdir):
+    checkpoint.save("dense.pt", trained[0])
+    for size, options, said in (("1K", [], "no shapes fit 1,000"), ("1K", ["--ranks=even"], "1,000 parameters is not"),
+                                ("1M", ["--ranks=even"], "34,176, which the dense model has")):
+        done = run_here("kron_decompose.py", "--init_from=dense.pt", f"--budget={size}", *options)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not Path("checkpoints").exists()
 
 
 @pytest.mark.parametrize("option, said", [
     ("--calibrate=nothing", "data/nothing"), ("--calibration_tokens=5", "too few"), ("--refine_steps=-1", "refine_steps"),
-    ("--device=abacus", "abacus")])
+    ("--device=abacus", "abacus"), ("--metric=euclid", "metric is fisher or none"), ("--ranks=uneven", "ranks is loss or"),
+    ("--matrices=attn", "matrices is all or mlp"), ("--attention_rank=-1", "attention_rank is at least 0")])
 def test_wrong_options(trained, workdir, option, said):
     checkpoint.save("dense.pt", trained[0])
     make_data(trained[1])

@@ -4,15 +4,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import kron_sum
+from conftest import kron_sum, random_matrix
 
 import least_squares
 from configurator import UserError
 from kron import van_loan
-from least_squares import Moments, Problem, als_step, check_size, fit, initial_factors, reduced_rank
+from least_squares import Moments, Problem, als_step, alternate, check_size, fit, initial_factors, reduced_rank, separable
 
 
-def random_problem(m=12, n=20, tokens=200, weighted=True, seed=0, ridge=1e-3):
+def random_problem(m=12, n=20, tokens=200, seed=0):
     """Correlated inputs with a mean, targets of W with noise; the data and their Problem."""
     generator = torch.Generator().manual_seed(seed)
     X = torch.randn(tokens, m, generator=generator) @ torch.randn(m, m, generator=generator) + 3
@@ -21,8 +21,8 @@ def random_problem(m=12, n=20, tokens=200, weighted=True, seed=0, ridge=1e-3):
     moments = Moments()
     for part in range(0, tokens, 64):
         moments.add(X[part:part + 64], Y[part:part + 64])
-    weights = torch.rand(n, generator=generator) + 0.1 if weighted else None
-    return X.double(), Y.double(), W, Problem(moments, W, weights, ridge)
+    gradients = torch.randn(3 * n, n, generator=generator).double() @ torch.randn(n, n, generator=generator).double()
+    return X.double(), Y.double(), W, Problem(moments, W, gradients.T @ gradients)
 
 
 def test_moments_are_those_of_numpy():
@@ -56,7 +56,7 @@ def test_error_and_bias_are_those_of_the_data():
     np.testing.assert_allclose(problem.bias(W), best, rtol=1e-4, atol=1e-4)
     for bias in (None, torch.ones(20)):
         residual = (Y - X @ W - (best if bias is None else bias)).square().mean(0)
-        expected = (problem.weights * residual).sum() / (problem.weights * Y.var(0, correction=0)).sum()
+        expected = residual.sum() / Y.var(0, correction=0).sum()
         assert problem.error(W, bias) == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -71,67 +71,117 @@ def test_weights_that_meet_no_input_stay():
     torch.testing.assert_close(A[0, 0].float(), -W[0], rtol=1e-2, atol=1e-2)
 
 
-def dense_als_step(problem, A, B, weights):
-    """The best A by one dense least-squares problem over all its elements at once, with the ridge as further rows."""
-    root = torch.linalg.cholesky(problem.ridged_G).T  # ‖Y − XW‖² + ridge ‖W − W0‖² = ‖root W − target‖² + constant
-    target = torch.linalg.solve_triangular(root.T, problem.ridged_C, upper=False)
+def test_moments_without_targets_are_those_of_the_inputs():
+    X = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    moments = Moments()
+    moments.add(X)
+    np.testing.assert_allclose(moments.centred()[2], np.cov(X.T.numpy(), bias=True), rtol=1e-5, atol=1e-6)
+
+
+def test_the_metric_is_a_blend_of_the_second_moments_of_gradients_and_the_identity():
+    fisher = torch.tensor([[4.0, 1], [1, 2]], dtype=torch.double)
+    expected = [[0.9 * 4 / 3 + 0.1, 0.9 / 3], [0.9 / 3, 0.9 * 2 / 3 + 0.1]]
+    np.testing.assert_allclose(least_squares.metric(fisher, 2, "cpu"), expected)
+    for nothing in (None, torch.zeros(2, 2)):
+        assert torch.equal(least_squares.metric(nothing, 2, "cpu"), torch.eye(2, dtype=torch.double))
+
+
+@pytest.mark.parametrize("n1, n2", [(4, 5), (1, 20), (20, 1)])
+def test_the_separable_metric_is_the_nearest_and_positive_definite(n1, n2):
+    M = random_problem()[3].M
+    M_1, M_2 = separable(M, n1)
+    blocks = M.view(n1, n2, n1, n2).permute(0, 2, 1, 3).reshape(n1 * n1, n2 * n2)
+    smallest = np.linalg.svd(blocks.numpy(), compute_uv=False)[1:]
+    assert torch.dist(torch.kron(M_1, M_2), M).item() == pytest.approx(np.linalg.norm(smallest), rel=1e-6, abs=1e-8)
+    for side in (M_1, M_2):
+        assert torch.allclose(side, side.T) and torch.linalg.eigvalsh(side)[0] > 0
+
+
+def dense_best(problem, M, A, B, moving):
+    """The best A or B ("A" or "B") for the other one by one dense least-squares problem over all its elements at once."""
+    root, R = torch.linalg.cholesky(problem.ridged_G).T, torch.linalg.cholesky(M)
+    target = torch.linalg.solve_triangular(root.T, problem.ridged_C, upper=False) @ R  # ‖root W R − target‖² + constant
+    side = A if moving == "A" else B
     columns = []
-    for element in range(A.numel()):
-        unit = torch.zeros_like(A).view(-1)
+    for element in range(side.numel()):
+        unit = torch.zeros_like(side).view(-1)
         unit[element] = 1
-        columns.append((root @ kron_sum(unit.view_as(A), B) * weights.sqrt()).reshape(-1))
-    solution = np.linalg.lstsq(torch.stack(columns, 1).numpy(), (target * weights.sqrt()).reshape(-1).numpy(), rcond=None)
-    return torch.from_numpy(solution[0]).view_as(A)
+        pair = (unit.view_as(A), B) if moving == "A" else (A, unit.view_as(B))
+        columns.append((root @ kron_sum(*pair) @ R).reshape(-1))
+    solution = np.linalg.lstsq(torch.stack(columns, 1).numpy(), target.reshape(-1).numpy(), rcond=None)[0]
+    best = torch.from_numpy(solution).view_as(side)
+    return kron_sum(best, B) if moving == "A" else kron_sum(A, best)
 
 
 @pytest.mark.parametrize("dim_1, dim_2, r", [(4, 5, 1), (4, 5, 3), (12, 5, 1), (1, 4, 2), (3, 20, 1), (6, 1, 2)])
-def test_als_step_is_the_dense_least_squares_solution(dim_1, dim_2, r):
+def test_als_step_is_the_dense_least_squares_solution_in_the_metric(dim_1, dim_2, r):
     _, _, W, problem = random_problem()
     A, B = (side.double() for side in van_loan(W, dim_1, dim_2, r))
-    u, v = problem.separable_weights(dim_2, 20 // dim_2)
-    expected = dense_als_step(problem, A, B, (u[:, None] * v).view(-1))
-    found = als_step(problem.ridged_G, problem.ridged_C, B, dim_1, v)
-    torch.testing.assert_close(kron_sum(found, B), kron_sum(expected, B), rtol=1e-6, atol=1e-6)
+    M_1, M_2 = separable(problem.M, dim_2)
+    found = kron_sum(als_step(problem.ridged_G, problem.ridged_C, B, dim_1, M_2), B)
+    torch.testing.assert_close(found, dense_best(problem, torch.kron(M_1, M_2), A, B, "A"), rtol=1e-6, atol=1e-6)
+    swap = least_squares.swapped(problem.ridged_G, dim_1, dim_1, 12 // dim_1, 12 // dim_1), \
+        least_squares.swapped(problem.ridged_C, dim_1, dim_2, 12 // dim_1, 20 // dim_2)
+    found = kron_sum(A, als_step(*swap, A, 12 // dim_1, M_1))
+    torch.testing.assert_close(found, dense_best(problem, torch.kron(M_1, M_2), A, B, "B"), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dim_1, dim_2, r", [(4, 5, 1), (4, 5, 3), (12, 10, 1), (3, 4, 2)])
+@pytest.mark.parametrize("dim_1, dim_2, r", [(4, 5, 1), (4, 5, 3), (12, 10, 1), (3, 4, 2), (12, 1, 2)])
 def test_the_objective_never_rises(dim_1, dim_2, r, monkeypatch):
     monkeypatch.setattr(least_squares, "TOLERANCE", -1.0)
-    _, _, _, problem = random_problem()
-    u, v = problem.separable_weights(dim_2, 20 // dim_2)
-    weights = (u[:, None] * v).view(-1)
-    pair = initial_factors(problem, dim_1, dim_2, r)
-    values = [problem.objective(kron_sum(*pair), weights)]
+    X, Y, W, problem = random_problem()
+    metric = separable(problem.M, dim_2)
+    pair = van_loan(W.double(), dim_1, dim_2, r)
+    values = []
     for _ in range(10):
-        pair = fit(problem, *pair, steps=1)
-        values.append(problem.objective(kron_sum(*pair), weights))
+        values.append(problem.objective(kron_sum(*pair), *metric))
+        pair = alternate(problem, *pair, steps=1)
     assert all(b <= a * (1 + 1e-9) for a, b in pairwise(values)), values
     assert values[-1] < 0.9999 * values[0]
+
+    def squared_errors(V):  # of the data, with the ridge
+        E, D = Y - Y.mean(0) - (X - X.mean(0)) @ V, V - W
+        ridge = problem.ridged_G.diagonal()[0] - problem.G.diagonal()[0]
+        return torch.trace(torch.kron(*metric) @ (E.T @ E / len(X) + ridge * D.T @ D)).item()
+
+    V = kron_sum(*pair)
+    assert problem.objective(V, *metric) == pytest.approx(squared_errors(V) - squared_errors(problem.solution), rel=1e-3)
 
 
 @pytest.mark.parametrize("m, n", [(12, 20), (20, 12)])
 @pytest.mark.parametrize("r", [1, 4])
-def test_reduced_rank_is_the_optimum(m, n, r):
+def test_reduced_rank_is_the_optimum_in_the_metric(m, n, r):
     _, _, _, problem = random_problem(m, n)
     root = torch.linalg.cholesky(problem.ridged_G).T.numpy()
     target = np.linalg.solve(root.T, problem.ridged_C.numpy())
-    best = np.linalg.svd(target * problem.weights.sqrt().numpy(), compute_uv=False)[r:]
+    values, vectors = np.linalg.eigh(problem.M.numpy())
+    half = vectors * np.sqrt(values) @ vectors.T  # M^(1/2)
+    best = np.linalg.svd(target @ half, compute_uv=False)[r:]
     for A_is_column in (True, False):
         A, B = reduced_rank(problem, r, A_is_column)
-        distance = (root @ kron_sum(A, B).numpy() - target) * problem.weights.sqrt().numpy()
+        distance = (root @ kron_sum(A, B).numpy() - target) @ half
         assert np.square(distance).sum() == pytest.approx(np.square(best).sum(), rel=1e-6)
         assert A.shape == ((r, m, 1) if A_is_column else (r, 1, n))
 
 
-def test_alternating_least_squares_reaches_the_closed_form_of_low_rank():
-    _, _, W, problem = random_problem(weighted=False)
-    exact = kron_sum(*reduced_rank(problem, 3, True))
-    A, B = (side.double() for side in van_loan(W, 12, 1, 3))
-    for _ in range(300):
-        A = als_step(problem.ridged_G, problem.ridged_C, B, 12, torch.ones(20, dtype=torch.double))
-        G, C = problem.ridged_G, problem.ridged_C  # swapping the sides of a low rank changes no index
-        B = als_step(G, C, A, 1, torch.ones(1, dtype=torch.double))
-    torch.testing.assert_close(kron_sum(A, B), exact, rtol=1e-3, atol=1e-3)
+def test_alternating_least_squares_reaches_the_closed_form_of_low_rank(monkeypatch):
+    monkeypatch.setattr(least_squares, "TOLERANCE", -1.0)
+    _, _, W, problem = random_problem()  # with n1 = 1 the separable metric is the whole one
+    A, B = alternate(problem, *van_loan(W.double(), 12, 1, 3), steps=300)
+    torch.testing.assert_close(kron_sum(A, B), kron_sum(*reduced_rank(problem, 3, True)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dim_1, dim_2, r", [(4, 5, 2), (3, 4, 2), (6, 10, 1)])
+def test_the_start_is_exact_for_separable_moments(dim_1, dim_2, r):
+    _, _, W, problem = random_problem()
+    G = separable(problem.ridged_G, dim_1)
+    metric = separable(problem.M, dim_2)
+    problem.ridged_G, problem.M = torch.kron(*G), torch.kron(*metric)
+    problem.ridged_C = problem.ridged_G @ W.double()
+    start = problem.objective(kron_sum(*initial_factors(problem, dim_1, dim_2, r)), *metric)
+    best = min(problem.objective(kron_sum(*alternate(problem, *(random_matrix(r * s, t, seed).view(r, s, t) for s, t in (
+        (dim_1, dim_2), (12 // dim_1, 20 // dim_2))), steps=200)), *metric) for seed in range(3))
+    assert start <= best * (1 + 1e-6)
 
 
 def test_a_normal_matrix_that_is_too_large_is_refused(monkeypatch):
@@ -161,16 +211,16 @@ def constant_problem(value, noise=0.0):
 def test_inputs_that_tell_nothing_leave_the_weights(value, noise):
     W, problem = constant_problem(value, noise)
     for dim_1, dim_2, r in ((12, 20, 1), (12, 1, 12), (4, 5, 12)):  # which reach every matrix
-        A, B = fit(problem, *initial_factors(problem, dim_1, dim_2, r))
+        A, B = fit(problem, *van_loan(W, dim_1, dim_2, r))
         np.testing.assert_allclose(kron_sum(A, B), W, rtol=0.02, atol=0.02)
 
 
 def test_a_problem_of_zeros_has_factors_of_zeros_and_no_error():
     moments = Moments()
     moments.add(torch.randn(50, 12, generator=torch.Generator().manual_seed(0)), torch.zeros(50, 20))
-    problem = Problem(moments, torch.zeros(12, 20), weights=torch.zeros(20))
+    problem = Problem(moments, torch.zeros(12, 20), torch.zeros(20, 20))
     for dim_1, dim_2, r in ((4, 5, 3), (12, 1, 2), (1, 20, 2)):
-        A, B = fit(problem, *initial_factors(problem, dim_1, dim_2, r))
+        A, B = fit(problem, *van_loan(torch.zeros(12, 20), dim_1, dim_2, r))
         assert A.isfinite().all() and B.isfinite().all() and not kron_sum(A, B).any()
         assert problem.error(kron_sum(A, B), torch.zeros(20)) == 0.0
     assert problem.error(torch.zeros(12, 20), torch.full((20,), 2.0)) == 20 * 4  # there is no variance to be a share of

@@ -180,12 +180,11 @@ def test_float64_is_on_the_cpu_where_the_device_has_none(monkeypatch):
 def test_sums_of_calibration_stay_where_float64_is(small_model, monkeypatch):
     meta = torch.device("meta")  # plays the CPU beside mps, which the CPU plays
     monkeypatch.setattr(least_squares, "float64_device", lambda device: meta)
-    monkeypatch.setattr(calibration, "float64", lambda tensor: tensor.to(meta).double())
+    monkeypatch.setattr(calibration, "float64", lambda tensor: tensor.detach().to(meta).double())
     moments = least_squares.Moments()
     moments.add(torch.ones(3, 2), torch.ones(3, 4))
-    statistics = calibration.HiddenStatistics(small_model.transformer.h[0].mlp)
-    statistics.add(torch.ones(3, 256), torch.ones(3, 256))
-    assert {total.device for total in (*moments.sums, statistics.norms, statistics.sums)} == {meta}
+    contributions = calibration.contributions(small_model, torch.zeros(2, 8, dtype=torch.long))
+    assert {total.device for total in (*moments.sums, *contributions)} == {meta}
 
 
 @pytest.mark.parametrize("name, half, single", [
