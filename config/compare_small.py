@@ -1,29 +1,35 @@
-# Starts at a quarter and at half of the MLP parameters, for the base of `make demo`, which config/demo_base.py trains:
-# 4 layers, 128 wide, over bytes. The first start is the base itself, (C, 4C, 1).
+# The starts of config/compare_bytes.py for the base of `make demo`, which config/demo_base.py trains: 4 layers, 128 wide,
+# over bytes, 0.842M parameters.
 base = "out/demo/base/best.pt"
 train_config = "config/compare_small_train.py"
 dataset = "pydocs"
 out_dir = "out/compare_small"
-learning_rates = "3e-4,1e-3,3e-3"
+learning_rates = "1e-4,3e-4,1e-3,3e-3"
 
 starts = f"""
 dense, trained further: kron_decompose.py 128 512 1
-Van Loan (128, 128, 1): kron_decompose.py 128 128 1
-calibrated (128, 128, 1): kron_decompose.py 128 128 1 --calibrate=pydocs
-Van Loan (64, 16, 15): kron_decompose.py 64 16 15
-calibrated (64, 16, 15): kron_decompose.py 64 16 15 --calibrate=pydocs
-SVD (128, 1, 25): kron_decompose.py 128 1 25
-calibrated (128, 1, 25): kron_decompose.py 128 1 25 --calibrate=pydocs
-a quarter of the hidden units, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pydocs
-one block in four: prune.py --dim=layer --keep=4
-distilled (128, 1, 25), equal steps: kron_decompose.py 128 1 25 --calibrate=pydocs | --teacher={base}
-budget search, a quarter: kron_decompose.py --budget=0.4495M --calibrate=pydocs
-even rows kept: prune.py
-Van Loan (128, 256, 1): kron_decompose.py 128 256 1
-calibrated (128, 256, 1): kron_decompose.py 128 256 1 --calibrate=pydocs
-SVD (128, 1, 51): kron_decompose.py 128 1 51
-calibrated (128, 1, 51): kron_decompose.py 128 1 51 --calibrate=pydocs
-half of the hidden units, refitted: prune.py --dim=hidden --keep=2 --select=contribution --refit --calibrate=pydocs
-one block in two: prune.py --dim=layer
-budget search, half: kron_decompose.py --budget=0.5805M --calibrate=pydocs
+0.45M Van Loan (128, 128, 1): kron_decompose.py 128 128 1
+0.45M Krony-PT's pruning (32, 512, 1): prune.py --keep=4
+0.45M SVD of the MLPs: kron_decompose.py 128 1 25
+0.45M SVD of all matrices: kron_decompose.py --budget=446.3K --ranks=even
+0.45M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=446.3K --ranks=even --metric=none --calibrate=pydocs
+0.45M hidden units pruned, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pydocs
+0.45M one block in two: prune.py --dim=layer
+0.45M ours, MLPs only: kron_decompose.py --budget=446.3K --matrices=mlp --calibrate=pydocs
+0.45M ours: kron_decompose.py --budget=446.3K --calibrate=pydocs
+0.45M ours, distilled: kron_decompose.py --budget=446.3K --calibrate=pydocs | --teacher={base}
+0.58M Van Loan (128, 256, 1): kron_decompose.py 128 256 1
+0.58M Krony-PT's pruning (64, 512, 1): prune.py
+0.58M SVD of the MLPs: kron_decompose.py 128 1 51
+0.58M SVD of all matrices: kron_decompose.py --budget=579.4K --ranks=even
+0.58M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=579.4K --ranks=even --metric=none --calibrate=pydocs
+0.58M hidden units pruned, refitted: prune.py --dim=hidden --keep=2 --select=contribution --refit --calibrate=pydocs
+0.58M ours, MLPs only: kron_decompose.py --budget=579.4K --matrices=mlp --calibrate=pydocs
+0.58M ours: kron_decompose.py --budget=579.4K --calibrate=pydocs
+0.58M ours, distilled: kron_decompose.py --budget=579.4K --calibrate=pydocs | --teacher={base}
+0.25M SVD of all matrices: kron_decompose.py --budget=247.7K --ranks=even
+0.25M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=247.7K --ranks=even --metric=none --calibrate=pydocs
+0.25M one block in four: prune.py --dim=layer --keep=4
+0.25M ours: kron_decompose.py --budget=247.7K --calibrate=pydocs
+0.25M ours, distilled: kron_decompose.py --budget=247.7K --calibrate=pydocs | --teacher={base}
 """
