@@ -223,9 +223,8 @@ def fit_matrix(dense, compressed, layer, kind, moments, fisher, fixed_B):
 def fit_half(teacher, student, layer, half, fisher, fixed_B):
     """Fit the factored matrices of a half block, "attn" or "mlp", and move the ResidualStreams of both models through it.
     Args as in calibrate(). Returns [Fit]."""
-    models, fits, first = (teacher.model, student.model), [], HALVES[half][1]
+    models, fits, first, moments = (teacher.model, student.model), [], HALVES[half][1], Moments()
     is_dense = {kind: models[1].transformer.h[layer].get_submodule(f"{half}.{kind}").is_dense for kind in (first, "c_proj")}
-    moments = Moments()
     for rows, _, z, _, _ in teacher.through(layer, half):
         if not is_dense[first]:
             moments.add(student.input(layer, half, rows).flatten(0, 1), z)
@@ -271,8 +270,7 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, refine_step
     for _, matrix in compressed.matrices():
         if not matrix.is_dense:
             check_size(matrix.A.shape, matrix.B.shape)
-    teacher, student = ResidualStream(dense, tokens), ResidualStream(compressed, tokens)
-    fits = []
+    teacher, student, fits = ResidualStream(dense, tokens), ResidualStream(compressed, tokens), []
     for layer in tqdm(range(dense.config.n_layer), "calibrating", unit="block", **BAR):
         before = student.x.clone() if refine_steps else None
         for half in HALVES:

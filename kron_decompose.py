@@ -4,7 +4,6 @@
     python kron_decompose.py --budget=82M --calibrate=openwebtext --matrices=mlp   # ... attention stays dense
     python kron_decompose.py --budget=96M               # the shapes of the MLPs that make a 96M model
     python kron_decompose.py dim_1 dim_2 n_factors      # Van Loan's sum → checkpoints/VL_{dim_1}_{dim_2}_{n_factors}.pt
-    python kron_decompose.py 768 768 1
     python kron_decompose.py 256 64 16,16,10,10,10,10,10,10,10,10,10,10     # a number of factors for each layer
     python kron_decompose.py 768 768 1 --calibrate=openwebtext     # → checkpoints/calibrated_....pt
     python kron_decompose.py 768 1 164 --attention_rank=164        # attention, too: (n_embd, 1, 164)

@@ -80,14 +80,13 @@ def metric(fisher, n, device):
 
 
 class Problem:
-    """The least squares of one matrix: find A [r, m1, n1] and B [r, m2, n2].
+    """The least squares of one matrix: find A [r, m1, n1] and B [r, m2, n2]. Inputs that never change tell nothing, and the
+    ridge alone decides: the weights stay.
 
     Args:
         moments: Moments of X̂ and Y.
         W: [m, n], the trained weights, towards which a ridge pulls.
         fisher: F [n, n], second moments of the loss's gradient at the outputs, for the metric M; None for M = I.
-
-    Inputs that never change tell nothing, and the ridge alone decides: the weights stay.
     """
 
     def __init__(self, moments, W, fisher=None):
