@@ -6,7 +6,8 @@
     python bench.py tokenize books.jsonl                # prepare_owt.py against nanoGPT's script, on local documents
     python bench.py score book.txt gpt2 VL_768_768_1.pt # perplexity.py against a loop over transformers' GPT-2
 
-Models have GPT-2's sizes and random weights; the shapes are those of the MLPs. Candidates run in turns in one process,
+Models have GPT-2's sizes and random weights; the shapes are those of the MLPs, and a fourth number is the rank of attention
+matrices: with 768,1,288,288 the whole model has 82M parameters, as with 768,768,1. Candidates run in turns in one process,
 after a warm-up, and the median of each is reported. Read the ratios, not the seconds: above 1 is faster (smaller) than the
 dense model. `models` writes table.md, results.json and ratios.png to out_dir.
 """
@@ -38,7 +39,7 @@ batch_size = 1  # sequences in a training step
 memory_batch_size = 4  # sequences in the training step whose memory is measured
 repeats = 5  # runs of each measurement; the median counts
 new_tokens = 32  # tokens generated in a measurement
-shapes = "768,768,1 768,1536,1 384,3072,1 256,64,10 768,1,153"  # dim_1,dim_2,factors of c_fc, to measure
+shapes = "768,768,1 768,1,288,288 768,1536,1 384,3072,1 256,64,10 768,1,153"  # dim_1,dim_2,factors[,attention rank]
 layer_shapes = "768,3072,1 16,48,20 32,64,4 128,32,16 1,1,1 1,768,3 384,768,2 256,256,1 768,512,2"  # more, for `layer`
 layer_tokens = "1 64 1024 4096"  # numbers of tokens, for `layer`
 device = ""  # cuda, cpu, ...; default: CUDA if available
@@ -58,20 +59,23 @@ NANOGPT_SHARDS = 1024  # pieces in which nanoGPT's script writes a .bin
 Candidate = namedtuple("Candidate", "model loss generate flops_per_token")
 
 
-def parse_numbers(text, n):
-    """Parse an option such as "768,768,1 256,64,10" into tuples of n whole numbers from 1; UserError if it is not that."""
-    pattern = ",".join(["[1-9][0-9]{0,8}"] * n)
+def parse_numbers(text, n, n_more=0):
+    """Parse an option such as "768,768,1 256,64,10" into tuples of n to n + n_more whole numbers from 1; UserError if it is
+    not that."""
+    pattern = ",".join(["[1-9][0-9]{0,8}"] * n) + f"(,[1-9][0-9]{{0,8}}){{0,{n_more}}}"
     if not text.strip() or not all(re.fullmatch(pattern, group) for group in text.split()):
         raise UserError(f"expected {'shapes such as 768,768,1 256,64,10' if n > 1 else 'numbers such as 1 64'}, not {text}")
     return [tuple(map(int, group.split(","))) for group in text.split()]
 
 
-def check_shapes(measured):
-    """Raise UserError where one of the shapes does not fit the models: before the first one is measured for minutes."""
-    from model import KronyGPTConfig, mlp_shapes
+def make_config(shape, layers):
+    """The KronyGPTConfig of a model with some layers and a shape: (dim_1, dim_2, factors), and perhaps attention's rank."""
+    from model import KronyGPTConfig, Shape, mlp_shapes
 
-    for shape in measured:
-        KronyGPTConfig(n_layer=1, n_head=n_head, n_embd=n_embd, shapes=mlp_shapes(*shape[:2], shape[2:]))
+    dim_1, dim_2, factors, *ranks = shape
+    attention = {f"attn.{name}": [Shape(n_embd, 1, rank)] * layers for rank in ranks for name in ("c_attn", "c_proj")}
+    return KronyGPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=layers, n_head=n_head, n_embd=n_embd,
+                          shapes=mlp_shapes(dim_1, dim_2, [factors] * layers) | attention)
 
 
 def run_script(script, *args):
@@ -110,7 +114,7 @@ def make_candidates(shape, is_first):
     from torch.nn import functional as F
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from model import KronyGPT, KronyGPTConfig, mlp_shapes
+    from model import KronyGPT
 
     def loss_of_whole_logits(logits_of, idx, targets):
         return F.cross_entropy(logits_of(idx).flatten(0, 1).float(), targets.flatten())
@@ -124,26 +128,24 @@ def make_candidates(shape, is_first):
             idx = torch.cat((idx, model(idx)[:, -1:].argmax(-1)), dim=1)
         return idx
 
-    def ours(shapes, whole_logits=False):
-        model = KronyGPT(KronyGPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
-                                        n_embd=n_embd, shapes=shapes))
+    def ours(shape, whole_logits=False):
+        model = KronyGPT(make_config(shape, n_layer))
         loss = partial(loss_of_whole_logits, model) if whole_logits else model
         return Candidate(model, loss, partial(model.generate, temperature=0), model.flops_per_token())
 
-    factored = mlp_shapes(*shape[:2], [shape[2]] * n_layer)
-    loop = ours(factored, whole_logits=True)
-    for block in loop.model.transformer.h:
-        for matrix in (block.mlp.c_fc, block.mlp.c_proj):
+    loop = ours(shape, whole_logits=True)
+    for _, matrix in loop.model.matrices():
+        if not matrix.is_dense:
             matrix.forward = partial(multiply_by_kron_loop, matrix)
     loop = loop._replace(generate=partial(generate_without_cache, loop.model), flops_per_token=None)
-    candidates = {"dense": ours({}), f"torch.kron {shape}": loop, f"ours {shape}": ours(factored)}
+    candidates = {"dense": ours((n_embd, 4 * n_embd, 1)), f"torch.kron {shape}": loop, f"ours {shape}": ours(shape)}
     if is_first:
         gpt2 = GPT2LMHeadModel(GPT2Config(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size, resid_pdrop=0.0,
             embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None))  # no token ends a text early
         loss = partial(loss_of_whole_logits, lambda idx: gpt2(idx).logits)
         candidates["transformers dense"] = Candidate(gpt2, loss, partial(gpt2.generate, do_sample=False), None)
-        candidates[f"whole logits {shape}"] = ours(factored, whole_logits=True)
+        candidates[f"whole logits {shape}"] = ours(shape, whole_logits=True)
     return candidates
 
 
@@ -200,8 +202,9 @@ def bench_models():
     check_range(globals(), "new_tokens", below=min(*CONTEXTS, block_size))
     for name in OUTPUTS:
         check_is_file(Path(out_dir, name))
-    measured_shapes, torch_device = parse_numbers(shapes, 3), pick_device(device)
-    check_shapes(measured_shapes)
+    measured_shapes, torch_device = parse_numbers(shapes, 3, 1), pick_device(device)
+    for shape in measured_shapes:
+        make_config(shape, 1)  # which says what is wrong with it now
     parameters = 12 * n_layer * n_embd**2 + (vocab_size + block_size) * n_embd
     activations = max(batch_size, memory_batch_size) * block_size * n_layer * n_embd
     check_memory(FLOAT * (parameters + activations), torch_device, "a training step of these sizes")
@@ -281,17 +284,16 @@ def bench_layer():
     """Compare the order of contraction that is chosen with the fastest, for matrices of MLPs and numbers of tokens."""
     from device import check_memory, pick_device
     from kron import contraction_order
-    from model import KronyGPTConfig, mlp_shapes
 
     torch_device = pick_device(device)
-    measured_shapes, numbers = parse_numbers(f"{shapes} {layer_shapes}", 3), parse_numbers(layer_tokens, 1)
-    check_shapes(measured_shapes)
+    measured_shapes = list(dict.fromkeys(shape[:3] for shape in parse_numbers(f"{shapes} {layer_shapes}", 3, 1)))
+    numbers, configs = parse_numbers(layer_tokens, 1), {shape: make_config(shape, 1) for shape in measured_shapes}
     largest = max(numbers)[0]
     check_memory(FLOAT * largest * 5 * n_embd, torch_device, f"a layer of {largest:,} tokens")  # x and y
     choices = {"forward": [], "backward": []}  # of (time over the best, shape, matrix, tokens)
     print(f"{'shape':>14} {'matrix':>6} {'tokens':>6} {'':>8} {'A first':>9} {'B first':>9} {'W':>9}  chosen, over the best")
     for shape, matrix, (tokens,) in product(measured_shapes, ("c_fc", "c_proj"), numbers):
-        config = KronyGPTConfig(n_layer=1, n_head=n_head, n_embd=n_embd, shapes=mlp_shapes(*shape[:2], shape[2:]))
+        config = configs[shape]
         m, n, (dim_1, dim_2, r) = config.size_and_shape(f"mlp.{matrix}", layer=0)
         A_shape, B_shape = (r, dim_1, dim_2), (r, m // dim_1, n // dim_2)
         chosen = contraction_order(A_shape, B_shape, tokens)

@@ -35,6 +35,14 @@ def test_models_are_measured_against_the_dense_one(workdir):
     assert Path("here/ratios.png").stat().st_size > 0
 
 
+def test_a_fourth_number_factors_attention(monkeypatch):
+    for name, value in dict(n_embd=64, n_head=1, vocab_size=300, block_size=100).items():
+        monkeypatch.setattr(bench, name, value)
+    matrices = dict(bench.make_candidates((64, 1, 5, 7), is_first=False)["ours (64, 1, 5, 7)"].model.matrices())
+    assert {name.split(".", 3)[3]: tuple(matrix.A.shape) for name, matrix in matrices.items()} == {
+        "attn.c_attn": (7, 64, 1), "attn.c_proj": (7, 64, 1), "mlp.c_fc": (5, 64, 1), "mlp.c_proj": (5, 1, 64)}
+
+
 def test_every_order_of_contraction_of_a_layer_is_timed(workdir):
     done = run_here("bench.py", "layer", *TINY, "--shapes=32,64,2", "--layer_shapes=64,256,1", "--layer_tokens=1 64")
     assert done.returncode == 0, done.stderr
