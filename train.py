@@ -216,7 +216,7 @@ def main():
     import checkpoint
     from data import batch_starts, even_starts, load_meta, load_tokens, step_seed, windows
     from device import Processes, Speed, autocast_to, check_memory, default_dtype, gradient_scaler
-    from files import RunDir
+    from run_dir import RunDir
 
     # processes and the machine
     check_options(int(os.environ.get("WORLD_SIZE", 1)))
