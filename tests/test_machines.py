@@ -296,7 +296,7 @@ def wandb(workdir, monkeypatch):
 
 def test_the_recipes_need_no_login():
     recipes = list(ROOT.glob("config/train_gpt2*.py"))
-    assert len(recipes) == 4
+    assert recipes
     for recipe in recipes:
         assert 'wandb_mode = "offline"' in recipe.read_text(), recipe
 
