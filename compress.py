@@ -156,6 +156,6 @@ def without_dropped_units(model):
         name = f"transformer.h.{layer}.mlp"
         state_dict[f"{name}.c_fc.bias"] = state_dict[f"{name}.c_fc.bias"][offset::N].contiguous()
         for matrix in "c_fc", "c_proj":
-            state_dict[f"{name}.{matrix}.B"] = torch.ones(1, 1, 1)
+            state_dict[f"{name}.{matrix}.B"] = state_dict[f"{name}.c_fc.bias"].new_ones(1, 1, 1)
     attention = {name: shapes for name, shapes in config.shapes.items() if not name.startswith("mlp.")}
     return KronyGPT.from_state_dict(dict(config.as_plain_types(), n_inner=n, shapes=attention), state_dict).eval()

@@ -8,6 +8,7 @@ from configurator import UserError
 from tokenizer import read_json
 
 MARK = "<!-- Written by kron_to_gpt.py, which replaces this file; without this line it stays. -->"
+LONGEST_NAME = 100  # of a model on the hub
 MOST_STEPS = 10  # of a history
 TRAINING = ("dataset", "learning_rate", "max_iters", "batch_size", "gradient_accumulation_steps", "block_size", "teacher")
 UNSAID = ("init_from", "tokenizer", "out")  # options that a step of the history says otherwise, or not at all
@@ -45,9 +46,9 @@ def history(rest):
     while isinstance(config := rest.get("config"), dict) and config and len(steps) < MOST_STEPS:
         steps.append((config, rest.get("iter_num", 0)))
         path = Path(str(config.get("init_from")))
-        if not path.is_file():
-            break
         try:
+            if not path.is_file():
+                break
             _, rest = checkpoint.read_file(path)
         except (UserError, OSError):
             break
@@ -69,20 +70,20 @@ def describe_step(config, iter_num, context):
     source = one_line(config.get("init_from"))
     if not is_training:
         return f"Compressed from `{source}`{options}"
-    try:
-        length = config.get("block_size") or context
-        tokens = f", {iter_num * config['batch_size'] * config['gradient_accumulation_steps'] * length:,} tokens"
-    except (KeyError, TypeError, ValueError):  # a config of another program
-        tokens = ""
-    return f"Trained from `{source}` for {iter_num:,} steps{tokens}{options}"
+    numbers = [iter_num, *(config.get(name) for name in ("batch_size", "gradient_accumulation_steps")),
+               config.get("block_size") or context]
+    if any(type(number) is not int for number in numbers):  # a config of another program
+        return f"Trained from `{source}`{options}"
+    return f"Trained from `{source}` for {iter_num:,} steps, {math.prod(numbers):,} tokens{options}"
 
 
 def base_model(steps):
     """The hub name from which the history starts, or None where it starts elsewhere."""
     name = steps[-1][0].get("init_from") if steps else None
-    is_hub_name = (isinstance(name, str) and name not in ("scratch", "resume") and checkpoint.looks_like_hub_name(name)
-                   and not any(path.exists() for path in (Path(name), checkpoint.MODELS_DIR / name)))
-    return name if is_hub_name else None
+    if not isinstance(name, str) or name in ("scratch", "resume") or len(name) > LONGEST_NAME:
+        return None
+    is_local = any(path.exists() for path in (Path(name), checkpoint.MODELS_DIR / name))
+    return name if checkpoint.looks_like_hub_name(name) and not is_local else None
 
 
 def describe_shapes(config):

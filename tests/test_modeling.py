@@ -17,6 +17,7 @@ import checkpoint
 import compress
 import hugging_face
 from configurator import UserError
+from model_card import model_card
 from modeling_kronygpt import KronLinear, KronyGPTConfig, KronyGPTForCausalLM
 from prune import prune_matrix
 
@@ -411,6 +412,15 @@ def test_other_shapes_are_not_narrowed(mixed_model, small_model, gpt2_dir):
     fc_alone = compress.factorize(dense, {"mlp.c_fc": [(64, 128, 1)] * 2}, prune_matrix)
     for model in mixed_model, small_model, dense, embd, fc_alone:
         assert compress.without_dropped_units(model) is model
+
+
+@pytest.mark.parametrize("config", [
+    dict(init_from="x" * 5000), dict(init_from="a\0b"), dict(init_from=None), {1: "`|\n# title", "init_from": ["a"]},
+    ["config"], dict(gradient_accumulation_steps="many", batch_size=1.5), dict(gradient_accumulation_steps=1)])
+def test_odd_configs_make_a_card(config, mixed_model):
+    for iter_num in 3, "x", None:
+        text = model_card("a", mixed_model, dict(config=config, iter_num=iter_num), {}, "float32")
+        assert "## How it was made" in text and "base_model" not in text and "\n# title" not in text
 
 
 def test_a_file_that_is_gone_does_not_stop_an_export(mixed_model, workdir):
