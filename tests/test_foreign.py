@@ -152,7 +152,7 @@ def test_a_pruned_gpt2_loads_and_is_compressed(n_inner, workdir):
 
 
 def test_a_config_that_contradicts_the_weights_is_one_line(directory):
-    for name, value in dict(n_layer=10**7, n_embd=32, vocab_size=300, n_positions=64).items():
+    for name, value in dict(n_layer=10**7, n_embd=32, vocab_size=300, n_positions=64, n_inner=17).items():
         whole = (directory / "config.json").read_text()
         change(directory, **{name: value})
         with pytest.raises(UserError, match=f"does not fit together: its config says {name}={value}"):

@@ -141,6 +141,12 @@ def test_transformers_alone_computes_the_same(made, mixed_model, tmp_path_factor
     assert {file.name for file in elsewhere.joinpath("again").iterdir()} >= {"modeling_kronygpt.py", "model.safetensors"}
 
 
+def test_the_compressed_model_is_tied(mixed_model):
+    exported = hugging_face.to_compressed(mixed_model)
+    assert exported.lm_head.weight is exported.transformer.wte.weight
+    assert sum(p.numel() for p in exported.parameters()) == mixed_model.count_parameters()["total"]
+
+
 def test_what_is_written(made, mixed_model):
     assert {file.name for file in made.iterdir()} == FILES
     with safe_open(made / "model.safetensors", "pt") as file:
@@ -231,8 +237,12 @@ def test_a_directory_is_read_back_bit_for_bit(made, mixed_model):
         assert rest["tokenizer"] is None  # bytes, as the size of the vocabulary tells
     with hugging_face.no_code_left():
         AutoModel.from_pretrained(made, trust_remote_code=True).save_pretrained("base")
+        load(made).save_pretrained("shards", max_shard_size="200KB")
     assert "h.0.mlp.c_fc.A" in load_file("base/model.safetensors")  # without the prefix of the whole model
-    assert_same(checkpoint.load("base")[0], mixed_model)
+    assert len(list(Path("shards").glob("*.safetensors"))) > 1
+    for name in "base", "shards":
+        assert_same(checkpoint.load(name)[0], mixed_model)
+    assert all(torch.equal(p, q) for p, q in zip(load("shards").state_dict().values(), load(made).state_dict().values()))
 
 
 def test_it_is_converted_again(made, mixed_model):
