@@ -410,9 +410,11 @@ def test_dropped_hidden_units_are_left_out(pruned):
     assert said.returncode == 2 and "is dense: the plain export" in said.stderr
 
 
-@pytest.mark.parametrize("name, index, value", [("c_fc", 0, 1e-9), ("c_fc", 1, 0.5), ("c_proj", 0, 1.0), ("c_proj", 1, 0.0)])
-def test_a_unit_that_adds_something_stays(name, index, value, pruned):
-    getattr(pruned.transformer.h[1].mlp, name).B.data.view(-1)[index] = value
+@pytest.mark.parametrize("names, index, value", [
+    (("c_fc", "c_proj"), 0, 1e-9), (("c_fc", "c_proj"), 1, 0.5), (("c_proj",), 0, 1.0), (("c_proj",), 1, 0.0)])
+def test_a_unit_that_adds_something_stays(names, index, value, pruned):
+    for name in names:
+        getattr(pruned.transformer.h[1].mlp, name).B.data.view(-1)[index] = value
     assert compress.without_dropped_units(pruned) is pruned
 
 
