@@ -422,7 +422,8 @@ def test_other_shapes_are_not_narrowed(mixed_model, small_model, gpt2_dir):
     dense = checkpoint.load(str(gpt2_dir))[0]
     embd = compress.factorize(dense, {"mlp.c_fc": [(32, 256, 1)] * 2, "mlp.c_proj": [(256, 32, 1)] * 2}, prune_matrix)
     fc_alone = compress.factorize(dense, {"mlp.c_fc": [(64, 128, 1)] * 2}, prune_matrix)
-    for model in mixed_model, small_model, dense, embd, fc_alone:
+    other_side = compress.factorize(fc_alone, {"mlp.c_proj": [(256, 32, 1)] * 2}, prune_matrix)
+    for model in mixed_model, small_model, dense, embd, fc_alone, other_side:
         assert compress.without_dropped_units(model) is model
 
 
