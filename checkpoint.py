@@ -9,6 +9,7 @@ always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and 
 - older ones, with each factor by itself: c_fc_{f}_{k} and c_proj_{f}_{k} for side k of factor f, perhaps no MLP biases;
 - nanoGPT's own dense checkpoints, and Lightning's;
 - transformers' GPT-2: a directory, or a .safetensors or .bin file of it;
+- the directories of kron_to_gpt.py --compressed=True, whose factors are `<name>.A` and `<name>.B`;
 - any of them with the prefixes of DDP, FSDP, torch.compile or another wrapper.
 
 A model is data, and loading it never runs code: .pt and .bin files are read with torch.load(weights_only=True), and
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 
 from configurator import UserError
 from files import atomic_write
-from hugging_face import WEIGHTS, download, open_directory
+from hugging_face import COMPRESSED_TYPE, WEIGHTS, download, open_directory
 from model import KronyGPT
 from tokenizer import tokenizer_record
 
@@ -43,7 +44,8 @@ IN_FILE = re.compile(MATRIX + r"(_0|_1|_bias|\.weight|\.bias)")
 UNSTACKED = re.compile(r"(.*\.mlp\.c_(?:fc|proj))_(\d+)_([01])")
 MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
 TIED_RTOL, TIED_ATOL = 2**-8, 1e-6  # the rounding of half precision: an output matrix nearer to the embedding is tied
-SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer"}
+SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer",
+         "n_inner": "n_inner"}
 
 
 class ErrorKeeper:
@@ -128,6 +130,7 @@ def load(source, dropout=0.0):
         raise UserError(f"{path} holds no GPT-2 that we know: {first_line(error)}") from None
     check_tied(state_dict, path)
     model_args["n_head"] = number_of_heads(content, model_args, path)
+    check_shapes(content, model_args, path)
     try:
         model = KronyGPT.from_state_dict(dict(model_args, dropout=dropout), state_dict)
     except UserError as error:
@@ -224,6 +227,19 @@ def number_of_heads(content, model_args, path):
     return model_args["n_head"]
 
 
+def check_shapes(content, model_args, path):
+    """Raise UserError unless the shapes that the config.json of a compressed export states are those of its tensors."""
+    config = content.get("model_args")
+    if not isinstance(config, dict) or config.get("model_type") != COMPRESSED_TYPE:
+        return
+    stated = config.get("shapes")
+    for name, shapes in model_args["shapes"].items():
+        found = [list(shape) for shape in shapes]
+        if not isinstance(stated, dict) or stated.get(name) != found:
+            raise UserError(f"{path} does not fit together: the shapes of {name} in its config.json are not those of its "
+                            f"weights, {found[0]} in the first block")
+
+
 def first_line(error):
     if isinstance(error, KeyError):
         return f"it lacks {str(error.args[0]).removesuffix('.A')}"
@@ -303,7 +319,9 @@ def from_file_names(state_dict):
 
 
 def is_conv1d(state_dict):
-    """Whether dense weights are [in, out], as in transformers' GPT-2, and not those of an nn.Linear."""
+    """Whether dense weights are [in, out], as in transformers' GPT-2 and our class for it, and not those of an nn.Linear."""
+    if any(name.endswith(".A") for name in state_dict):
+        return True
     c_attn = next((p for name, p in state_dict.items() if name.endswith("h.0.attn.c_attn.weight")), None)
     return c_attn is not None and c_attn.dim() == 2 and c_attn.shape[1] == 3 * c_attn.shape[0]
 

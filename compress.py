@@ -134,3 +134,28 @@ def write(path, dense, new, options, remark):
     if not all(torch.equal(p, q) for p, q in zip(new.state_dict().values(), again.state_dict().values(), strict=True)):
         raise UserError(f"{path} does not hold what was written to it", status=1)
     print(f"wrote {path} ({os.path.getsize(path) / 2**20:.0f} MiB), and verified it; {remark}")
+
+
+@torch.no_grad()
+def without_dropped_units(model):
+    """The same function as a KronyGPT whose MLPs have only the hidden units that prune.py --dim=hidden kept.
+
+    Where each B of the MLPs is a 1 and zeros along the hidden side, the units at the zeros add nothing: A alone is a dense
+    matrix of n_inner / N units. A model of which that is not true is returned as it is.
+    """
+    config, n = model.config, model.config.shapes["mlp.c_fc"][0].dim_2
+    N, kept = config.n_inner // n, []
+    for block, fc, proj in zip(model.transformer.h, config.shapes["mlp.c_fc"], config.shapes["mlp.c_proj"]):
+        B = block.mlp.c_fc.B.flatten()
+        if (N == 1 or fc != (config.n_embd, n, 1) or proj != (n, config.n_embd, 1)
+                or B.count_nonzero() != 1 or B.max() != 1 or not torch.equal(B, block.mlp.c_proj.B.flatten())):
+            return model
+        kept.append(B.argmax().item())
+    state_dict = dict(model.state_dict())
+    for layer, offset in enumerate(kept):
+        name = f"transformer.h.{layer}.mlp"
+        state_dict[f"{name}.c_fc.bias"] = state_dict[f"{name}.c_fc.bias"][offset::N].contiguous()
+        for matrix in "c_fc", "c_proj":
+            state_dict[f"{name}.{matrix}.B"] = state_dict[f"{name}.c_fc.bias"].new_ones(1, 1, 1)
+    attention = {name: shapes for name, shapes in config.shapes.items() if not name.startswith("mlp.")}
+    return KronyGPT.from_state_dict(dict(config.as_plain_types(), n_inner=n, shapes=attention), state_dict).eval()

@@ -1,11 +1,15 @@
 """Hugging Face's GPT-2: directories and hub names, read as data, without transformers and without running code; and a
 KronyGPT as a model of transformers."""
+import sys
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from configurator import UserError
 from tokenizer import TOKENIZER_FILES, read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+COMPRESSED_TYPE = "kronygpt"  # model_type of modeling_kronygpt.py: factors that are not expanded
 HUB_SECONDS = 5  # that the hub has for its first answer
 FUNCTION = {  # fields of a GPT-2's config.json that change its function, with the values of the one computed here
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "layer_norm_epsilon": (1e-5,),
@@ -91,27 +95,73 @@ def open_directory(path, weights=None):
 
 def check_is_gpt2(config, source):
     """Raise UserError unless the content of a config.json describes the function that KronyGPT computes."""
-    if config.get("model_type") != "gpt2":
+    if config.get("model_type") not in ("gpt2", COMPRESSED_TYPE):
         raise UserError(f"{source} is a {config.get('model_type', 'nameless')} model, not a GPT-2")
     for name, values in FUNCTION.items():
         if config.get(name, values[0]) not in values:
             raise UserError(f"{source} is a GPT-2 with {name}={config[name]}, where {values[0]} is needed")
 
 
-def to_transformers(model):
-    """The transformers GPT2LMHeadModel that computes the same function as a KronyGPT, with the Kronecker sums expanded."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = model.config
-    hf_model = GPT2LMHeadModel(GPT2Config(
+def sizes(config):
+    """The arguments of a GPT2Config for a KronyGPTConfig."""
+    return dict(
         vocab_size=config.vocab_size, n_positions=config.block_size,
         n_ctx=config.block_size,  # an older name, which llama.cpp's converter asks for
         n_embd=config.n_embd, n_layer=config.n_layer,
         n_head=config.n_head, n_inner=None if config.n_inner == 4 * config.n_embd else config.n_inner,
-        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout))
+        resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout)
+
+
+def to_transformers(model):
+    """The transformers GPT2LMHeadModel that computes the same function as a KronyGPT, with the Kronecker sums expanded."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    hf_model = GPT2LMHeadModel(GPT2Config(**sizes(model.config)))
     state_dict = model.state_dict()
     for name, matrix in model.matrices():
         state_dict[f"{name}.weight"] = matrix.weight  # [in, out], as Conv1D has it
         del state_dict[f"{name}.A"], state_dict[f"{name}.B"]
     hf_model.load_state_dict(state_dict)
     return hf_model.eval()
+
+
+def to_compressed(model):
+    """The KronyGPTForCausalLM of modeling_kronygpt.py with the tensors of a KronyGPT: factors stay factors."""
+    import torch
+
+    from modeling_kronygpt import KronyGPTConfig, KronyGPTForCausalLM
+
+    module = KronyGPTConfig.__module__
+    auto_map = dict(AutoConfig=f"{module}.KronyGPTConfig", AutoModel=f"{module}.KronyGPTModel",
+                    AutoModelForCausalLM=f"{module}.KronyGPTForCausalLM")
+    shapes = {name: [list(shape) for shape in of_blocks] for name, of_blocks in model.config.shapes.items()}
+    config = KronyGPTConfig(shapes=shapes, auto_map=auto_map, **sizes(model.config))
+    with torch.device("meta"):  # nothing to initialise
+        hf_model = KronyGPTForCausalLM(config)
+    state_dict = model.state_dict()
+    for name, matrix in model.matrices():
+        if matrix.is_dense:  # a Conv1D
+            state_dict[f"{name}.weight"] = state_dict.pop(f"{name}.A")[0]
+            del state_dict[f"{name}.B"]
+    hf_model.load_state_dict(state_dict, assign=True)
+    hf_model.tie_weights()
+    return hf_model.eval()
+
+
+@contextmanager
+def no_code_left():
+    """Let transformers copy the code of the models that it loads in this block to a directory of the block alone, so that
+    no earlier copy is run and none is left."""
+    from transformers import dynamic_module_utils
+
+    place, modules = dynamic_module_utils.HF_MODULES_CACHE, set(sys.modules)
+    with TemporaryDirectory() as directory:
+        dynamic_module_utils.HF_MODULES_CACHE = directory
+        try:
+            yield
+        finally:
+            dynamic_module_utils.HF_MODULES_CACHE = place
+            sys.path[:] = [entry for entry in sys.path if entry != directory]
+            for name in sys.modules.keys() - modules:
+                if name.split(".")[0] == "transformers_modules":
+                    del sys.modules[name]

@@ -2,9 +2,14 @@
 
     python kron_to_gpt.py out/ckpt.pt               # → models/<name>/: of the file, or of its folder for ckpt.pt, best.pt
     python kron_to_gpt.py out/ckpt.pt my_model      # → my_model/
+    python kron_to_gpt.py out/ckpt.pt my_model --compressed=True --dtype=bfloat16
 
-The Kronecker sums are expanded, so the result is a dense GPT-2 that computes the same function. It is compared with the
-checkpoint's model before it is moved into place. Its tokenizer comes along as data: GPT-2's, bytes, or the model's own.
+The Kronecker sums are expanded, so the result is a dense GPT-2 that computes the same function. Hidden units that prune.py
+dropped are left out of it. It is compared with the checkpoint's model before it is moved into place. Its tokenizer comes
+along as data: GPT-2's, bytes, or the model's own.
+
+With --compressed=True the factors are kept, and the file is as small as the checkpoint's model. Code comes along,
+modeling_kronygpt.py, and transformers runs it where it is told to: from_pretrained(directory, trust_remote_code=True).
 """
 import json
 import os
@@ -13,14 +18,20 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 
-from configurator import UserError, run
+from configurator import UserError, check_choice, run
 from files import atomic_directory
 
+compressed = False  # keep the factors: a smaller model, which needs trust_remote_code=True
+dtype = "float32"  # of the weights: float32, bfloat16 or float16
+perplexities: str | None = None  # a file of perplexity.py --json_out, for the model card of --compressed=True
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
-tolerance = 1e-3  # largest difference of a logit that counts as rounding
+tolerance: float | None = None  # largest difference of a logit that counts as rounding; default: as largest_allowed() says
 seed = 1337  # of the random tokens for the comparison
 
 TOKENS_COMPARED = 256
+TOKENS_GENERATED = 8  # behind as many
+CODE = "modeling_kronygpt.py"
+CARD = "README.md"
 
 
 def gpt2_vocabulary():
@@ -132,7 +143,7 @@ def is_ours(name):
     from tokenizer import TOKENIZER_FILES
 
     is_weights = name.endswith((".safetensors", ".safetensors.index.json")) or name.startswith("pytorch_model")
-    return is_weights or name in ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    return is_weights or name in ("config.json", "generation_config.json", CODE, *TOKENIZER_FILES)
 
 
 def save_weights(exported, directory):
@@ -148,26 +159,67 @@ def save_weights(exported, directory):
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from None
 
 
-def largest_difference(model, directory):
-    """The largest absolute difference of a logit between a KronyGPT and the transformers model in a directory."""
+def verify(model, directory, ckpt):
+    """Compare a KronyGPT with the transformers model in a directory, whose code is run where it is ours.
+
+    Returns:
+        The largest absolute difference of a logit.
+
+    Raises:
+        UserError: it is too large, or a compressed export generates other tokens with its cache than without.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(seed)
-    length = min(TOKENS_COMPARED, model.config.block_size)
-    idx = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+    context = model.config.block_size
+    idx = torch.randint(model.config.vocab_size, (2, min(TOKENS_COMPARED, context)), generator=generator)
     with torch.no_grad():
-        exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
-        return (model.eval()(idx) - exported(idx).logits).abs().max().item()
+        exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=compressed,
+                                                        local_files_only=True).eval()
+        logits = model.eval()(idx)
+        difference = (logits - exported(idx).logits).abs().max().item()
+        limit = largest_allowed(logits) if tolerance is None else tolerance
+        if not difference < limit:
+            raise UserError(f"the converted model differs from {ckpt} by {difference:.1e} in a logit, more than "
+                            f"--tolerance={limit:.1e}; nothing was written", status=1)
+        if compressed and context > 1:
+            prompt = idx[:, :min(TOKENS_GENERATED, context // 2)]
+            with_cache, without = (exported.generate(prompt, do_sample=False, use_cache=use_cache, pad_token_id=0,
+                                                     max_new_tokens=prompt.shape[1]) for use_cache in (True, False))
+            if not torch.equal(with_cache, without):
+                raise UserError("the converted model generates other tokens with its cache than without; nothing was "
+                                "written", status=1)
+    return difference
+
+
+def largest_allowed(logits):
+    """The difference of a logit that counts as rounding, for the logits of the checkpoint's model.
+
+    It is 1e-3, or 1e-4 where no sum is expanded (and the largest logit is not above 10, as float32 is relative); in half
+    precision four units of the last place of the largest logit are more.
+    """
+    import torch
+
+    largest = logits.abs().max().item()
+    exact = 1e-4 * max(1.0, largest / 10) if compressed else 1e-3
+    return exact if dtype == "float32" else max(exact, 4 * torch.finfo(getattr(torch, dtype)).eps * largest)
 
 
 def main(ckpt, out_dir=None):
+    import torch
     from transformers.utils import logging
 
     import checkpoint
     import hugging_face
+    from compress import without_dropped_units
+    from model_card import is_card, model_card, read_perplexities
     from tokenizer import BytesTokenizer, UnknownTokenizer
 
+    check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
+    if perplexities and not compressed:
+        raise UserError("--perplexities is for the model card of --compressed=True")
+    scores = read_perplexities(perplexities) if perplexities else {}
     out_dir = Path(out_dir or checkpoint.MODELS_DIR / default_name(ckpt))
     if out_dir.exists() and not (out_dir / "config.json").exists():
         raise UserError(f"{out_dir} exists and is no Hugging Face model: name another directory")
@@ -175,8 +227,15 @@ def main(ckpt, out_dir=None):
     logging.set_verbosity_error()
     model, rest = checkpoint.load(ckpt)
     ours = find_tokenizer(rest.get("tokenizer"), model.config.vocab_size)
-    with atomic_directory(out_dir, is_ours) as aside:
-        exported = hugging_face.to_transformers(model)
+    narrow = without_dropped_units(model)
+    if compressed and all(matrix.is_dense for _, matrix in narrow.matrices()):
+        raise UserError(f"every matrix of {ckpt} is dense: the plain export, without --compressed=True, is as small and "
+                        "needs no code")
+    has_card = is_card(out_dir / CARD)
+    with atomic_directory(out_dir, lambda name: is_ours(name) or (name == CARD and has_card)) as aside, \
+            hugging_face.no_code_left():
+        exported = hugging_face.to_compressed(narrow) if compressed else hugging_face.to_transformers(narrow)
+        exported.to(getattr(torch, dtype))
         # generation ends at GPT-2's <|endoftext|>, but not at the line end that ends a document of bytes
         end = None if ours.name in (BytesTokenizer.name, UnknownTokenizer.name) else ours.end_of_text
         for config in exported.config, exported.generation_config:
@@ -184,13 +243,16 @@ def main(ckpt, out_dir=None):
         save_weights(exported, aside)
         if ours.name != UnknownTokenizer.name:
             write_tokenizer(aside, ours, model.config.block_size)
-        difference = largest_difference(model, aside)
-        if not difference < tolerance:
-            raise UserError(f"the converted model differs from {ckpt} by {difference:.1e} in a logit, more than "
-                            f"--tolerance={tolerance}; nothing was written", status=1)
+        if compressed:
+            shutil.copyfile(Path(__file__).with_name(CODE), aside / CODE)
+            card = model_card(out_dir.resolve().name, narrow, rest, scores, dtype)
+            (aside / CARD).write_text(card, encoding="utf-8")
+        difference = verify(model, aside, ckpt)
     counts = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
-    print(f"wrote {out_dir}/: {counts[0]:,} parameters, {counts[1]:,} with the Kronecker sums expanded; "
-          f"logits differ by at most {difference:.1e}")
+    if narrow is not model:
+        print(f"MLPs of {narrow.config.n_inner} hidden units: B drops the others of {model.config.n_inner}")
+    how = "as factors" if compressed else "with the Kronecker sums expanded"
+    print(f"wrote {out_dir}/: {counts[0]:,} parameters, {counts[1]:,} {how}; logits differ by at most {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python prune.py --offset=1          # the odd ones
     python prune.py --keep=4            # one in four
     python prune.py --dim=hidden        # hidden units: c_fc's columns and c_proj's rows
+    python prune.py --dim=hidden --plain=True       # the kept units alone: a plain GPT-2 of a smaller n_inner
     python prune.py --epsilon=0.01      # let the dropped rows learn
     python prune.py --dim=layer         # whole blocks, every other one, as DistilGPT2 began → checkpoints/layers_2_0.pt
     python prune.py --dim=hidden --select=norm                                      # the units of the largest weights
@@ -15,6 +16,9 @@ by what they add on real text (they are first moved to the even places, which le
 
 A holds the kept rows, and B = [1, 0]ᵀ puts them into the even places: the model starts as the pruned one and is trained
 further as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 4 n_embd / N) along the hidden side.
+
+--dim=hidden --plain=True writes the kept units without B, as a dense model with n_inner = 4 n_embd / N. Training it is
+training with a fixed B, and its export is a GPT-2 with MLPs of one Nth of the size, for every program that reads GPT-2.
 """
 import re
 from functools import partial
@@ -33,6 +37,7 @@ calibrate: str | None = None  # data set under data/ for --refit and --select=co
 calibration_tokens = 32768  # number of its tokens
 device = ""  # of the calibration; default: CUDA if available, else the CPU
 epsilon = 0.0  # value in B in place of the zeros
+plain = False  # with --dim=hidden: write the kept units as dense matrices of a smaller n_inner, without B
 
 BLOCK = re.compile(r"transformer\.h\.\d+\.")
 
@@ -82,6 +87,8 @@ def check_options():
     if dim == "layer" and (select != "even" or refit or epsilon):
         raise UserError("--dim=layer drops whole blocks: it goes with --keep and --offset, not with --select, --refit or "
                          "--epsilon")
+    if plain and (dim != "hidden" or epsilon):
+        raise UserError("--plain=True goes with --dim=hidden, and not with --epsilon")
     if keep < 2 or not 0 <= offset < keep:
         raise UserError(f"--keep is at least 2 and --offset from 0 to keep - 1, not {keep} and {offset}")
     if offset and select != "even":
@@ -111,10 +118,10 @@ def main():
     dim_2 = config.n_inner // (keep if dim == "hidden" else 1)
     kept = 1 if select == "odd" else offset
     remarks = (f"offset{kept}" * bool(kept), select * (select in ("norm", "contribution")), "refit" * refit)
-    name = "_".join(("prune", str(dim_1), str(dim_2), *filter(None, remarks)))
+    name = "_".join(("prune" if not plain else "plain", str(dim_1), str(dim_2), *filter(None, remarks)))
     path = out or f"checkpoints/{name if n_units else f'layers_{keep}_{offset}'}.pt"
     check_is_file(path)
-    options = dict(init_from=init_from, tokenizer=rest["tokenizer"], dim=dim, keep=keep, offset=kept)
+    options = dict(init_from=init_from, tokenizer=rest["tokenizer"], dim=dim, keep=keep, offset=kept, plain=plain)
 
     fits = None
     if dim == "layer":
@@ -136,6 +143,7 @@ def main():
         if refit:
             fits = calibration.calibrate(dense, new, text, fixed_B=True)
         compress.print_errors(dense, new, fits)
+        new = compress.without_dropped_units(new) if plain else new
         compress.write(path, dense, new, options, f"one in {keep} units of the side {dim} kept")
     print(f"next: python train.py config/train_gpt2_96m.py --init_from={path}")
 

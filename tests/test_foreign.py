@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from test_train import write_dataset
 
 import checkpoint
+from compress import factorize
 from configurator import UserError
+from kron import van_loan
+from model import mlp_shapes
 
 IDX = random_tokens(2, 32)
 
@@ -149,7 +152,7 @@ def test_a_pruned_gpt2_loads_and_is_compressed(n_inner, workdir):
 
 
 def test_a_config_that_contradicts_the_weights_is_one_line(directory):
-    for name, value in dict(n_layer=10**7, n_embd=32, vocab_size=300, n_positions=64).items():
+    for name, value in dict(n_layer=10**7, n_embd=32, vocab_size=300, n_positions=64, n_inner=17).items():
         whole = (directory / "config.json").read_text()
         change(directory, **{name: value})
         with pytest.raises(UserError, match=f"does not fit together: its config says {name}={value}"):
@@ -209,6 +212,15 @@ class Pickled:
         return Path.touch, (self.mark,)
 
 
+def save_compressed(directory):
+    """Write the model of a directory with factored MLPs, as kron_to_gpt.py --compressed=True does."""
+    from hugging_face import to_compressed
+
+    model, _ = checkpoint.load(str(directory))
+    shapes = mlp_shapes(32, 64, [2] * model.config.n_layer)
+    to_compressed(factorize(model, shapes, van_loan)).save_pretrained(directory)
+
+
 def trap(directory, kind):
     """Make a directory one that runs code where it is trusted."""
     mark = directory.parent / "mark"
@@ -221,6 +233,9 @@ def trap(directory, kind):
         change(directory, auto_map=auto_map)
     elif kind == "kernel":
         change(directory, _attn_implementation="evil/kernel", attn_implementation="evil/kernel")
+    elif kind == "compressed export":
+        save_compressed(directory)
+        (directory / "modeling_kronygpt.py").write_text(MARK.format(mark=str(mark)))
     elif kind == "pickle":
         (directory / "model.safetensors").unlink()
         (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"transformer.wte.weight": Pickled(mark)}))
@@ -230,14 +245,14 @@ def trap(directory, kind):
     return mark
 
 
-@pytest.mark.parametrize("kind", ["unknown type", "auto_map", "kernel", "pickle", "adapter"])
+@pytest.mark.parametrize("kind", ["unknown type", "auto_map", "kernel", "pickle", "adapter", "compressed export"])
 def test_a_directory_runs_no_code_in_any_script(kind, directory, workdir, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))  # to whatever is asked
     write_dataset("tiny", 2000)
     Path("text.txt").write_text("some text " * 20)
     mark = trap(directory, kind)
     for script, arguments in SCRIPTS.items():
-        if script in ("compare.py", "bench.py") and kind in ("auto_map", "kernel", "adapter"):
+        if script in ("compare.py", "bench.py") and kind not in ("unknown type", "pickle"):
             continue  # a good model: minutes; they run scripts that are here themselves
         said = run_here(script.split()[0], *(argument.format(directory) for argument in arguments))
         assert not mark.exists() and not (directory / "mark").exists(), (script, kind)
@@ -259,9 +274,10 @@ def test_a_yes_on_stdin_changes_nothing(directory, workdir):
         assert "y/N" not in said.stdout + said.stderr and not mark.exists()
 
 
-def test_the_trap_works(directory):
+@pytest.mark.parametrize("kind", ["unknown type", "compressed export"])
+def test_the_trap_works(kind, directory):
     """transformers, told to trust it, runs the directory's code."""
-    mark = trap(directory, "unknown type")
+    mark = trap(directory, kind)
     code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(directory)!r}, trust_remote_code=True)"
     subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60,
                    env=dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(directory.parent)))

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_here
+from test_train import write_dataset
 from transformers import GPT2LMHeadModel
 
 import checkpoint
@@ -63,6 +64,24 @@ def test_blocks_are_dropped_as_from_transformers_model(options, name, kept, gpt2
         torch.testing.assert_close(model.eval()(idx), reference(idx, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_kept_hidden_units_alone_are_the_same_function(gpt2_dir, workdir):
+    options = f"--init_from={gpt2_dir}", "--dim=hidden", "--keep=4", "--offset=2"
+    assert run_here("prune.py", *options, "--out=kron.pt").returncode == 0
+    said = run_here("prune.py", *options, "--plain=True")
+    assert said.returncode == 0, said.stderr
+    plain, kron = (checkpoint.load(path)[0].eval() for path in ("checkpoints/plain_64_64_offset2.pt", "kron.pt"))
+    assert plain.config.n_inner == 64 and all(matrix.is_dense for _, matrix in plain.matrices())
+    idx = torch.randint(256, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(idx), kron(idx), rtol=0, atol=1e-5)
+    write_dataset("tiny", 2000)
+    said = run_here("train.py", "--init_from=checkpoints/plain_64_64_offset2.pt", "--dataset=tiny", "--block_size=16",
+                    "--max_iters=1", "--eval_iters=1", "--gradient_accumulation_steps=1")
+    assert said.returncode == 0, said.stderr
+    assert run_here("kron_to_gpt.py", "out/ckpt.pt", "made").returncode == 0
+    assert GPT2LMHeadModel.from_pretrained("made").config.n_inner == 64
+
+
 def test_error_and_energy_are_printed_as_numpy_counts_them(gpt2_dir, workdir):
     said = run_here("prune.py", f"--init_from={gpt2_dir}")
     W = GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict()["transformer.h.1.mlp.c_fc.weight"].numpy()
@@ -79,6 +98,8 @@ def test_error_and_energy_are_printed_as_numpy_counts_them(gpt2_dir, workdir):
     ("--dim=heads", "--dim is embd, hidden or layer"),
     ("--dim=layer --keep=4 --offset=3", "--offset=3 leaves no block of 2"),
     ("--dim=layer --epsilon=0.1", "--dim=layer drops whole blocks"),
+    ("--plain=True", "--plain=True goes with --dim=hidden"),
+    ("--plain=True --dim=hidden --epsilon=0.1", "--plain=True goes with --dim=hidden, and not with --epsilon"),
     ("--keep=half", "--keep takes a whole number"),
     ("--init_from=nothing.pt", "no checkpoint nothing.pt"),
 ])

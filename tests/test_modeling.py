@@ -1,0 +1,445 @@
+"""modeling_kronygpt.py, kron_to_gpt.py --compressed=True, and reading such a directory back."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import kinds_of_shape, kron_sum, load_gpt2, random_tokens, run_here
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import compress
+import hugging_face
+from configurator import UserError
+from model_card import model_card
+from modeling_kronygpt import KronLinear, KronyGPTConfig, KronyGPTForCausalLM
+from prune import prune_matrix
+
+IDX = random_tokens(2, 32)
+FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_kronygpt.py",
+         "tokenizer.json", "tokenizer_config.json"}
+
+WITH_TRANSFORMERS_ALONE = """
+import importlib.util, json, sys
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+assert importlib.util.find_spec("checkpoint") is None and importlib.util.find_spec("modeling_kronygpt") is None
+directory, idx = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+try:
+    AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+    refused = False
+except ValueError as error:
+    refused = "trust_remote_code" in str(error)
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+base = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
+eager = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, attn_implementation="eager").eval()
+model.save_pretrained("again")
+again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
+padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), idx[:, :4]), 1)
+greedy = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+with torch.no_grad():
+    logits, hidden = model(idx).logits, base(idx).last_hidden_state
+    print(json.dumps(dict(
+        refused=refused, logits=logits.tolist(),
+        base=(model.lm_head(hidden) - logits).abs().max().item(),
+        eager=(eager(idx).logits - logits).abs().max().item(),
+        cached=model.generate(idx[:, :4], **greedy).tolist(),
+        uncached=model.generate(idx[:, :4], use_cache=False, **greedy).tolist(),
+        padded=model.generate(padded, attention_mask=torch.arange(7).expand(2, 7).ge(3).long(), **greedy)[:, 3:].tolist(),
+        tied=all(m.lm_head.weight is m.transformer.wte.weight for m in (model, again)),
+        same=all(map(torch.equal, model.state_dict().values(), again.state_dict().values())))))
+"""
+
+
+def export(model, *options, name="made"):
+    checkpoint.save("made.pt", model)
+    return run_here("kron_to_gpt.py", "made.pt", name, "--compressed=True", *options)
+
+
+@pytest.fixture
+def made(mixed_model, workdir):
+    """made/, the compressed export of a model with each kind of shape."""
+    said = export(mixed_model)
+    assert said.returncode == 0, said.stderr
+    return Path("made").resolve()
+
+
+@pytest.fixture
+def config(mixed_model):
+    return KronyGPTConfig(shapes=as_lists(mixed_model.config.shapes), **hugging_face.sizes(mixed_model.config),
+                          bos_token_id=None, eos_token_id=None)
+
+
+def as_lists(shapes):
+    return {name: [list(shape) for shape in of_blocks] for name, of_blocks in shapes.items()}
+
+
+def assert_same(model, other):
+    p, q = model.state_dict(), other.state_dict()
+    assert model.config == other.config and p.keys() == q.keys() and all(torch.equal(p[name], q[name]) for name in p)
+
+
+def load(directory, **options):
+    from transformers import AutoModelForCausalLM
+
+    with hugging_face.no_code_left():
+        return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options).eval()
+
+
+def change(directory, **config):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+@pytest.mark.parametrize("m, n", [(64, 192), (256, 64)])
+def test_a_matrix_is_the_sum_of_kronecker_products(m, n):
+    for shape in [*kinds_of_shape(m, n)[:-1], (m // 2, n, 1), (m, n, 2), (1, 1, 1), (8, 8, 5)]:
+        matrix = KronLinear(m, n, shape, std=0.02).double()
+        for p in matrix.parameters():
+            torch.nn.init.normal_(p)
+        x, W = torch.randn(3, 5, m, dtype=torch.float64), kron_sum(matrix.A, matrix.B)
+        assert W.shape == (m, n)
+        torch.testing.assert_close(matrix(x), x @ W + matrix.bias)
+        inputs = matrix.A, matrix.B, matrix.bias
+        expected = torch.autograd.grad((x @ W + matrix.bias).square().sum(), inputs)
+        torch.testing.assert_close(torch.autograd.grad(matrix(x).square().sum(), inputs), expected)
+
+
+@pytest.mark.parametrize("shape", [(7, 1, 1), (1, 7, 1), (0, 1, 1), (1, 1, 0)])
+def test_a_shape_that_does_not_fit_is_refused(shape):
+    with pytest.raises(ValueError, match="does not divide a matrix of 64 x 192"):
+        KronLinear(64, 192, shape, std=0.02)
+
+
+def test_shapes_for_other_blocks_or_matrices_are_refused(config):
+    for shapes in {"mlp.c_fc": [[1, 1, 1]] * 4}, {"mlp.c_up": [[1, 1, 1]] * 5}:
+        config.shapes = shapes
+        with pytest.raises(ValueError, match="shapes of mlp"):
+            KronyGPTForCausalLM(config)
+
+
+def test_transformers_alone_computes_the_same(made, mixed_model, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-I", "-c", WITH_TRANSFORMERS_ALONE, made, json.dumps(IDX.tolist())]
+    said = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=120,
+                          env=dict(os.environ, HF_HOME=str(elsewhere / "home"), HF_MODULES_CACHE=str(elsewhere / "code")))
+    assert said.returncode == 0, said.stderr
+    found = json.loads(said.stdout)
+    with torch.no_grad():
+        np.testing.assert_allclose(found["logits"], mixed_model(IDX).numpy(), rtol=0, atol=1e-5)
+    assert found["refused"] and found["tied"] and found["same"]
+    assert found["base"] == 0 and found["eager"] < 1e-5
+    expected = mixed_model.generate(IDX[:, :4], 8, temperature=0).tolist()
+    assert found["cached"] == found["uncached"] == found["padded"] == expected
+    assert {file.name for file in elsewhere.joinpath("again").iterdir()} >= {"modeling_kronygpt.py", "model.safetensors"}
+
+
+def test_the_compressed_model_is_tied(mixed_model):
+    exported = hugging_face.to_compressed(mixed_model)
+    assert exported.lm_head.weight is exported.transformer.wte.weight
+    assert sum(p.numel() for p in exported.parameters()) == mixed_model.count_parameters()["total"]
+
+
+def test_what_is_written(made, mixed_model):
+    assert {file.name for file in made.iterdir()} == FILES
+    with safe_open(made / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"} and "lm_head.weight" not in file.keys()  # noqa: SIM118
+    assert sum(p.numel() for p in load_file(made / "model.safetensors").values()) == mixed_model.count_parameters()["total"]
+    config = json.loads((made / "config.json").read_text())
+    assert config["model_type"] == "kronygpt"
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["shapes"] == as_lists(mixed_model.config.shapes)
+
+
+def test_the_export_runs_its_own_code_and_leaves_no_copy(mixed_model, workdir, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(workdir / "cache"))
+    modules, path = set(sys.modules), list(sys.path)
+    assert export(mixed_model).returncode == 0
+    assert not Path("cache").exists() and sys.path == path and sorted(os.listdir()) == ["made", "made.pt"]
+    assert not [name for name in sys.modules.keys() - modules if name.startswith("transformers_modules")]
+
+
+def test_a_cache_that_is_wrong_is_found(mixed_model, workdir, monkeypatch):
+    from transformers import GPT2LMHeadModel
+
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", lambda self, idx, use_cache, **options: idx + use_cache)
+    said = export(mixed_model)
+    assert said.returncode == 1 and "generates other tokens with its cache than without; nothing was" in said.stderr
+    assert not Path("made").exists()
+
+
+def test_a_function_that_differs_is_found(mixed_model, workdir, monkeypatch):
+    whole = hugging_face.to_compressed
+
+    def broken(model):
+        exported = whole(model)
+        bias = exported.transformer.h[1].mlp.c_proj.bias
+        bias.data = bias + 1e-2 * torch.randn_like(bias)  # a copy: the others are the checkpoint's own
+        return exported
+
+    monkeypatch.setattr(hugging_face, "to_compressed", broken)
+    said = export(mixed_model)
+    assert said.returncode == 1 and "more than --tolerance=1.0e-04; nothing was written" in said.stderr
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_weights_in_half_precision(dtype, compressed, mixed_model, workdir):
+    checkpoint.save("made.pt", mixed_model)
+    said = run_here("kron_to_gpt.py", "made.pt", "made", f"--dtype={dtype}", f"--compressed={compressed}")
+    assert said.returncode == 0, said.stderr
+    tensors = load_file("made/model.safetensors")
+    assert {p.dtype for p in tensors.values()} == {getattr(torch, dtype)}
+    name = "transformer.wte.weight"
+    assert torch.equal(tensors[name], mixed_model.state_dict()[name].to(tensors[name].dtype))
+    model = load("made", dtype="auto")
+    assert model.dtype == getattr(torch, dtype) and model(IDX).logits.isfinite().all()
+    assert checkpoint.load("made")[0].lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--dtype=int8"], "--dtype is float32, bfloat16 or float16, not int8"),
+    (["--perplexities=no.json"], "no.json"),
+    (["--perplexities=made.json"], "made.json is no file of perplexity.py --json_out: it has no perplexity of a"),
+    (["--perplexities=made.json", "--compressed=False"], "--perplexities is for the model card of --compressed=True"),
+])
+def test_wrong_options_are_one_line(options, message, mixed_model, workdir):
+    Path("made.json").write_text('{"a": {"perplexity": "NaN"}}')
+    said = export(mixed_model, *options)
+    assert said.returncode == 2 and message in said.stderr and said.stderr.count("\n") == 1
+    assert not Path("made").exists()
+
+
+def test_a_dense_model_is_refused(gpt2_dir, workdir):
+    said = run_here("kron_to_gpt.py", gpt2_dir, "made", "--compressed=True")
+    assert said.returncode == 2 and "is dense: the plain export" in said.stderr and said.stderr.count("\n") == 1
+    assert not os.listdir()
+
+
+# the directory, read back
+
+def test_a_directory_is_read_back_bit_for_bit(made, mixed_model):
+    from transformers import AutoModel
+
+    for source in made, made / "model.safetensors":
+        model, rest = checkpoint.load(str(source))
+        assert_same(model, mixed_model)
+        assert rest["tokenizer"] is None  # bytes, as the size of the vocabulary tells
+    with hugging_face.no_code_left():
+        AutoModel.from_pretrained(made, trust_remote_code=True).save_pretrained("base")
+        load(made).save_pretrained("shards", max_shard_size="200KB")
+    assert "h.0.mlp.c_fc.A" in load_file("base/model.safetensors")  # without the prefix of the whole model
+    assert len(list(Path("shards").glob("*.safetensors"))) > 1
+    for name in "base", "shards":
+        assert_same(checkpoint.load(name)[0], mixed_model)
+    assert all(torch.equal(p, q) for p, q in zip(load("shards").state_dict().values(), load(made).state_dict().values()))
+
+
+def test_it_is_converted_again(made, mixed_model):
+    assert run_here("kron_to_gpt.py", made, "dense").returncode == 0
+    with torch.no_grad():
+        torch.testing.assert_close(load_gpt2("dense")(IDX).logits, mixed_model(IDX), rtol=0, atol=1e-4)
+    assert run_here("kron_to_gpt.py", made, "same", "--compressed=True").returncode == 0
+    assert (made / "model.safetensors").read_bytes() == Path("same/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("shapes", [None, [], "x", {}, {"mlp.c_fc": None}, {"mlp.c_fc": [[1, 2]]},
+                                    {"mlp.c_fc": [[10**9, 1, 1]] * 5}])
+def test_shapes_that_are_not_those_of_the_weights_are_one_line(shapes, made):
+    stated = json.loads((made / "config.json").read_text())["shapes"]
+    change(made, shapes=stated | shapes if isinstance(shapes, dict) and shapes else shapes)
+    with pytest.raises(UserError, match=r"the shapes of \S+ in its config\.json are not those of its weights"):
+        checkpoint.load(str(made))
+
+
+@pytest.mark.parametrize("name, shape", [("h.0.mlp.c_fc.A", None), ("h.0.mlp.c_fc.B", None), ("h.1.attn.c_attn.A", (5, 1)),
+                                         ("h.2.mlp.c_proj.B", (1, 1, 1)), ("h.3.attn.c_proj.bias", (5,))])
+def test_damaged_factors_are_one_line(name, shape, made):
+    tensors = load_file(made / "model.safetensors")
+    old = tensors.pop(f"transformer.{name}")
+    if shape:
+        tensors[f"transformer.{name}"] = old.new_ones(shape)
+    save_file(tensors, made / "model.safetensors")
+    said = run_here("sample.py", made, "--max_new_tokens=1")
+    assert said.returncode == 2 and said.stderr.count("\n") == 1 and "Traceback" not in said.stderr
+
+
+def test_other_functions_are_refused(made):
+    change(made, activation_function="relu")
+    with pytest.raises(UserError, match="activation_function=relu"):
+        checkpoint.load(str(made))
+
+
+# the class as a model of transformers
+
+def test_a_new_model_has_weights_of_gpt2s_scale(config, monkeypatch):
+    """Memory is filled with NaN first: what nobody initialises shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
+    torch.manual_seed(0)
+    model = KronyGPTForCausalLM(config)
+    assert all(p.isfinite().all() for p in model.parameters())
+    matrices = [(name, module) for name, module in model.named_modules() if isinstance(module, KronLinear)]
+    assert len(matrices) == 16
+    for name, matrix in matrices:
+        expected = 0.02 / np.sqrt(10) if name.endswith("c_proj") else 0.02
+        assert 0.85 < kron_sum(matrix.A, matrix.B).std() / expected < 1.15, name
+        assert not matrix.bias.any()
+    for p in model.transformer.wte.weight, model.transformer.h[4].attn.c_attn.weight:
+        assert 0.019 < p.std() < 0.021
+
+
+def test_factors_that_are_there_are_kept_where_others_are_missing(made, mixed_model):
+    tensors = load_file(made / "model.safetensors")
+    for name in "bias", "A":
+        del tensors[f"transformer.h.0.mlp.c_fc.{name}"]
+    save_file(tensors, made / "model.safetensors", {"format": "pt"})
+    matrix, original = load(made).transformer.h[0].mlp.c_fc, mixed_model.transformer.h[0].mlp.c_fc
+    assert torch.equal(matrix.B, original.B) and matrix.A.isfinite().all() and not matrix.bias.any()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_training_step_reaches_every_factor(recompute, config):
+    torch.manual_seed(0)
+    model = KronyGPTForCausalLM(config).train()
+    if recompute:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(IDX, labels=IDX).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_our_loss_is_its_loss(made, mixed_model):
+    model = load(made)
+    loss = model(IDX, labels=IDX).loss
+    torch.testing.assert_close(loss, mixed_model(IDX[:, :-1].contiguous(), IDX[:, 1:].contiguous()), rtol=0, atol=1e-5)
+
+
+def test_autocast_computes_in_half_precision(made):
+    model = load(made)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.transformer.h[0].mlp.c_fc(torch.randn(2, 3, 128)).dtype == torch.bfloat16
+
+
+# the model card
+
+def test_the_card_tells_the_history(mixed_model, workdir):
+    checkpoint.save("start.pt", mixed_model, config=dict(init_from="gpt2", budget="82M", calibrate="openwebtext",
+                                                         calibration_tokens=32768, tokenizer=None))
+    trained = dict(init_from="start.pt", dataset="own", batch_size=3, gradient_accumulation_steps=5, block_size=16,
+                   teacher=str(workdir / "private/teacher.pt"))
+    checkpoint.save("run.pt", mixed_model, config=trained, iter_num=100)
+    Path("scores.json").write_text(json.dumps({"wiki103": {"perplexity": 41.237, "loss": 3.7}}))
+    said = run_here("kron_to_gpt.py", "run.pt", "mine", "--compressed=True", "--perplexities=scores.json")
+    assert said.returncode == 0, said.stderr
+    text = Path("mine/README.md").read_text()
+    front = text.split("---\n")[1].splitlines()
+    assert text.startswith("---\n") and "base_model: gpt2" in front and "library_name: transformers" in front
+    assert "pipeline_tag: text-generation" in front and any(line.startswith("# license") for line in front)
+    assert "1. Compressed from `gpt2`: `budget=82M, calibrate=openwebtext, calibration_tokens=32768`" in text
+    assert "2. Trained from `start.pt` for 100 steps, 24,000 tokens: `dataset=own, " in text and "teacher=teacher.pt" in text
+    assert "| wiki103 | 41.24 |" in text and 'from_pretrained("mine", trust_remote_code=True)' in text
+    dense = sum(p.numel() for p in hugging_face.to_transformers(mixed_model).parameters())
+    assert f"{mixed_model.count_parameters()['total']:,} parameters ({dense:,} with" in text
+    assert str(workdir) not in text
+
+
+def test_a_checkpoint_without_a_history_has_a_card(made):
+    text = (made / "README.md").read_text()
+    assert "The checkpoint does not say." in text and "base_model" not in text and "| perplexity |" not in text
+
+
+def test_a_card_of_ones_own_stays_and_ours_goes_with_the_code(made):
+    assert run_here("kron_to_gpt.py", "made.pt", "made").returncode == 0
+    assert {file.name for file in made.iterdir()} == FILES - {"README.md", "modeling_kronygpt.py"}
+    (made / "README.md").write_text("mine")
+    for compressed in True, False:
+        assert run_here("kron_to_gpt.py", "made.pt", "made", f"--compressed={compressed}").returncode == 0
+        assert (made / "README.md").read_text() == "mine"
+        assert (made / "modeling_kronygpt.py").exists() == compressed
+
+
+# a model of prune.py --dim=hidden, which needs no code
+
+@pytest.fixture
+def pruned(gpt2_dir, workdir):
+    """pruned.pt: one in four hidden units kept, of 256."""
+    options = "--dim=hidden", "--keep=4", "--offset=1", "--out=pruned.pt"
+    assert run_here("prune.py", f"--init_from={gpt2_dir}", *options).returncode == 0
+    return checkpoint.load("pruned.pt")[0]
+
+
+def test_dropped_hidden_units_are_left_out(pruned):
+    with torch.no_grad():
+        for block in pruned.transformer.h:  # the bias of a unit that is dropped is no zero
+            block.mlp.c_fc.bias.add_(torch.randn(256))
+    block.mlp.c_fc.B.data = block.mlp.c_fc.B.roll(1, 2)  # another place in the last block
+    block.mlp.c_proj.B.data = block.mlp.c_proj.B.roll(1, 1)
+    checkpoint.save("pruned.pt", pruned)
+    said = run_here("kron_to_gpt.py", "pruned.pt", "narrow")
+    assert said.returncode == 0 and "MLPs of 64 hidden units: B drops the others of 256" in said.stdout
+    config = json.loads(Path("narrow/config.json").read_text())
+    assert config["n_inner"] == 64 and config["model_type"] == "gpt2" and "auto_map" not in config
+    again, _ = checkpoint.load("narrow")
+    with torch.no_grad():
+        for model in again, load_gpt2("narrow"):
+            logits = model(IDX)
+            torch.testing.assert_close(getattr(logits, "logits", logits), pruned(IDX), rtol=0, atol=1e-5)
+    dense = again.count_parameters()["total"]
+    assert again.config.n_inner == 64 and dense == sum(p.numel() for p in load_file("narrow/model.safetensors").values())
+    said = run_here("kron_to_gpt.py", "pruned.pt", "made", "--compressed=True")
+    assert said.returncode == 2 and "is dense: the plain export" in said.stderr
+
+
+@pytest.mark.parametrize("names, index, value", [
+    (("c_fc", "c_proj"), 0, 1e-9), (("c_fc", "c_proj"), 1, 0.5), (("c_proj",), 0, 1.0), (("c_proj",), 1, 0.0)])
+def test_a_unit_that_adds_something_stays(names, index, value, pruned):
+    for name in names:
+        getattr(pruned.transformer.h[1].mlp, name).B.data.view(-1)[index] = value
+    assert compress.without_dropped_units(pruned) is pruned
+
+
+def test_other_shapes_are_not_narrowed(mixed_model, small_model, gpt2_dir):
+    dense = checkpoint.load(str(gpt2_dir))[0]
+    embd = compress.factorize(dense, {"mlp.c_fc": [(32, 256, 1)] * 2, "mlp.c_proj": [(256, 32, 1)] * 2}, prune_matrix)
+    fc_alone = compress.factorize(dense, {"mlp.c_fc": [(64, 128, 1)] * 2}, prune_matrix)
+    other_side = compress.factorize(fc_alone, {"mlp.c_proj": [(256, 32, 1)] * 2}, prune_matrix)
+    for model in mixed_model, small_model, dense, embd, fc_alone, other_side:
+        assert compress.without_dropped_units(model) is model
+
+
+@pytest.mark.parametrize("config", [
+    dict(init_from="x" * 5000), dict(init_from="a\0b"), dict(init_from=None), {1: "`|\n# title", "init_from": ["a"]},
+    ["config"], dict(gradient_accumulation_steps="many", batch_size=1.5), dict(gradient_accumulation_steps=1)])
+def test_odd_configs_make_a_card(config, mixed_model):
+    for iter_num in 3, "x", None:
+        text = model_card("a", mixed_model, dict(config=config, iter_num=iter_num), {}, "float32")
+        assert "## How it was made" in text and "base_model" not in text and "\n# title" not in text
+
+
+def test_a_file_that_is_gone_does_not_stop_an_export(mixed_model, workdir):
+    checkpoint.save("a.pt", mixed_model, config=dict(init_from="b.pt"))
+    shutil.copy("a.pt", "b.pt")  # which names itself
+    assert run_here("kron_to_gpt.py", "a.pt", "made", "--compressed=True").returncode == 0
+    Path("b.pt").write_text("no checkpoint")
+    assert run_here("kron_to_gpt.py", "a.pt", "made", "--compressed=True").returncode == 0
+    assert "1. Compressed from `b.pt`" in Path("made/README.md").read_text()
