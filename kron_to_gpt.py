@@ -252,7 +252,9 @@ def main(ckpt, out_dir=None):
     if narrow is not model:
         print(f"MLPs of {narrow.config.n_inner} hidden units: B drops the others of {model.config.n_inner}")
     how = "as factors" if compressed else "with the Kronecker sums expanded"
-    print(f"wrote {out_dir}/: {counts[0]:,} parameters, {counts[1]:,} {how}; logits differ by at most {difference:.1e}")
+    size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors")) / 2**20
+    print(f"wrote {out_dir}/ ({size:,.1f} MiB): {counts[0]:,} parameters, {counts[1]:,} {how}; logits differ by at most "
+          f"{difference:.1e}")
 
 
 if __name__ == "__main__":
