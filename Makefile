@@ -12,8 +12,8 @@ demo: $(VENV)/runtime
 	$(VENV)/bin/python prepare_pydocs.py
 	$(VENV)/bin/python train.py config/demo_base.py
 	$(VENV)/bin/python compare.py config/compare_demo.py
-	$(VENV)/bin/python kron_to_gpt.py out/demo/all_matrices_ranks_by_loss/best.pt out/demo/small --compressed=True \
-	  --perplexities=out/demo/all_matrices_ranks_by_loss/after.json
+	$(VENV)/bin/python kron_to_gpt.py out/demo/all_matrices_ranks_by_loss/seed_1337/best.pt out/demo/small --compressed=True \
+	  --perplexities=out/demo/all_matrices_ranks_by_loss/seed_1337/after.json
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest
