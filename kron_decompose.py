@@ -130,6 +130,8 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         allocations = allocate(config, kinds, limit)
 
     start, options, fits, fisher = time.perf_counter(), dict(init_from=init_from, tokenizer=rest["tokenizer"]), None, None
+    if not dim_1:
+        options |= dict(budget=budget, matrices=matrices, ranks=ranks)
     if calibrate:
         options |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens, metric=metric, refine_steps=refine_steps)
         text = calibration.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])

@@ -404,6 +404,7 @@ def test_script_compresses_the_whole_model_to_a_budget(trained, workdir):
         losses[name] = loss(new, tokens)
         assert 19_000 < sum(p.numel() for p in new.parameters()) <= 20_000
         assert rest["config"]["metric"] == ("none" if name in ("none", "even") else "fisher")
+        assert rest["config"]["budget"] == "20K" and rest["config"]["ranks"] == ("even" if name == "even" else "loss")
         assert all(matrix.is_dense for place, matrix in new.matrices() if ".attn." in place) == (name == "mlp")
         rows = re.findall(r"^ +(\d)  ([a-z_.]+) +(\d+|dense) +([\d,]+)(?: +(\d\.\d+))?$", done.stdout, re.M)
         assert len(rows) == (4 if name == "mlp" else 8)
