@@ -134,13 +134,16 @@ def adopt_sizes(model):
     """Set the options of the model's sizes to those of a model that was loaded; UserError where one that was given
     contradicts it."""
     config, c_fc = model.config, model.config.shapes["mlp.c_fc"]
-    dims = [{getattr(shape, side) for shape in c_fc} for side in ("dim_1", "dim_2")]
     numbers = [shape.factors for shape in c_fc]
     if "factors" in configurator.given and factors_of_layers(len(c_fc)) == numbers:
         configurator.given.remove("factors")  # another way to say it
+
+    def common(values):
+        return values[0] if len(set(values)) == 1 else None
+
     sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-                 **{side: dims.pop() if len(dims) == 1 else None for side, dims in zip(("dim_1", "dim_2"), dims)},
-                 factors=",".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1])))
+                 dim_1=common([shape.dim_1 for shape in c_fc]), dim_2=common([shape.dim_2 for shape in c_fc]),
+                 factors=str(common(numbers) or ",".join(map(str, numbers))))
     for name, value in sizes.items():
         if name in configurator.given and globals()[name] != value:
             raise UserError(f"--{name}={globals()[name]} contradicts --init_from={init_from}: there it is {value}; omit it")

@@ -355,7 +355,8 @@ def test_a_lock_dies_with_its_process(workdir):
     "with atomic_directory('out/made', str) as path: (path / 'a').write_text('new'); os.kill(os.getpid(), 9)"])
 def test_what_a_killed_writer_left_goes_with_the_next_write_and_that_of_a_live_one_stays(make, workdir):
     def start_writer(code):
-        return subprocess.Popen([sys.executable, "-c", f"import os, time\nfrom files import *\n{code}"],
+        imports = "import os, time\nfrom files import atomic_directory, atomic_write"
+        return subprocess.Popen([sys.executable, "-c", f"{imports}\n{code}"],
                                 env=dict(ENVIRONMENT, PYTHONPATH=str(ROOT)))
 
     live = start_writer(make.replace("os.kill(os.getpid(), 9)", "time.sleep(100)"))
