@@ -34,7 +34,7 @@ offset = 0  # position of the kept one among N: 0 for even, 1 for odd
 select = "even"  # units to keep: even (those at the offset), odd, or the largest by norm or contribution
 refit = False  # fit the kept units to real text, by least squares
 calibrate: str | None = None  # data set under data/ for --refit and --select=contribution
-calibration_tokens = 32768  # number of its tokens
+calibration_tokens = 131072  # number of its tokens
 device = ""  # of the calibration; default: CUDA if available, else the CPU
 epsilon = 0.0  # value in B in place of the zeros
 plain = False  # with --dim=hidden: write the kept units as dense matrices of a smaller n_inner, without B
