@@ -11,8 +11,8 @@ for its training follow a bar:
 
 Each start is scored, trained by --train_config, once for each seed, and scored again; all starts see the same batches. The
 work is done by the scripts that a person would run. With the first seed, the trained model is converted to a Hugging Face
-model, and that model is scored. With --learning_rates=1e-4,3e-4 the first seed tries each rate, and the other seeds take
-the start's best one.
+model, and that model is scored. With --learning_rates=3e-5,1e-4,3e-4 the first seed tries one rate after the other until the
+loss rises, and the other seeds take the start's best one.
 
 Results go to out_dir: results.json, table.md, pareto.png (loss against parameters) and loss.png (loss against steps), after
 each pass through the starts. Finished work is not repeated: a comparison that was stopped, or that has another start, seed
@@ -36,7 +36,7 @@ starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # one start for 
 train_config = "config/demo_train.py"  # config file of train.py for every start
 steps: int | None = None  # optimizer steps of each training; default: those of train_config
 seeds = "1337"  # comma list of seeds for the batches; every start is trained once with each
-learning_rates = ""  # comma list to try with the first seed; each start takes its best; default: that of train_config
+learning_rates = ""  # comma list to try in turn until the loss rises, with the first seed; default: that of train_config
 dataset = "pydocs"  # data/<dataset>, for training and scores
 out_dir = "out/demo"  # directory of the results
 
@@ -212,7 +212,7 @@ def table(rows):
                "recovered: the share of the gap in loss, between the first start of the same shapes and the dense model, "
                "that a start closes; before → after training, for the latter with the dense model trained as long.")
     if rates:
-        caption += f" Learning rate: the best of {', '.join(f'{rate:g}' for rate in rates)} with the first seed."
+        caption += f" Learning rate: of {', '.join(f'{rate:g}' for rate in rates)}, the last before the loss rises."
     return "\n".join([*lines, "", caption, ""])
 
 
@@ -336,7 +336,9 @@ def main():
                 key = dict(training_settings, start=modification_time(start), training=options, seed=seed,
                            is_exported=is_first)
                 runs[rate] = keep_result(Path(f"{run_dir}.json"), key, train_start, run_dir, start, options, seed, is_first)
-            best = min(runs, key=lambda rate: runs[rate]["after"])
+                best = min(runs, key=lambda rate: runs[rate]["after"])
+                if best != rate:
+                    break
             if is_first:
                 row |= dict(learning_rate=best, losses_by_rate={rate: run["after"] for rate, run in runs.items() if rate})
             row["runs"].append(runs[best])

@@ -4,12 +4,13 @@ base = "out/demo/base/best.pt"
 train_config = "config/compare_small_train.py"
 dataset = "pydocs"
 out_dir = "out/compare_small"
+seeds = "1,2,3"
 learning_rates = "1e-4,3e-4,1e-3,3e-3"
 
 starts = f"""
 dense, trained further: kron_decompose.py 128 512 1
-0.45M Van Loan (128, 128, 1): kron_decompose.py 128 128 1
-0.45M Krony-PT's pruning (32, 512, 1): prune.py --keep=4
+0.45M Van Loan: kron_decompose.py 128 128 1
+0.45M Krony-PT's pruning: prune.py --keep=4
 0.45M SVD of the MLPs: kron_decompose.py 128 1 25
 0.45M SVD of all matrices: kron_decompose.py --budget=446.3K --ranks=even
 0.45M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=446.3K --ranks=even --metric=none --calibrate=pydocs
@@ -18,8 +19,8 @@ dense, trained further: kron_decompose.py 128 512 1
 0.45M ours, MLPs only: kron_decompose.py --budget=446.3K --matrices=mlp --calibrate=pydocs
 0.45M ours: kron_decompose.py --budget=446.3K --calibrate=pydocs
 0.45M ours, distilled: kron_decompose.py --budget=446.3K --calibrate=pydocs | --teacher={base}
-0.58M Van Loan (128, 256, 1): kron_decompose.py 128 256 1
-0.58M Krony-PT's pruning (64, 512, 1): prune.py
+0.58M Van Loan: kron_decompose.py 128 256 1
+0.58M Krony-PT's pruning: prune.py
 0.58M SVD of the MLPs: kron_decompose.py 128 1 51
 0.58M SVD of all matrices: kron_decompose.py --budget=579.4K --ranks=even
 0.58M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=579.4K --ranks=even --metric=none --calibrate=pydocs

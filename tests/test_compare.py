@@ -116,23 +116,29 @@ def test_the_gap_is_between_the_first_start_of_the_same_shapes_and_the_dense_mod
     assert compare.gap_recovered(rows, rows[2]) == ""
 
 
-def test_each_start_keeps_its_best_learning_rate(calls, monkeypatch):
-    monkeypatch.setattr(compare, "learning_rates", "1e-3,1e-2")
+def test_each_start_tries_learning_rates_until_the_loss_rises(calls, monkeypatch):
+    losses, trained = {0.001: 3.0, 0.01: 2.0, 0.1: 2.5}, []
+
+    def train_start(folder, start, options, seed, is_exported):
+        trained.append((start.parent.name, seed, float(options[-1].partition("=")[2])))
+        return dict(after=losses[trained[-1][2]] + seed / 100, seconds=1.0, curve=[(0, 5.0)])
+
+    monkeypatch.setattr(compare, "train_start", train_start)
+    monkeypatch.setattr(compare, "learning_rates", "1e-3,1e-2,1e-1,1")
     compare.main()
-    training = [call for call in calls if call[0] == "train.py"]
-    assert [sum(f"--seed={seed}" in call for call in training) for seed in (3, 1)] == [6, 3]
+    assert trained == [  # "fitted" has a rate of its own, so its second try does no better
+        *[(name, 3, rate) for name in ("whole", "half") for rate in losses], *[("fitted", 3, 0.001)] * 2,
+        ("whole", 1, 0.01), ("half", 1, 0.01), ("fitted", 1, 0.001)]
     table = Path("out/table.md").read_text()
-    assert "the best of 0.001, 0.01 with the first seed" in table
-    for row in json.loads(Path("out/results.json").read_text())[1:]:
-        losses = {rate: json.loads(Path("out", row["name"], f"rate_{rate}_seed_3", "after.json").read_text())["walk"]["loss"]
-                  for rate in ("0.001", "0.01")}
-        best = min(losses, key=losses.get)
-        assert row["losses_by_rate"] == losses and row["runs"][0]["after"] == losses[best]
-        assert str(row["learning_rate"]) == best and Path("out", row["name"], f"rate_{best}_seed_1.json").exists()
+    assert "of 0.001, 0.01, 0.1, the last before the loss rises" in table
+    for row, best in zip(json.loads(Path("out/results.json").read_text())[1:], (0.01, 0.01, 0.001)):
+        assert [run["after"] for run in row["runs"]] == [losses[best] + seed / 100 for seed in (3, 1)]
+        assert row["learning_rate"] == best and row["losses_by_rate"][str(best)] == row["runs"][0]["after"]
         assert re.search(rf"^\| {row['name']} .*\| {best} \|", table, re.M)
+    trained.clear()
     calls.clear()
     compare.main()
-    assert not calls
+    assert not calls and not trained
 
 
 def test_a_training_that_was_stopped_is_no_result(calls, monkeypatch):
