@@ -153,7 +153,7 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     seconds = time.perf_counter() - start
     compress.print_errors(dense, new, fits)
     compress.write(path, dense, new, options, f"the factors took {seconds:.1f} s")
-    print(f"next: python train.py config/train_gpt2.py --init_from={path}")
+    print(f"next: python train.py config/train_gpt2{'' if dim_1 else '_budget'}.py --init_from={path}")
 
 
 if __name__ == "__main__":
