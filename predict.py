@@ -13,7 +13,7 @@ from files import atomic_write
 
 init_from = "gpt2"  # the dense model: a hub name, a Hugging Face directory or a checkpoint
 calibrate = "openwebtext"  # data set under data/: its training split is calibrated on, its validation split scored
-calibration_tokens = 32768  # number of its tokens
+calibration_tokens = 131072  # number of its tokens
 eval_tokens = 131072  # number of tokens that are scored, at most
 budgets = "0.95,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.25"  # comma list: shares of the model's parameters
 shares = "0.5,0.25,0.1"  # comma list: shares of its parameters that a matrix keeps when it is compressed alone
