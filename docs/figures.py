@@ -31,8 +31,8 @@ dataset = "pydocs"  # data/<dataset>, for calibration and losses
 calibration_tokens = 131072  # number of its tokens
 documents = "docs/report.md,README.md"  # comma list of the files with tables
 
-# `feeds`: the tables and pictures that a run makes. A run with `needs` is made only where that file is, or by name.
-Run = namedtuple("Run", "command output feeds needs", defaults=(None,))
+# `feeds`: the tables and pictures that a run makes. One that is not `automatic` is made by name only.
+Run = namedtuple("Run", "command output feeds automatic", defaults=(True,))
 RUNS = {
     "pydocs": Run("prepare_pydocs.py", "data/pydocs/meta.json", "the text of all runs below"),
     "base": Run("train.py config/demo_base.py", base, "report: singular values, errors of the fits"),
@@ -42,8 +42,11 @@ RUNS = {
     "compare_small": Run("compare.py config/compare_small.py", "out/compare_small/results.json",
                          "report: results at width 128, ranks of each matrix"),
     "compare_bytes": Run("compare.py config/compare_bytes.py", "out/compare_bytes/results.json",
-                         "report: results at width 256, ranks of each matrix", "../shared/data/gpt2-bytes"),
+                         "report: results at width 256, ranks of each matrix", automatic=False),
+    "bench": Run("bench.py --repeats=3 --shapes=768,768,1", "out/bench/results.json",
+                 "README and report: speed at GPT-2's sizes", automatic=False),
 }
+COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("demo", "pareto.png", "docs/pareto.png")]
 RECORDS = Path("docs/runs.json")
 TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?=<!-- (end|table: \w+) -->|\Z)", re.DOTALL)
 GPT2_BUDGET = 82_000_000, 82_999_999  # parameters: what kron_decompose.py --budget=82M means
@@ -53,7 +56,9 @@ GPT2_RANK = 288  # of all matrices of GPT-2 with 82M parameters in all
 LABELLED = {(768, 768): "Krony-PT", (768, 1): "low rank"}
 COLORS = {"attn.c_attn": "C0", "attn.c_proj": "C1", "mlp.c_fc": "C2", "mlp.c_proj": "C3"}
 MARKERS = "osD^vPX*hdp<>"
-LOSS_TICKS = (1, 1.2, 1.5, 2, 3, 4, 5, 6)  # nats per token
+LOSS_TICKS = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2, 2.5, 3, 3.5, 4, 5, 6)  # nats per token
+MOST_TICKS = 12  # on an axis with fine ones
+FINE = 0.05  # between ticks of an axis that has few of those
 NOT_KNOWN = "—"
 
 
@@ -131,17 +136,17 @@ def read_lines(path):
     return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
 
 
-def read_rows(name):
-    """The rows of a comparison, or None where it is not there."""
+def read_results(name):
+    """The results.json of a run: the rows of a comparison, or what bench.py measured. None where it is not there."""
     path = Path(RUNS[name].output)
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 # ---- tables
 
-def markdown(head, rows):
-    """A Markdown table, its first column to the left and the others to the right."""
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+def markdown(head, rows, n_left=1):
+    """A Markdown table, its first columns to the left and the others to the right."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * n_left + "---:|" * (len(head) - n_left)]
     return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
 
 
@@ -184,7 +189,8 @@ def shapes_table(m, n, shapes):
         size = math.prod(A) + math.prod(B) * (not is_dense)
         rank = min(m, n, r * min(dim_1, dim_2) * min(m // dim_1, n // dim_2))
         macs = multiply_adds(A, B)
-        cells = [f"{macs[order] / (m * n):.2f}" for order in "ABW"] + [contraction_order(A, B, 1024)]
+        cells = [f"{macs[order] / (m * n):.2f}" for order in "ABW"]
+        cells = ["", "", "1.00", ""] if is_dense else [*cells, contraction_order(A, B, 1024)]
         rows.append((f"({dim_1}, {dim_2}, {r})", f"{size:,}", f"{size / (m * n):.1%}", rank, *cells))
     return markdown(["shape", "parameters", "of dense", "rank, at most", "A first", "B first", "W built",
                      "chosen for 1,024 tokens"], rows)
@@ -311,9 +317,16 @@ def comparison_table(rows):
             + f"\n\nLosses on held-out text in nats per byte; {seeds} seed{'s' * (n_seeds != [1])}.")
 
 
+def matrices_of(rows):
+    """{kind: (m, n)} of the matrices of a block, from the rows of a comparison, the first of which is dense."""
+    return {kind: tuple(shapes[0][:2]) for kind, shapes in rows[0]["shapes"].items()}
+
+
 def our_budgets(rows):
-    """{"0.45M": shapes} of the starts of a comparison that share a budget among all matrices by predicted loss."""
-    return {row["name"].split()[0]: row["shapes"] for row in rows or () if re.fullmatch(r"\S+ ours", row["name"])}
+    """{"0.45M": shapes} of the starts of a comparison that share a budget among all matrices by predicted loss, largest
+    first."""
+    ours = [row for row in rows if re.fullmatch(r"\S+ ours", row["name"])]
+    return {row["name"].split()[0]: row["shapes"] for row in sorted(ours, key=lambda row: -row["parameters"])}
 
 
 def rank_share(m, n, shape):
@@ -322,14 +335,24 @@ def rank_share(m, n, shape):
     return 1.0 if (dim_1, dim_2) == (m, n) else r * (dim_1 * dim_2 + m * n // (dim_1 * dim_2)) / (m * n)
 
 
-def ranks_table(budgets, config):
-    """The rank of each matrix of each block, and the share of its parameters that it keeps."""
+def ranks_table(comparison):
+    """The rank of each matrix of each block, and the share of its parameters that it keeps, at each budget of ours."""
     rows = []
-    for budget, shapes in budgets.items():
-        for kind, (m, n) in config.matrices.items():
+    for budget, shapes in our_budgets(comparison).items():
+        for kind, (m, n) in matrices_of(comparison).items():
             cells = ["dense" if tuple(s[:2]) == (m, n) else f"{s[2]} ({rank_share(m, n, s):.0%})" for s in shapes[kind]]
             rows.append((budget, kind, *cells))
-    return markdown(["budget", "matrix", *(f"block {i}" for i in range(len(rows[0]) - 2))], rows)
+    return markdown(["budget", "matrix", *(f"block {i}" for i in range(len(rows[0]) - 2))], rows, n_left=2)
+
+
+def speed_table(results):
+    """What bench.py measured of each model."""
+    def cell(what, model):
+        value = results[model]["measured"].get(what)
+        return "" if value is None else f"{value / 1e9:.2f} GB" if what in ("peak memory", "file") else f"{value:.3g} s"
+
+    rows = [(what, *(cell(what, model) for model in results)) for what in results["dense"]["measured"]]
+    return markdown(["", *results], rows)
 
 
 def runs_table(records):
@@ -340,7 +363,7 @@ def runs_table(records):
 
     rows = [("report: parameters of GPT-2, costs of shapes", "`python docs/figures.py`", "arithmetic", "", "")]
     rows += [(run.feeds, f"`python {run.command}`", *cells(name)) for name, run in RUNS.items()]
-    return markdown(["figures", "command", "commit", "machine", "minutes"], rows)
+    return markdown(["figures", "command", "commit", "machine", "minutes"], rows, n_left=4)
 
 
 # ---- pictures
@@ -406,14 +429,15 @@ def draw_cost(shapes, path):
     save(figure, path)
 
 
-def draw_ranks(budgets, config, path):
-    """The share of its parameters that each matrix keeps, block by block, a panel for each budget."""
+def draw_ranks(rows, path):
+    """The share of its parameters that each matrix keeps, block by block, a panel for each budget of ours."""
     from matplotlib import pyplot as plt
 
+    budgets = our_budgets(rows)
     figure, panels = plt.subplots(1, len(budgets), figsize=(1.5 + 3 * len(budgets), 3.6), layout="constrained", sharey=True,
                                   squeeze=False)
     for axes, (budget, shapes) in zip(panels[0], budgets.items()):
-        for marker, (kind, (m, n)) in zip("osD^", config.matrices.items()):
+        for marker, (kind, (m, n)) in zip("osD^", matrices_of(rows).items()):
             axes.plot([100 * rank_share(m, n, s) for s in shapes[kind]], marker=marker, color=COLORS[kind], label=kind)
         axes.set(xlabel="block", title=budget, xticks=range(len(shapes["mlp.c_fc"])), ylim=(0, 104))
         axes.grid(alpha=0.3)
@@ -443,10 +467,11 @@ def draw_pareto(rows, path):
             axes.plot([row["parameters"] / 1e6 for row in group], [loss(row) for row in group], label=method,
                       color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], linewidth=2 if method.startswith("ours") else 1)
         dense = rows[0]["before"] if axes is left or trained is None else after(trained)
-        axes.axhline(dense, color="k", linestyle=":", label="dense, trained as long")
+        axes.axhline(dense, color="k", linestyle=":", label="dense, and trained as long")
         axes.set(xlabel="parameters (millions)", title=title, yscale="log")
         low, high = axes.get_ylim()
-        ticks = [t for t in (LOSS_TICKS if high > 2 * low else [k / 20 for k in range(200)]) if low <= t <= high]
+        fine = [k * FINE for k in range(math.ceil(low / FINE), math.floor(high / FINE) + 1)]
+        ticks = fine if len(fine) <= MOST_TICKS else [t for t in LOSS_TICKS if low <= t <= high]
         axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axes.set_yticks([], minor=True)
         axes.grid(alpha=0.3)
@@ -467,7 +492,7 @@ def main(name=None):
     if name:
         call(name)
     for other, entry in RUNS.items():
-        if not Path(entry.output).exists() and not entry.needs:
+        if entry.automatic and not Path(entry.output).exists():
             call(other)
 
     import calibration
@@ -486,21 +511,20 @@ def main(name=None):
     tokens = load_tokens(dataset, "val", config.vocab_size, config.block_size, rest["tokenizer"])
     starts = range(0, len(tokens) - config.block_size, config.block_size)
     held_out = windows(tokens, starts, config.block_size, config.vocab_size)
-    shapes, comparisons = quarter_shapes(config), {n: read_rows(n) for n in ("demo", "compare_small", "compare_bytes")}
+    results = {n: read_results(n) for n in ("demo", "compare_small", "compare_bytes", "bench")}
+    shapes = quarter_shapes(config)
     spectra = mean_spectra(mlp_matrices(dense), shapes)
-    budgets = {n: our_budgets(comparisons[n]) for n in ("compare_small", "compare_bytes")}
 
     draw_parameters(gpt2, "docs/parameters.png")
     draw_spectrum(spectra, "docs/spectrum.png")
     draw_cost(shapes_within(gpt2, *GPT2_BUDGET), "docs/cost.png")
-    with atomic_write("docs/predicted_small.png") as file:
-        file.write(Path(RUNS["predict"].output).with_name("predicted.png").read_bytes())
-    draw_ranks(budgets["compare_small"], config, "docs/ranks.png")
-    draw_pareto(comparisons["compare_small"], "docs/pareto_small.png")
+    for run_name, picture, copy in COPIED:
+        if (path := Path(RUNS[run_name].output).with_name(picture)).exists():
+            with atomic_write(copy) as file:
+                file.write(path.read_bytes())
+    draw_ranks(results["compare_small"], "docs/ranks.png")
+    draw_pareto(results["compare_small"], "docs/pareto_small.png")
 
-    large = None
-    if budgets["compare_bytes"]:
-        large = ranks_table(budgets["compare_bytes"], checkpoint.load(RUNS["compare_bytes"].needs)[0].config)
     tables = dict(
         parameters=parameters_table(gpt2),
         shapes=shapes_table(*gpt2.matrices["mlp.c_fc"], GPT2_SHAPES),
@@ -508,10 +532,11 @@ def main(name=None):
         spectrum=spectrum_table(spectra),
         errors=errors_table(dense, text, held_out, shapes),
         predicted=predicted_table(RUNS["predict"].output),
-        ranks=ranks_table(budgets["compare_small"], config),
-        ranks_bytes=large,
+        ranks=ranks_table(results["compare_small"]),
+        ranks_bytes=results["compare_bytes"] and ranks_table(results["compare_bytes"]),
+        speed=results["bench"] and speed_table(results["bench"]),
         runs=runs_table(read_records()),
-        **{n: rows and comparison_table(rows) for n, rows in comparisons.items()})
+        **{n: results[n] and comparison_table(results[n]) for n in ("demo", "compare_small", "compare_bytes")})
     rewrite_documents(documents.split(","), tables)
     print(f"wrote docs/*.png and the tables of {documents}")
 
