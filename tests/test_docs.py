@@ -77,16 +77,17 @@ def check_command(command):
     assert len(required) <= len(positionals) <= len(parameters), f"{script} takes {len(parameters)} arguments"
 
 
-def commands(code):
-    """The commands of a code block that start a script, in one line each."""
-    lines = re.sub(r"\\\n\s*", "", code).splitlines()
+def commands(code, prose=""):
+    """The commands that start a script, in one line each: lines of code blocks, and code spans in a text."""
+    lines = re.sub(r"\\\n\s*", "", code).splitlines() + [" ".join(span.split()) for span in re.findall(r"`([^`]*)`", prose)]
     return [line for line in lines if re.match(r"(python|torchrun) (?!-c )", line)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_is_one_that_its_script_takes(document, monkeypatch):
     monkeypatch.chdir(ROOT)  # config files are named from there
-    for command in commands(prose_and_code(document)[1]):
+    prose, code = prose_and_code(document)
+    for command in commands(code, prose):
         try:
             check_command(command)
         except (AssertionError, UserError) as error:
