@@ -422,7 +422,7 @@ def draw_cost(shapes, path):
                           textcoords="offset points", ha="right" if s.rank > max(t.rank for t in shapes) / 2 else "left")
     axes.axhline(1, color="k", linestyle=":")
     axes.annotate("dense", (0, 1), xytext=(2, 4), textcoords="offset points")
-    axes.set(xlabel="rank of a matrix, at most", ylabel="multiply-adds of an MLP over dense", xlim=0, ylim=0,
+    axes.set(xlabel="rank of a matrix, at most", ylabel="multiply-adds of an MLP over dense", xlim=0, ylim=(0, 1.12),
              title=f"{len(shapes)} shapes of the MLPs, {min(s.parameters for s in shapes) / 1e6:.1f}M to "
                    f"{max(s.parameters for s in shapes) / 1e6:.1f}M parameters in all")
     axes.grid(alpha=0.3)
