@@ -401,7 +401,8 @@ def draw_spectrum(spectra, path):
         for sigma, style, label in ((trained, "C2o-", "trained"), (random, "ks--", "random")):
             axes.plot(range(1, len(sigma) + 1), sigma, style, markersize=3, label=label)
         axes.axvline(r + 0.5, color="C3", label=f"r = {r}: kept to the left")
-        axes.set(xlabel="product f", title=f"A is [{dim_1}, {dim_2}]", ylim=(0, 1.1 * max(trained.max(), random.max()).item()))
+        highest = max(trained.max(), random.max()).item()
+        axes.set(xlabel="product f", title=f"A is [{dim_1}, {dim_2}]", ylim=(0, 1.1 * highest))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
