@@ -1,4 +1,5 @@
 # make demo: compress, train, export and score a small GPT-2 on Python's documentation, and show the result
+# make figures: the runs, pictures and tables of docs/report.md
 # make test: the tests      make stress: kills, faults and long fuzzing      make lint: the linter
 # make clean: remove what these made, but for .venv
 
@@ -6,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test stress lint clean
+.PHONY: demo figures test stress lint clean
 
 demo: $(VENV)/runtime
 	$(VENV)/bin/python prepare_pydocs.py
@@ -14,6 +15,9 @@ demo: $(VENV)/runtime
 	$(VENV)/bin/python compare.py config/compare_demo.py
 	$(VENV)/bin/python kron_to_gpt.py out/demo/all_matrices_ranks_by_loss/seed_1337/best.pt out/demo/small --compressed=True \
 	  --perplexities=out/demo/all_matrices_ranks_by_loss/seed_1337/after.json
+
+figures: $(VENV)/runtime
+	$(VENV)/bin/python docs/figures.py
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest

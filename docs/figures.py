@@ -1,0 +1,546 @@
+"""Make every picture and table of docs/report.md, and the tables of README.md, from runs of the repository.
+
+    python docs/figures.py                  # the runs that are missing, then all pictures and tables
+    python docs/figures.py compare_bytes    # first this run of the list below, again
+
+Runs are the commands that a person would give; one whose output is there is not repeated. The pictures go to docs/*.png. A
+table stands in the documents between `<!-- table: NAME -->` and `<!-- end -->`, and what is between them is replaced; where
+its run is not there, it stays as it is. docs/runs.json keeps the commit, the machine and the minutes of each run.
+"""
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configurator import UserError, run  # noqa: E402
+from files import atomic_write  # noqa: E402
+
+base = "out/demo/base/best.pt"  # the dense model of the spectra and errors
+dataset = "pydocs"  # data/<dataset>, for calibration and losses
+calibration_tokens = 131072  # number of its tokens
+documents = "docs/report.md,README.md"  # comma list of the files with tables
+
+# `feeds`: the tables and pictures that a run makes. One that is not `automatic` is made by name only.
+Run = namedtuple("Run", "command output feeds automatic", defaults=(True,))
+RUNS = {
+    "pydocs": Run("prepare_pydocs.py", "data/pydocs/meta.json", "the text of all runs below"),
+    "base": Run("train.py config/demo_base.py", base, "report: singular values, errors of the fits"),
+    "predict": Run(f"predict.py --init_from={base} --calibrate=pydocs --out_dir=out/predict_small",
+                   "out/predict_small/table.md", "report: predicted and measured loss"),
+    "demo": Run("compare.py config/compare_demo.py", "out/demo/results.json", "README and report: the demo's table"),
+    "compare_small": Run("compare.py config/compare_small.py", "out/compare_small/results.json",
+                         "report: results at width 128, ranks of each matrix"),
+    "compare_bytes": Run("compare.py config/compare_bytes.py", "out/compare_bytes/results.json",
+                         "report: results at width 256, ranks of each matrix", automatic=False),
+    "bench": Run("bench.py --repeats=3 --shapes=768,768,1", "out/bench/results.json",
+                 "README and report: speed at GPT-2's sizes", automatic=False),
+}
+COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("demo", "pareto.png", "docs/pareto.png")]
+RECORDS = Path("docs/runs.json")
+TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?=<!-- (end|table: \w+) -->|\Z)", re.DOTALL)
+GPT2_BUDGET = 82_000_000, 82_999_999  # parameters: what kron_decompose.py --budget=82M means
+GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (768, 1, 153), (256, 64, 36), (128, 32, 100),
+               (32, 64, 4)]  # of c_fc
+GPT2_RANK = 288  # of all matrices of GPT-2 with 82M parameters in all
+LABELLED = {(768, 768): "Krony-PT", (768, 1): "low rank"}
+COLORS = {"attn.c_attn": "C0", "attn.c_proj": "C1", "mlp.c_fc": "C2", "mlp.c_proj": "C3"}
+MARKERS = "osD^vPX*hdp<>"
+LOSS_TICKS = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2, 2.5, 3, 3.5, 4, 5, 6)  # nats per token
+MOST_TICKS = 12  # on an axis with fine ones
+FINE = 0.05  # between ticks of an axis that has few of those
+NOT_KNOWN = "—"
+
+
+# ---- documents and runs
+
+def rewrite(text, tables, path="the text"):
+    """A document with new tables between its markers.
+
+    Args:
+        text: the document.
+        tables: {name: Markdown, or None to leave the table as it is}.
+        path: of the document, for errors.
+
+    Raises:
+        UserError: a marker without its end, or with a name that is not in tables.
+    """
+    def replacement(match):
+        name, end = match[1], match[3]
+        if end != "end":
+            raise UserError(f"{path}: <!-- table: {name} --> has no <!-- end --> behind it")
+        if name not in tables:
+            raise UserError(f"{path}: there is no table {name}: docs/figures.py makes {', '.join(tables)}")
+        return match[0] if tables[name] is None else f"<!-- table: {name} -->\n\n{tables[name].strip()}\n\n"
+
+    return TABLE.sub(replacement, text)
+
+
+def rewrite_documents(paths, tables):
+    """Rewrite the tables of some files. UserError, before anything is written, where no file has the marker of a table."""
+    texts = {path: Path(path).read_text(encoding="utf-8") for path in paths}
+    found = {match[1] for text in texts.values() for match in TABLE.finditer(text)}
+    if missing := [name for name in tables if name not in found]:
+        raise UserError(f"no marker <!-- table: {missing[0]} --> in {' or '.join(paths)}: add it, and <!-- end -->")
+    for path, new in {path: rewrite(text, tables, path) for path, text in texts.items()}.items():
+        if new != texts[path]:
+            with atomic_write(path, "w") as file:
+                file.write(new)
+
+
+def call(name):
+    """Make a run of the list, and record the commit, the machine and the minutes that it took."""
+    print(f"\n$ python {RUNS[name].command}", flush=True)
+    begin = time.perf_counter()
+    if subprocess.run([sys.executable, *shlex.split(RUNS[name].command)]).returncode:
+        raise UserError(f"the run {name} failed; see above", status=1)
+    records = read_records()
+    records[name] = dict(commit=commit(), machine=machine(), minutes=round((time.perf_counter() - begin) / 60, 1))
+    with atomic_write(RECORDS, "w") as file:
+        file.write(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_records():
+    return json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else {}
+
+
+def commit():
+    """The abbreviated commit of the working tree, with a + where tracked files differ from it."""
+    def git(*args):
+        return subprocess.run(["git", *args], capture_output=True, text=True)
+
+    head = git("rev-parse", "--short", "HEAD").stdout.strip()
+    return head + "+" * bool(git("diff", "--quiet", "HEAD").returncode) if head else NOT_KNOWN
+
+
+def machine():
+    """The processor and the number of cores, and the GPU if there is one."""
+    import torch
+
+    names = [line.partition(": ")[2] for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
+    cpu = f"{os.cpu_count()} cores, {names[0] if names else platform.processor() or platform.machine()}"
+    return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
+
+
+def read_lines(path):
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
+def read_results(name):
+    """The results.json of a run: the rows of a comparison, or what bench.py measured. None where it is not there."""
+    path = Path(RUNS[name].output)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+# ---- tables
+
+def markdown(head, rows, n_left=1):
+    """A Markdown table, its first columns to the left and the others to the right."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * n_left + "---:|" * (len(head) - n_left)]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
+
+
+def empty_model(config):
+    """A KronyGPT without weights, which has the shapes of all parameters."""
+    import torch
+
+    from model import KronyGPT
+
+    with torch.device("meta"):
+        return KronyGPT(config)
+
+
+def parameters_by_part(config):
+    """{part of the model: number of parameters}, largest first."""
+    parts = dict.fromkeys(("token embedding = output matrix", *config.matrices, "position embedding",
+                           "biases and layer norms"), 0)
+    names = {"transformer.wte.weight": "token embedding = output matrix", "transformer.wpe.weight": "position embedding"}
+    for name, p in empty_model(config).named_parameters():
+        kind = name.split(".", 3)[-1].removesuffix(".A")
+        parts[names.get(name, kind if kind in parts else "biases and layer norms")] += p.numel()
+    return dict(sorted(parts.items(), key=lambda part: -part[1]))
+
+
+def parameters_table(config):
+    parts = parameters_by_part(config)
+    total = sum(parts.values())
+    return markdown(["part", "parameters", "share"],
+                    [(name, f"{n:,}", f"{n / total:.1%}") for name, n in (*parts.items(), ("in all", total))])
+
+
+def shapes_table(m, n, shapes):
+    """What shapes (dim_1, dim_2, r) of a matrix [m, n] cost: parameters, rank, and multiply-adds per token over dense."""
+    from kron import contraction_order, multiply_adds
+
+    rows = []
+    for dim_1, dim_2, r in shapes:
+        is_dense = (dim_1, dim_2, r) == (m, n, 1)
+        A, B = (r, dim_1, dim_2), (r, m // dim_1, n // dim_2)
+        size = math.prod(A) + math.prod(B) * (not is_dense)
+        rank = min(m, n, r * min(dim_1, dim_2) * min(m // dim_1, n // dim_2))
+        macs = multiply_adds(A, B)
+        cells = [f"{macs[order] / (m * n):.2f}" for order in "ABW"]
+        cells = ["", "", "1.00", ""] if is_dense else [*cells, contraction_order(A, B, 1024)]
+        rows.append((f"({dim_1}, {dim_2}, {r})", f"{size:,}", f"{size / (m * n):.1%}", rank, *cells))
+    return markdown(["shape", "parameters", "of dense", "rank, at most", "A first", "B first", "W built",
+                     "chosen for 1,024 tokens"], rows)
+
+
+def step_table(configs):
+    """Multiply-adds per token of a forward pass on full blocks, by part, of {name: KronyGPTConfig}."""
+    from kron import multiply_adds
+
+    rows = []
+    for name, config in configs.items():
+        model = empty_model(config)
+        parts = {"attn": 0, "mlp": 0}
+        for matrix_name, matrix in model.matrices():
+            parts[matrix_name.split(".")[3]] += min(multiply_adds(matrix.A.shape, matrix.B.shape).values())
+        numbers = *parts.values(), 2 * config.n_layer * config.n_embd * config.block_size, model.lm_head.weight.numel()
+        rows.append((name, *(f"{number / 1e6:.1f}" for number in (*numbers, sum(numbers)))))
+    return markdown(["million multiply-adds per token", "attention matrices", "MLP matrices", "scores and values",
+                     "output matrix", "in all"], rows)
+
+
+def quarter_shapes(config):
+    """Shapes of c_fc with a quarter of its parameters: Krony-PT's, smaller factors, and low rank."""
+    C, hidden = config.n_embd, config.n_inner
+    size = C * C + hidden // C
+    pairs = (C, C), (C // 2, C // 8), (C, 1)
+    return [(d1, d2, max(1, size // (d1 * d2 + C * hidden // (d1 * d2)))) for d1, d2 in pairs]
+
+
+def mlp_matrices(model):
+    """The MLP matrices of all blocks as [C, n_inner]: c_fc, and c_proj transposed, whose shapes are the mirror images."""
+    return [W.detach() for block in model.transformer.h for W in (block.mlp.c_fc.weight, block.mlp.c_proj.weight.T)]
+
+
+def normalised_spectrum(W, dim_1, dim_2):
+    """Singular values of the rearranged W over its norm, in descending order."""
+    import torch
+
+    from kron import rearrange
+
+    sigma = torch.linalg.svdvals(rearrange(W.double().contiguous(), dim_1, dim_2))
+    return sigma / sigma.norm()
+
+
+def mean_spectra(matrices, shapes):
+    """{(dim_1, dim_2, r): (spectrum of trained matrices, of random ones)}, means over the matrices."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    random = [torch.randn(W.shape, generator=generator) for W in matrices]
+    return {shape: [torch.stack([normalised_spectrum(W, *shape[:2]) for W in group]).mean(0) for group in (matrices, random)]
+            for shape in shapes}
+
+
+def spectrum_table(spectra):
+    """The share of ‖W‖² that the best r products keep."""
+    def kept(sigma, r):
+        return f"{sigma[:r].square().sum():.1%}"
+
+    return markdown(["shape", "products that exist", "kept, trained", "kept, random"],
+                    [(shape, len(trained), kept(trained, shape[2]), kept(random, shape[2]))
+                     for shape, (trained, random) in spectra.items()])
+
+
+def errors_table(dense, text, held_out, shapes):
+    """Errors of weights and outputs, and losses, of Van Loan's sums and of the same shapes fitted to text."""
+    import calibration
+    import compress
+    from kron import van_loan
+    from model import mlp_shapes
+
+    config, kinds = dense.config, ["mlp.c_fc", "mlp.c_proj"]
+    hidden, _ = calibration.contributions(dense, text)
+    rows = [("dense", "", "", f"{mean_loss(dense, held_out):.3f}")]
+    for dim_1, dim_2, r in shapes:
+        matrices = mlp_shapes(dim_1, dim_2, [r] * config.n_layer)
+        start = compress.factorize(dense, matrices, van_loan)
+        order = [calibration.interleave(scores, dim_2, config.n_inner // dim_2) for scores in hidden]
+        ordered = compress.reorder_units(dense, hidden=order)  # as kron_decompose.py does
+        fisher, _ = calibration.statistics(ordered, text, kinds)
+        fitted = compress.factorize(ordered, matrices, van_loan)
+        fits = calibration.calibrate(ordered, fitted, text, fisher)
+        cells = [f"{statistics.mean(getattr(f, f'{what}_error_before') for f in fits):.3f} → "
+                 f"{statistics.mean(getattr(f, f'{what}_error') for f in fits):.3f}" for what in ("weight", "output")]
+        losses = f"{mean_loss(start, held_out):.3f} → {mean_loss(fitted, held_out):.3f}"
+        rows.append((f"({dim_1}, {dim_2}, {r})", *cells, losses))
+    return markdown(["shape of the MLPs", "error of the weights", "error of the output", "held-out loss"], rows)
+
+
+def mean_loss(model, held_out):
+    """Mean cross entropy in nats per token of (tokens, targets), each (windows, T)."""
+    import torch
+
+    from calibration import batches
+
+    model.eval()
+    with torch.no_grad():
+        return sum(model(*(side[rows] for side in held_out)).item() * len(held_out[0][rows])
+                   for rows in batches(held_out[0])) / len(held_out[0])
+
+
+def predicted_table(path):
+    """The budgets of predict.py's table, and its last line."""
+    lines = read_lines(path)
+    return "\n".join([line for line in lines if line.startswith(("| compressed", "|---", "| budget"))] + ["", lines[-1]])
+
+
+def after(row):
+    """Mean loss after training of a row of a comparison, over seeds."""
+    return statistics.mean(r["after"] for r in row["runs"])
+
+
+def comparison_table(rows):
+    """Losses of a comparison in nats per token, ± the standard deviation over seeds."""
+    cells = [(rows[0]["name"], f"{rows[0]['parameters']:,}", f"{rows[0]['before']:.3f}", "", "", "")]
+    for row in rows[1:]:
+        losses, rate = [r["after"] for r in row["runs"]], row["learning_rate"]
+        spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+        cells.append((row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", f"{after(row):.3f}{spread}",
+                      f"{rate:g}" if rate else "", f"{row['seconds']:.0f}"))
+    n_seeds = sorted({len(row["runs"]) for row in rows[1:]})
+    seeds = " or ".join(map(str, n_seeds))
+    return (markdown(["start", "parameters", "loss before training", "loss after", "learning rate", "start, s"], cells)
+            + f"\n\nLosses on held-out text in nats per byte; {seeds} seed{'s' * (n_seeds != [1])}.")
+
+
+def matrices_of(rows):
+    """{kind: (m, n)} of the matrices of a block, from the rows of a comparison, the first of which is dense."""
+    return {kind: tuple(shapes[0][:2]) for kind, shapes in rows[0]["shapes"].items()}
+
+
+def our_budgets(rows):
+    """{"0.45M": shapes} of the starts of a comparison that share a budget among all matrices by predicted loss, largest
+    first."""
+    ours = [row for row in rows if re.fullmatch(r"\S+ ours", row["name"])]
+    return {row["name"].split()[0]: row["shapes"] for row in sorted(ours, key=lambda row: -row["parameters"])}
+
+
+def rank_share(m, n, shape):
+    """The share of its parameters that a matrix [m, n] keeps in a shape (dim_1, dim_2, factors)."""
+    dim_1, dim_2, r = shape
+    return 1.0 if (dim_1, dim_2) == (m, n) else r * (dim_1 * dim_2 + m * n // (dim_1 * dim_2)) / (m * n)
+
+
+def ranks_table(comparison):
+    """The rank of each matrix of each block, and the share of its parameters that it keeps, at each budget of ours."""
+    rows = []
+    for budget, shapes in our_budgets(comparison).items():
+        for kind, (m, n) in matrices_of(comparison).items():
+            cells = ["dense" if tuple(s[:2]) == (m, n) else f"{s[2]} ({rank_share(m, n, s):.0%})" for s in shapes[kind]]
+            rows.append((budget, kind, *cells))
+    return markdown(["budget", "matrix", *(f"block {i}" for i in range(len(rows[0]) - 2))], rows, n_left=2)
+
+
+def speed_table(results):
+    """What bench.py measured of each model."""
+    def cell(what, model):
+        value = results[model]["measured"].get(what)
+        return "" if value is None else f"{value / 1e9:.2f} GB" if what in ("peak memory", "file") else f"{value:.3g} s"
+
+    rows = [(what, *(cell(what, model) for model in results)) for what in results["dense"]["measured"]]
+    return markdown(["", *results], rows)
+
+
+def runs_table(records):
+    """Where each number comes from."""
+    def cells(name):
+        record = records.get(name, {})
+        return [record.get(key, NOT_KNOWN) for key in ("commit", "machine", "minutes")]
+
+    rows = [("report: parameters of GPT-2, costs of shapes", "`python docs/figures.py`", "arithmetic", "", "")]
+    rows += [(run.feeds, f"`python {run.command}`", *cells(name)) for name, run in RUNS.items()]
+    return markdown(["figures", "command", "commit", "machine", "minutes"], rows, n_left=4)
+
+
+# ---- pictures
+
+def save(figure, path):
+    from matplotlib import pyplot as plt
+
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})  # the same bytes each time
+    plt.close(figure)
+
+
+def draw_parameters(config, path):
+    """The parameters of a model by part, with their shares."""
+    from matplotlib import pyplot as plt
+
+    parts = parameters_by_part(config)
+    total = sum(parts.values())
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    colors = [COLORS.get(name, "0.6") for name in parts]
+    bars = axes.barh(list(parts), [n / 1e6 for n in parts.values()], color=colors)
+    axes.bar_label(bars, [f" {n / 1e6:.1f}M, {n / total:.1%}" for n in parts.values()])
+    axes.set(xlabel="parameters (millions)", title=f"GPT-2: {total / 1e6:.1f}M parameters; colored: what is compressed")
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    save(figure, path)
+
+
+def draw_spectrum(spectra, path):
+    """Singular values of rearranged matrices, trained and random, a panel for each shape."""
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(spectra), figsize=(11, 3.6), layout="constrained", squeeze=False)
+    for axes, ((dim_1, dim_2, r), (trained, random)) in zip(panels[0], spectra.items()):
+        for sigma, style, label in ((trained, "C2o-", "trained"), (random, "ks--", "random")):
+            axes.plot(range(1, len(sigma) + 1), sigma, style, markersize=3, label=label)
+        axes.axvline(r + 0.5, color="C3", label=f"r = {r}: kept to the left")
+        highest = max(trained.max(), random.max()).item()
+        axes.set(xlabel="product f", title=f"A is [{dim_1}, {dim_2}]", ylim=(0, 1.1 * highest))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    panels[0][0].set_ylabel("singular value over ‖W‖")
+    save(figure, path)
+
+
+def draw_cost(shapes, path):
+    """Rank and multiply-adds of budget.MLPShapes of one size."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    axes.plot([s.rank for s in shapes], [s.multiply_adds for s in shapes], "o", color="0.6", markersize=4)
+    for s in shapes:
+        if name := LABELLED.get((s.dim_1, s.dim_2)):
+            axes.plot(s.rank, s.multiply_adds, "C3o")
+            axes.annotate(f"{name}: ({s.dim_1}, {s.dim_2}, {s.n_factors})", (s.rank, s.multiply_adds), xytext=(-8, -16),
+                          textcoords="offset points", ha="right" if s.rank > max(t.rank for t in shapes) / 2 else "left")
+    axes.axhline(1, color="k", linestyle=":")
+    axes.annotate("dense", (0, 1), xytext=(2, 4), textcoords="offset points")
+    axes.set(xlabel="rank of a matrix, at most", ylabel="multiply-adds of an MLP over dense", xlim=0, ylim=(0, 1.12),
+             title=f"{len(shapes)} shapes of the MLPs, {min(s.parameters for s in shapes) / 1e6:.1f}M to "
+                   f"{max(s.parameters for s in shapes) / 1e6:.1f}M parameters in all")
+    axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+def draw_ranks(rows, path):
+    """The share of its parameters that each matrix keeps, block by block, a panel for each budget of ours."""
+    from matplotlib import pyplot as plt
+
+    budgets = our_budgets(rows)
+    figure, panels = plt.subplots(1, len(budgets), figsize=(1.5 + 3 * len(budgets), 3.6), layout="constrained", sharey=True,
+                                  squeeze=False)
+    for axes, (budget, shapes) in zip(panels[0], budgets.items()):
+        for marker, (kind, (m, n)) in zip("osD^", matrices_of(rows).items()):
+            axes.plot([100 * rank_share(m, n, s) for s in shapes[kind]], marker=marker, color=COLORS[kind], label=kind)
+        axes.set(xlabel="block", title=budget, xticks=range(len(shapes["mlp.c_fc"])), ylim=(0, 104))
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("% of its parameters kept")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    save(figure, path)
+
+
+def by_method(rows):
+    """{method: [row of each size]}: a start's name is its size and its method."""
+    groups = {}
+    for row in sorted(rows, key=lambda row: row["parameters"]):
+        size, _, method = row["name"].partition(" ")
+        if size[:1].isdigit():
+            groups.setdefault(method, []).append(row)
+    return groups
+
+
+def draw_pareto(rows, path):
+    """Loss against parameters, before and after training, a line for each method."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
+    trained = next((row for row in rows[1:] if row["shapes"] == rows[0]["shapes"]), None)
+    for axes, title, loss in ((left, "before training", lambda row: row["before"]), (right, "after training", after)):
+        for i, (method, group) in enumerate(by_method(rows[1:]).items()):
+            axes.plot([row["parameters"] / 1e6 for row in group], [loss(row) for row in group], label=method,
+                      color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], linewidth=2 if method.startswith("ours") else 1)
+        dense = rows[0]["before"] if axes is left or trained is None else after(trained)
+        axes.axhline(dense, color="k", linestyle=":", label="dense, and trained as long")
+        axes.set(xlabel="parameters (millions)", title=title, yscale="log")
+        low, high = axes.get_ylim()
+        fine = [k * FINE for k in range(math.ceil(low / FINE), math.floor(high / FINE) + 1)]
+        ticks = fine if len(fine) <= MOST_TICKS else [t for t in LOSS_TICKS if low <= t <= high]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes.set_yticks([], minor=True)
+        axes.grid(alpha=0.3)
+    left.set_ylabel("loss on held-out text (nats per byte)")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    save(figure, path)
+
+
+# ---- all of it
+
+def main(name=None):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    if name and name not in RUNS:
+        raise UserError(f"there is no run {name}: the runs are {', '.join(RUNS)}")
+    os.chdir(ROOT)
+    if name:
+        call(name)
+    for other, entry in RUNS.items():
+        if entry.automatic and not Path(entry.output).exists():
+            call(other)
+
+    import calibration
+    import checkpoint
+    from budget import shapes_within
+    from data import load_tokens, windows
+    from model import KronyGPTConfig, Shape, mlp_shapes
+
+    gpt2 = KronyGPTConfig()
+    low_rank = {kind: [Shape(m, 1, GPT2_RANK)] * gpt2.n_layer for kind, (m, _) in gpt2.matrices.items()}
+    models = {"dense": gpt2, "MLPs (768, 768, 1)": KronyGPTConfig(shapes=mlp_shapes(768, 768, [1] * gpt2.n_layer)),
+              f"all matrices of rank {GPT2_RANK}": KronyGPTConfig(shapes=low_rank)}
+    dense, rest = checkpoint.load(base)
+    config = dense.config
+    text = calibration.calibration_text(dataset, calibration_tokens, config, "cpu", tokenizer=rest["tokenizer"])
+    tokens = load_tokens(dataset, "val", config.vocab_size, config.block_size, rest["tokenizer"])
+    starts = range(0, len(tokens) - config.block_size, config.block_size)
+    held_out = windows(tokens, starts, config.block_size, config.vocab_size)
+    results = {n: read_results(n) for n in ("demo", "compare_small", "compare_bytes", "bench")}
+    shapes = quarter_shapes(config)
+    spectra = mean_spectra(mlp_matrices(dense), shapes)
+
+    draw_parameters(gpt2, "docs/parameters.png")
+    draw_spectrum(spectra, "docs/spectrum.png")
+    draw_cost(shapes_within(gpt2, *GPT2_BUDGET), "docs/cost.png")
+    for run_name, picture, copy in COPIED:
+        if (path := Path(RUNS[run_name].output).with_name(picture)).exists():
+            with atomic_write(copy) as file:
+                file.write(path.read_bytes())
+    draw_ranks(results["compare_small"], "docs/ranks.png")
+    draw_pareto(results["compare_small"], "docs/pareto_small.png")
+
+    tables = dict(
+        parameters=parameters_table(gpt2),
+        shapes=shapes_table(*gpt2.matrices["mlp.c_fc"], GPT2_SHAPES),
+        step=step_table(models),
+        spectrum=spectrum_table(spectra),
+        errors=errors_table(dense, text, held_out, shapes),
+        predicted=predicted_table(RUNS["predict"].output),
+        ranks=ranks_table(results["compare_small"]),
+        ranks_bytes=results["compare_bytes"] and ranks_table(results["compare_bytes"]),
+        speed=results["bench"] and speed_table(results["bench"]),
+        runs=runs_table(read_records()),
+        **{n: results[n] and comparison_table(results[n]) for n in ("demo", "compare_small", "compare_bytes")})
+    rewrite_documents(documents.split(","), tables)
+    print(f"wrote docs/*.png and the tables of {documents}")
+
+
+if __name__ == "__main__":
+    run(main)
