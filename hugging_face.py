@@ -1,7 +1,10 @@
 """Hugging Face's GPT-2: directories and hub names, read as data, without transformers and without running code; and a
-KronyGPT as a model of transformers."""
+KronyGPT and its tokenizer for transformers, and their upload."""
+import json
+import shutil
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -62,6 +65,47 @@ def download(name):
     except Exception as error:  # the hub's errors have no class in common
         raise FileNotFoundError(f"no file or directory {name}, nor models/{name}, and no such model could be fetched "
                                 f"from the Hugging Face hub ({type(error).__name__}): is there a network?") from None
+
+
+def check_push(name):
+    """Raise UserError where it is plain before an upload that the hub will not take it: a name that is no ORG/NAME, no
+    network, no token."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push={name} is no name for the hub: {error}") from None
+    if "/" not in name:
+        raise UserError(f"--push={name} does not say whose model it is: give ORG/NAME")
+    reach_hub()
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"--push={name} needs a network: the Hugging Face hub does not answer, or HF_HUB_OFFLINE is set",
+                        status=1)
+    if not get_token():
+        raise UserError(f"--push={name} needs a token of the Hugging Face hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(directory, name):
+    """Upload a directory to a model repository of the hub, which is made where there is none.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: the hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi()
+        address = hub.create_repo(name, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=directory)
+        return address
+    except Exception as error:  # the hub's errors have no class in common
+        raise UserError(f"{directory} is written, but not uploaded to {name} ({type(error).__name__}: {error})",
+                        status=1) from None
 
 
 def open_directory(path, weights=None):
@@ -146,6 +190,87 @@ def to_compressed(model):
     hf_model.load_state_dict(state_dict, assign=True)
     hf_model.tie_weights()
     return hf_model.eval()
+
+
+def gpt2_vocabulary():
+    """GPT-2's {token: id} and its merges, [(left, right), ...], from tiktoken's ranks.
+
+    The pair whose merge made a token is what byte pair encoding with the tokens before it leaves of the token.
+    """
+    from tokenizer import END_OF_TEXT, GPT2Tokenizer, bytes_to_unicode
+
+    gpt2, characters = GPT2Tokenizer(), bytes_to_unicode()
+    tokens = [gpt2.decode_bytes([number]) for number in range(gpt2.end_of_text)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    texts = {token: "".join(characters[byte] for byte in token) for token in tokens}
+    merges = [[texts[part] for part in parts_before(token, ranks)] for token in tokens if len(token) > 1]
+    return {texts[token]: rank for token, rank in ranks.items()} | {END_OF_TEXT: gpt2.end_of_text}, merges
+
+
+def parts_before(token, ranks):
+    """The two parts that the merges of lower ranks make of a token of this rank."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        first = pairs.index(min(pairs))
+        parts[first:first + 2] = [parts[first] + parts[first + 1]]
+    return parts
+
+
+def write_built_in(directory, ours):
+    """Write GPT-2's or the byte tokenizer's files; returns what tokenizer_config.json says of it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    from tokenizer import END_OF_TEXT, GPT2Tokenizer, bytes_to_unicode
+
+    is_gpt2 = ours.name == GPT2Tokenizer.name
+    characters = bytes_to_unicode()
+    vocab, merges = gpt2_vocabulary() if is_gpt2 else ({text: byte for byte, text in characters.items()}, [])
+    made = Tokenizer(models.BPE(vocab, [tuple(pair) for pair in merges]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt2)
+    made.decoder = decoders.ByteLevel()
+    if is_gpt2:
+        made.post_processor = processors.ByteLevel(trim_offsets=False)
+        made.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+        made.model.save(str(directory))  # vocab.json and merges.txt, which transformers 4 and llama.cpp read
+        settings = dict(tokenizer_class="GPT2Tokenizer", add_prefix_space=False, bos_token=END_OF_TEXT,
+                        eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
+    else:  # a document ends with a line end, but the character that stands for it in the vocabulary is also a letter
+        end = characters[ours.end_of_text]
+        settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end, split_special_tokens=True,
+                        clean_up_tokenization_spaces=False)
+    made.save(str(directory / "tokenizer.json"))
+    return settings
+
+
+def write_own(directory, ours):
+    """Copy the files of a model's own tokenizer; returns what tokenizer_config.json says of it."""
+    from tokenizer import READABLE, special_token
+
+    for name in READABLE:
+        if (ours.directory / name).exists():
+            shutil.copyfile(ours.directory / name, directory / name)
+    if not (directory / "tokenizer.json").exists():
+        ours.tokenizer.save(str(directory / "tokenizer.json"))
+    stated = {name: special_token(ours.directory, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    if ours.end_of_text is not None:
+        stated["eos_token"] = ours.end_name
+    return dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
+                **{name: token for name, token in stated.items() if token})
+
+
+def write_tokenizer(directory, ours, block_size):
+    """Write a tokenizer for transformers into a directory: data files alone, which name no code.
+
+    Args:
+        directory: of the model.
+        ours: a Tokenizer.
+        block_size: the model's context.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = write_own(directory, ours) if ours.directory else write_built_in(directory, ours)
+    text = json.dumps(dict(settings, model_max_length=block_size), indent=2, ensure_ascii=False)
+    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -10,12 +10,12 @@ along as data: GPT-2's, bytes, or the model's own.
 
 With --compressed=True the factors are kept, and the file is as small as the checkpoint's model. Code comes along,
 modeling_kronygpt.py, and transformers runs it where it is told to: from_pretrained(directory, trust_remote_code=True).
+
+--push=ORG/NAME uploads the finished directory, with whatever else lies in it, to the Hugging Face hub.
 """
-import json
 import os
 import re
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 from configurator import UserError, check_choice, run
@@ -24,6 +24,7 @@ from files import atomic_directory
 compressed = False  # keep the factors: a smaller model, which needs trust_remote_code=True
 dtype = "float32"  # of the weights: float32, bfloat16 or float16
 perplexities: str | None = None  # a file of perplexity.py --json_out, for the model card of --compressed=True
+push: str | None = None  # ORG/NAME on the Hugging Face hub, to which the finished directory is uploaded
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 tolerance: float | None = None  # largest difference of a logit that counts as rounding; default: as largest_allowed() says
 seed = 1337  # of the random tokens for the comparison
@@ -32,87 +33,6 @@ TOKENS_COMPARED = 256
 TOKENS_GENERATED = 8  # behind as many
 CODE = "modeling_kronygpt.py"
 CARD = "README.md"
-
-
-def gpt2_vocabulary():
-    """GPT-2's {token: id} and its merges, [(left, right), ...], from tiktoken's ranks.
-
-    The pair whose merge made a token is what byte pair encoding with the tokens before it leaves of the token.
-    """
-    from tokenizer import END_OF_TEXT, GPT2Tokenizer, bytes_to_unicode
-
-    gpt2, characters = GPT2Tokenizer(), bytes_to_unicode()
-    tokens = [gpt2.decode_bytes([number]) for number in range(gpt2.end_of_text)]
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    texts = {token: "".join(characters[byte] for byte in token) for token in tokens}
-    merges = [[texts[part] for part in parts_before(token, ranks)] for token in tokens if len(token) > 1]
-    return {texts[token]: rank for token, rank in ranks.items()} | {END_OF_TEXT: gpt2.end_of_text}, merges
-
-
-def parts_before(token, ranks):
-    """The two parts that the merges of lower ranks make of a token of this rank."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
-        first = pairs.index(min(pairs))
-        parts[first:first + 2] = [parts[first] + parts[first + 1]]
-    return parts
-
-
-def write_built_in(directory, ours):
-    """Write GPT-2's or the byte tokenizer's files; returns what tokenizer_config.json says of it."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    from tokenizer import END_OF_TEXT, GPT2Tokenizer, bytes_to_unicode
-
-    is_gpt2 = ours.name == GPT2Tokenizer.name
-    characters = bytes_to_unicode()
-    vocab, merges = gpt2_vocabulary() if is_gpt2 else ({text: byte for byte, text in characters.items()}, [])
-    made = Tokenizer(models.BPE(vocab, [tuple(pair) for pair in merges]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_gpt2)
-    made.decoder = decoders.ByteLevel()
-    if is_gpt2:
-        made.post_processor = processors.ByteLevel(trim_offsets=False)
-        made.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
-        made.model.save(str(directory))  # vocab.json and merges.txt, which transformers 4 and llama.cpp read
-        settings = dict(tokenizer_class="GPT2Tokenizer", add_prefix_space=False, bos_token=END_OF_TEXT,
-                        eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
-    else:  # a document ends with a line end, but the character that stands for it in the vocabulary is also a letter
-        end = characters[ours.end_of_text]
-        settings = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end, split_special_tokens=True,
-                        clean_up_tokenization_spaces=False)
-    made.save(str(directory / "tokenizer.json"))
-    return settings
-
-
-def write_own(directory, ours):
-    """Copy the files of a model's own tokenizer; returns what tokenizer_config.json says of it."""
-    from tokenizer import READABLE, special_token
-
-    for name in READABLE:
-        if (ours.directory / name).exists():
-            shutil.copyfile(ours.directory / name, directory / name)
-    if not (directory / "tokenizer.json").exists():
-        ours.tokenizer.save(str(directory / "tokenizer.json"))
-    stated = {name: special_token(ours.directory, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    if ours.end_of_text is not None:
-        stated["eos_token"] = ours.end_name
-    return dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False,
-                **{name: token for name, token in stated.items() if token})
-
-
-def write_tokenizer(directory, ours, block_size):
-    """Write a tokenizer for transformers into a directory: data files alone, which name no code.
-
-    Args:
-        directory: of the model.
-        ours: a Tokenizer.
-        block_size: the model's context.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    settings = write_own(directory, ours) if ours.directory else write_built_in(directory, ours)
-    text = json.dumps(dict(settings, model_max_length=block_size), indent=2, ensure_ascii=False)
-    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def find_tokenizer(record, vocab_size):
@@ -157,6 +77,8 @@ def save_weights(exported, directory):
         if not number:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from None
+    for file in directory.glob("*.safetensors"):  # which only their owner may read
+        shutil.copymode(directory / "config.json", file)
 
 
 def verify(model, directory, ckpt):
@@ -220,6 +142,8 @@ def main(ckpt, out_dir=None):
     if perplexities and not compressed:
         raise UserError("--perplexities is for the model card of --compressed=True")
     scores = read_perplexities(perplexities) if perplexities else {}
+    if push:
+        hugging_face.check_push(push)
     out_dir = Path(out_dir or checkpoint.MODELS_DIR / default_name(ckpt))
     if out_dir.exists() and not (out_dir / "config.json").exists():
         raise UserError(f"{out_dir} exists and is no Hugging Face model: name another directory")
@@ -242,10 +166,10 @@ def main(ckpt, out_dir=None):
             config.bos_token_id = config.eos_token_id = end
         save_weights(exported, aside)
         if ours.name != UnknownTokenizer.name:
-            write_tokenizer(aside, ours, model.config.block_size)
+            hugging_face.write_tokenizer(aside, ours, model.config.block_size)
         if compressed:
             shutil.copyfile(Path(__file__).with_name(CODE), aside / CODE)
-            card = model_card(out_dir.resolve().name, narrow, rest, scores, dtype)
+            card = model_card(push or out_dir.resolve().name, narrow, rest, scores, dtype)
             (aside / CARD).write_text(card, encoding="utf-8")
         difference = verify(model, aside, ckpt)
     counts = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
@@ -255,6 +179,8 @@ def main(ckpt, out_dir=None):
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors")) / 2**20
     print(f"wrote {out_dir}/ ({size:,.1f} MiB): {counts[0]:,} parameters, {counts[1]:,} {how}; logits differ by at most "
           f"{difference:.1e}")
+    if push:
+        print(f"uploaded to {hugging_face.upload(out_dir, push)}")
 
 
 if __name__ == "__main__":

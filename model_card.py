@@ -124,7 +124,8 @@ def model_card(name, model, rest, perplexities, dtype):
         "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")', "```", "",
-        "`modeling_kronygpt.py` in this directory is the code that runs. It needs torch and transformers alone.", "",
+        "`modeling_kronygpt.py` in this directory is the code that runs. It needs torch and transformers alone. Quantisers",
+        "look for `Conv1D` or `nn.Linear`: they find dense matrices and the output matrix, and leave factors.", "",
         "## How it was made", "", *(made or ["The checkpoint does not say."]), "",
         describe_shapes(model.config), *(["", "| data set | perplexity |", "|---|---|", *scores] if scores else []),
     ]) + "\n"

@@ -10,6 +10,13 @@ data set are joined by blank lines. The text is cut into windows of the model's 
 (default: no overlap), and each window scores the tokens that no earlier window has scored. The first token of a window has
 no context and is not scored in that window. Perplexity is exp of the mean loss over the tokens scored; bits per byte
 divides the same loss by the text's bytes. A text is tokenized with the model's own tokenizer.
+
+lm_eval (EleutherAI's evaluation harness) differs, so its figures are not comparable with these:
+- wikitext: it detokenizes WikiText-2's test pages, scores each page by itself, its first token after the end of text
+  included, and divides by words (word_perplexity) or bytes of the original page. Here the rows are scored as they are, as
+  one text, per token. Its windows carry one token of context, and the last one of a page a full context.
+- lambada_openai: it scores the last word of each passage alone, by perplexity per word and by accuracy, on OpenAI's version
+  of the data. Here every token of all passages is scored, as one text.
 """
 import json
 import math

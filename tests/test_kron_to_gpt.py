@@ -7,15 +7,20 @@ import sys
 import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, StandIn, run_here
+from safetensors.torch import load_file
 
 import checkpoint
 import files
-from kron_to_gpt import default_name, gpt2_vocabulary, write_tokenizer
+import hugging_face
+from hugging_face import gpt2_vocabulary, write_tokenizer
+from kron_to_gpt import default_name
+from model import KronyGPT, KronyGPTConfig
 from tokenizer import BytesTokenizer, GPT2Tokenizer
 
 TEXTS = ["", " ", "Hello world", "  two  spaces \r\n\ttab .\n\n\n", "don't I'LL it's", "naïve — “quoted” €5½",
@@ -109,12 +114,36 @@ def test_gpt2_merges_are_those_that_openai_published(shared, tmp_path):
 
 
 def test_what_other_programs_ask_of_an_export(exported):
-    """llama.cpp's converter asks for n_ctx, transformers 4 for a class that it knows, and nobody for code."""
+    """transformers 4 asks for the class of a tokenizer that it knows, and nobody for code."""
     config = json.loads((exported / "config.json").read_text())
-    assert config["n_ctx"] == config["n_positions"] == 32
     settings = json.loads((exported / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "auto_map" not in config and "auto_map" not in settings
+
+
+# what convert_hf_to_gguf.py of llama.cpp has names for, in a block and around the blocks
+GGUF_BLOCK = {f"{name}.{kind}" for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+              for kind in ("weight", "bias")}
+GGUF_OTHERS = {"wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"}
+
+
+@pytest.mark.parametrize("n_inner", [None, 128])
+def test_what_the_converter_to_gguf_reads(n_inner, small_model, workdir):
+    """It reads these fields, and `n_ctx` for the context where transformers reads n_positions. It does not read n_inner."""
+    sizes = dict(block_size=32, vocab_size=256, n_layer=2, n_head=1, n_embd=64)
+    checkpoint.save("small.pt", KronyGPT(KronyGPTConfig(**sizes, n_inner=n_inner)) if n_inner else small_model)
+    assert run_here("kron_to_gpt.py", "small.pt", "made").returncode == 0
+    config = json.loads(Path("made/config.json").read_text())
+    wanted = dict(architectures=["GPT2LMHeadModel"], n_layer=2, n_ctx=32, n_embd=64, n_head=1, layer_norm_epsilon=1e-5,
+                  vocab_size=256, n_inner=n_inner)
+    assert {name: config[name] for name in wanted} == wanted
+    shapes = {name: p.shape for name, p in load_file("made/model.safetensors").items()}
+    blocks = {f"h.{layer}.{name}" for layer in range(2) for name in GGUF_BLOCK}
+    assert shapes.keys() == {f"transformer.{name}" for name in blocks | GGUF_OTHERS}
+    for layer in range(2):  # [in, out], which it transposes
+        assert shapes[f"transformer.h.{layer}.mlp.c_fc.weight"] == (64, n_inner or 256)
+        assert shapes[f"transformer.h.{layer}.mlp.c_proj.weight"] == (n_inner or 256, 64)
+        assert shapes[f"transformer.h.{layer}.attn.c_attn.weight"] == (64, 192)
 
 
 def test_generation_does_not_end_at_the_line_end_of_bytes(exported):
@@ -252,3 +281,85 @@ def test_wrong_arguments_get_one_line_and_write_nothing(args, message, small_mod
     assert said.returncode == 2
     assert message in said.stderr and said.stderr.count("\n") == 1
     assert contents(workdir) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_user_gives_new_files(umask, mode, small_model, workdir):
+    checkpoint.save("small.pt", small_model)
+    before = os.umask(umask)
+    try:
+        assert run_here("kron_to_gpt.py", "small.pt", "made").returncode == 0
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in Path("made").iterdir()} == {mode}
+
+
+# --push
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for huggingface_hub's HfApi, on a machine that has a network and a token. It notes as `received` what is
+    uploaded."""
+    import huggingface_hub
+
+    def receive(repo_id, folder_path):
+        hub.received = {path.name: data for path, data in contents(folder_path).items()}
+
+    hub = mock.create_autospec(huggingface_hub.HfApi, instance=True, received=None)
+    hub.create_repo.side_effect = lambda repo_id, exist_ok: f"https://hub/{repo_id}"
+    hub.upload_folder.side_effect = receive
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hugging_face, "reach_hub", lambda: None)
+    return hub
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_the_complete_directory_is_pushed(compressed, hub, small_model, workdir):
+    checkpoint.save("small.pt", small_model)
+    said = run_here("kron_to_gpt.py", "small.pt", "made", "--push=org/small", f"--compressed={compressed}")
+    assert said.returncode == 0 and said.stdout.endswith("\nuploaded to https://hub/org/small\n"), said.stderr
+    hub.create_repo.assert_called_once_with("org/small", exist_ok=True)
+    assert hub.upload_folder.call_args.kwargs["repo_id"] == "org/small"
+    assert hub.received == {path.name: data for path, data in contents("made").items()}
+    assert (b'from_pretrained("org/small", trust_remote_code=True)' in hub.received.get("README.md", b"")) == compressed
+
+
+def test_a_hub_that_refuses_is_one_line_and_the_directory_stays(hub, small_model, workdir):
+    checkpoint.save("small.pt", small_model)
+    hub.create_repo.side_effect = OSError("403 Client Error\n\nForbidden: you are no member of org")
+    said = run_here("kron_to_gpt.py", "small.pt", "made", "--push=org/small")
+    assert said.returncode == 1 and said.stderr.count("\n") == 1
+    assert "made is written, but not uploaded to org/small (OSError: 403 Client Error Forbidden: you are no" in said.stderr
+    assert hub.received is None and Path("made/model.safetensors").exists()
+
+
+def test_a_model_that_is_not_exported_is_not_pushed(hub, small_model, workdir):
+    checkpoint.save("small.pt", small_model)
+    said = run_here("kron_to_gpt.py", "small.pt", "made", "--push=org/small", "--tolerance=0")
+    assert said.returncode == 1 and "nothing was written" in said.stderr
+    assert not hub.method_calls
+
+
+@pytest.mark.parametrize("name, message", [
+    ("small", "does not say whose model it is: give ORG/NAME"), ("a/b/c", "is no name for the hub"),
+    ("org/a--b", "is no name for the hub"), ("org/übung", "is no name for the hub"), ("org/", "is no name for the hub"),
+])
+def test_a_wrong_name_is_refused_before_the_work(name, message, hub, workdir):
+    said = run_here("kron_to_gpt.py", "no.pt", "made", f"--push={name}")
+    assert said.returncode == 2 and f"--push={name} {message}" in said.stderr and said.stderr.count("\n") == 1
+    assert not hub.method_calls
+
+
+def test_no_network_or_no_token_is_said_before_the_work(hub, workdir, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    said = run_here("kron_to_gpt.py", "no.pt", "made", "--push=org/small")
+    assert said.returncode == 2 and "needs a token of the Hugging Face hub: run `hf auth login`" in said.stderr
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    said = run_here("kron_to_gpt.py", "no.pt", "made", "--push=org/small")
+    assert said.returncode == 1 and "needs a network" in said.stderr and said.stderr.count("\n") == 1
+    assert not hub.method_calls

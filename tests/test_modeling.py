@@ -31,30 +31,47 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 assert importlib.util.find_spec("checkpoint") is None and importlib.util.find_spec("modeling_kronygpt") is None
-directory, idx = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+made, idx = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+
+def load(directory, **options):
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options).eval()
+
+def difference(**options):
+    return (load(made, **options)(idx).logits - logits).abs().max().item()
+
 try:
-    AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+    AutoModelForCausalLM.from_pretrained(made, trust_remote_code=False)
     refused = False
 except ValueError as error:
     refused = "trust_remote_code" in str(error)
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
-base = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
-eager = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, attn_implementation="eager").eval()
+model, base = load(made), AutoModel.from_pretrained(made, trust_remote_code=True).eval()
 model.save_pretrained("again")
-again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
+model.save_pretrained("shards", max_shard_size="200KB")
+copies = load("again"), load("shards")
 padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), idx[:, :4]), 1)
 greedy = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
 with torch.no_grad():
     logits, hidden = model(idx).logits, base(idx).last_hidden_state
-    print(json.dumps(dict(
+    found = dict(
         refused=refused, logits=logits.tolist(),
         base=(model.lm_head(hidden) - logits).abs().max().item(),
-        eager=(eager(idx).logits - logits).abs().max().item(),
+        attention=[difference(attn_implementation=name) for name in ("sdpa", "eager")],
+        half=[difference(dtype=dtype) for dtype in (torch.bfloat16, torch.float16)],
         cached=model.generate(idx[:, :4], **greedy).tolist(),
         uncached=model.generate(idx[:, :4], use_cache=False, **greedy).tolist(),
         padded=model.generate(padded, attention_mask=torch.arange(7).expand(2, 7).ge(3).long(), **greedy)[:, 3:].tolist(),
-        tied=all(m.lm_head.weight is m.transformer.wte.weight for m in (model, again)),
-        same=all(map(torch.equal, model.state_dict().values(), again.state_dict().values())))))
+        tied=all(m.lm_head.weight is m.transformer.wte.weight for m in (model, *copies)),
+        same=all(torch.equal(p, copy.state_dict()[name]) for copy in copies for name, p in model.state_dict().items()))
+empty = torch.empty
+torch.empty = lambda *args, **options: empty(*args, **options).fill_(torch.nan)  # what nobody initialises shows
+torch.manual_seed(0)
+new = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
+torch.empty = empty
+found["scales"] = {name: sum(map(torch.kron, m.A.detach().contiguous(), m.B.detach().contiguous())).std().item()
+                   for name, m in new.named_modules() if hasattr(m, "A")}
+new(idx, labels=idx).loss.backward()
+found["reached"] = all(p.isfinite().all() and p.grad is not None and bool(p.grad.any()) for p in new.parameters())
+print(json.dumps(found))
 """
 
 
@@ -84,6 +101,13 @@ def as_lists(shapes):
 def assert_same(model, other):
     p, q = model.state_dict(), other.state_dict()
     assert model.config == other.config and p.keys() == q.keys() and all(torch.equal(p[name], q[name]) for name in p)
+
+
+def assert_scales(stds):
+    """Of the elements of the matrices of a new model of 5 blocks, 16 of whose matrices are factored."""
+    assert len(stds) == 16
+    for name, std in stds.items():
+        assert 0.85 < std / (0.02 / np.sqrt(10) if name.endswith("c_proj") else 0.02) < 1.15, name
 
 
 def load(directory, **options):
@@ -134,8 +158,11 @@ def test_transformers_alone_computes_the_same(made, mixed_model, tmp_path_factor
     found = json.loads(said.stdout)
     with torch.no_grad():
         np.testing.assert_allclose(found["logits"], mixed_model(IDX).numpy(), rtol=0, atol=1e-5)
-    assert found["refused"] and found["tied"] and found["same"]
-    assert found["base"] == 0 and found["eager"] < 1e-5
+    assert found["refused"] and found["tied"] and found["same"] and found["reached"]
+    assert found["base"] == 0 and max(found["attention"]) < 1e-5
+    for difference, dtype in zip(found["half"], (torch.bfloat16, torch.float16)):
+        assert 0 < difference < 8 * torch.finfo(dtype).eps * np.abs(found["logits"]).max()
+    assert_scales(found["scales"])
     expected = mixed_model.generate(IDX[:, :4], 8, temperature=0).tolist()
     assert found["cached"] == found["uncached"] == found["padded"] == expected
     assert {file.name for file in elsewhere.joinpath("again").iterdir()} >= {"modeling_kronygpt.py", "model.safetensors"}
@@ -289,12 +316,9 @@ def test_a_new_model_has_weights_of_gpt2s_scale(config, monkeypatch):
     torch.manual_seed(0)
     model = KronyGPTForCausalLM(config)
     assert all(p.isfinite().all() for p in model.parameters())
-    matrices = [(name, module) for name, module in model.named_modules() if isinstance(module, KronLinear)]
-    assert len(matrices) == 16
-    for name, matrix in matrices:
-        expected = 0.02 / np.sqrt(10) if name.endswith("c_proj") else 0.02
-        assert 0.85 < kron_sum(matrix.A, matrix.B).std() / expected < 1.15, name
-        assert not matrix.bias.any()
+    matrices = {name: module for name, module in model.named_modules() if isinstance(module, KronLinear)}
+    assert_scales({name: kron_sum(matrix.A, matrix.B).std().item() for name, matrix in matrices.items()})
+    assert not any(matrix.bias.any() for matrix in matrices.values())
     for p in model.transformer.wte.weight, model.transformer.h[4].attn.c_attn.weight:
         assert 0.019 < p.std() < 0.021
 
@@ -334,10 +358,99 @@ def test_our_loss_is_its_loss(made, mixed_model):
     torch.testing.assert_close(loss, mixed_model(IDX[:, :-1].contiguous(), IDX[:, 1:].contiguous()), rtol=0, atol=1e-5)
 
 
+def test_torch_export_takes_it(small_model):
+    model = hugging_face.to_compressed(small_model)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=32)}
+    program = torch.export.export(model, (), dict(input_ids=IDX, use_cache=False),
+                                  dynamic_shapes=dict(input_ids=sizes, use_cache=None))
+    for idx in IDX, random_tokens(3, 7):
+        with torch.no_grad():
+            exported = program.module()(input_ids=idx, use_cache=False).logits
+            torch.testing.assert_close(exported, small_model(idx), rtol=0, atol=1e-5)
+
+
 def test_autocast_computes_in_half_precision(made):
     model = load(made)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.transformer.h[0].mlp.c_fc(torch.randn(2, 3, 128)).dtype == torch.bfloat16
+
+
+# programs of others, where they are installed
+
+def test_device_map(made, mixed_model):
+    pytest.importorskip("accelerate")
+    model = load(made, device_map="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDX).logits, mixed_model(IDX), rtol=0, atol=1e-5)
+
+
+def test_the_trainer_of_transformers(mixed_model, workdir):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    before = {name: p.clone() for name, p in mixed_model.named_parameters()}
+    options = TrainingArguments("run", max_steps=3, save_steps=3, learning_rate=1e-2, use_cpu=True, report_to=[])
+    rows = [dict(input_ids=row, labels=row) for row in IDX.repeat(4, 1)]
+    Trainer(hugging_face.to_compressed(mixed_model), options, train_dataset=rows).train()  # the tensors of mixed_model
+    assert not any(torch.equal(p, before[name]) for name, p in mixed_model.named_parameters())
+    assert_same(checkpoint.load("run/checkpoint-3")[0], mixed_model)
+
+
+@pytest.mark.parametrize("targets", [
+    dict(target_modules="all-linear"),  # those that are dense
+    dict(target_parameters=["c_fc.A", "c_fc.B"]),  # factors
+    dict(target_modules=r".*h\.2\.mlp\.c_fc", modules_to_save=["c_proj"])])  # one that is dense, and factors as a whole
+def test_lora(targets, mixed_model):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    options = peft.LoraConfig(task_type="CAUSAL_LM", r=2, **targets)
+    model = peft.get_peft_model(hugging_face.to_compressed(mixed_model), options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = {name: p.clone() for name, p in mixed_model.state_dict().items()}
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(IDX, labels=IDX).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and all(p.grad is not None for p in trained)
+    assert all(torch.equal(p, before[name]) for name, p in mixed_model.state_dict().items())
+    with torch.no_grad():
+        logits = model.eval()(IDX).logits
+        torch.testing.assert_close(model.merge_and_unload()(IDX).logits, logits, rtol=0, atol=1e-4)
+
+
+def test_lora_refuses_a_factored_matrix_by_its_name(mixed_model):
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=r"KronLinear.* is not supported"):
+        peft.get_peft_model(hugging_face.to_compressed(mixed_model), peft.LoraConfig(target_modules=["c_fc"]))
+
+
+def test_lm_eval_scores_as_the_model_does(made, mixed_model):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    def logprobs(context, continuation):  # their sum, and whether each token of the continuation is the likeliest
+        idx, n = torch.tensor([[*context, *continuation]]), len(continuation)
+        with torch.no_grad():
+            found = mixed_model(idx[:, -33:-1])[0, -n:].log_softmax(-1)
+        return found.gather(1, idx[0, -n:, None]).sum().item(), found.argmax(1).equal(idx[0, -n:])
+
+    end, text = b"\n", bytes(range(40, 115))
+    pairs = [("The cat", " sat"), ("", "over\n"), ("naïve", "é\n\nx"), ("a" * 40, "b" * 10)]  # the last exceeds the context
+    with hugging_face.no_code_left():
+        theirs = HFLM(str(made), trust_remote_code=True, device="cpu", dtype="float32", batch_size=2)
+        scores = theirs.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
+        request = Instance("loglikelihood_rolling", {}, (text.decode(),), 0)
+        rolling, = theirs.loglikelihood_rolling([request], disable_tqdm=True)
+    for (score, is_greedy), (context, continuation) in zip(scores, pairs):
+        expected = logprobs(context.encode() or end, continuation.encode())
+        assert abs(score - expected[0]) < 1e-3 and is_greedy == expected[1]
+    # windows that score 32 bytes each, the first token of the text included; the last one scores 11, with a longer context
+    windows = (end, text[:32]), (text[31:32], text[32:64]), (text[42:64], text[64:])
+    assert abs(rolling - sum(logprobs(*window)[0] for window in windows)) < 1e-3
 
 
 # the model card
