@@ -7,6 +7,7 @@ from files import atomic_write
 DPI = 120
 SAME_SIZE = 1.1  # starts whose MLPs differ by less than this factor share a panel
 MARKERS = "osD^vPX*hd"
+TICKS = 8  # of an axis of losses, about
 COLORS = 10  # of matplotlib's cycle, C0 to C9
 
 
@@ -24,10 +25,13 @@ def save(figure, path):
 
 
 def use_log_scale(axes):
-    """A logarithmic axis of losses, with plain numbers as ticks."""
+    """A logarithmic axis of losses, with evenly spaced plain numbers as ticks: powers of ten are too far apart."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(TICKS, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.minorticks_off()
 
 
 def draw_run(log, path, title):
@@ -46,7 +50,7 @@ def draw_run(log, path, title):
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
         axes.plot([step for step, _ in points], [loss for _, loss in points], label=label, **style)
     axes.set(xlabel="steps", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     axes.legend()
     use_log_scale(axes)
     save(figure, path)
