@@ -308,7 +308,7 @@ def bench_tokenize(path):
     import numpy as np
     import tiktoken
 
-    from prepare_owt import local_documents
+    from prepare_owt import gathered, read_documents
 
     if not (os.path.isfile(path) and os.path.getsize(path)):
         raise UserError(f"no documents in {path}: give a .jsonl file with a `text` in each line")
@@ -323,7 +323,7 @@ def bench_tokenize(path):
         ids = [*encoding.encode_ordinary(example["text"]), encoding.eot_token]
         return {"ids": ids, "len": len(ids)}
 
-    with local_documents([path]) as (documents, _), tempfile.TemporaryDirectory() as folder:
+    with gathered(read_documents(path)) as (documents, _), tempfile.TemporaryDirectory() as folder:
         documents = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["train"]
         start = time.perf_counter()
         tokenized = documents.map(process, remove_columns=["text"], num_proc=os.cpu_count(), load_from_cache_file=False)
