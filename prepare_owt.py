@@ -11,7 +11,7 @@
 The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, seed
 2357, an end-of-text token after each document. The other scripts take the data set by its name, `--dataset=<out>`.
 With --documents=N the first N of a corpus are streamed, and nothing else is downloaded. The disk holds their text, while
-they are tokenized, and their tokens: a billion tokens of English take about 6 GB at most, and 2 GB in the end.
+they are tokenized, and their tokens: a billion tokens of English take about 7 GB for a while, and 2 GB in the end.
 """
 import glob
 import math
@@ -93,9 +93,10 @@ def hub_rows(name):
     options = dict(name=hub_config, split="train", streaming=True)
     try:
         try:
-            yield from load_dataset(name, **options)
+            rows = load_dataset(name, **options)
         except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
-            yield from load_dataset(name, revision=PARQUET, **options)
+            rows = load_dataset(name, revision=PARQUET, **options)
+        yield from rows
     except Exception as error:  # those of a network have no class in common
         raise OSError(f"cannot load {name} ({type(error).__name__}: {error}); {NO_NETWORK}") from None
 
@@ -104,8 +105,8 @@ def hub_texts(name):
     """Yield the texts of a data set of the hub, None for a null."""
     for row in hub_rows(name):
         if not isinstance(row.get(column, 0), str | None):
-            raise UserError(f"{name} has no texts in a column `{column}`; its columns are {', '.join(row)}: name one with "
-                            "--column")
+            raise UserError(f"{name} has no texts in a column `{column}`; its columns are {', '.join(row)}: name one "
+                            "with --column")
         yield row[column]
 
 

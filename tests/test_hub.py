@@ -135,6 +135,28 @@ def test_a_stream_that_is_stopped_leaves_nothing(stop, corpus, monkeypatch):
     assert not Path("data").exists() and not [path for path in Path("cache").iterdir() if path.suffix != ".lock"]
 
 
+@pytest.mark.parametrize("fails_after", [None, 15])
+def test_a_repository_with_a_script_is_streamed_from_the_copy_of_the_hub(fails_after, corpus, monkeypatch):
+    load_dataset = datasets.load_dataset
+
+    def rows(options):
+        yield from islice(load_dataset("corpora/edu", **options), fails_after)
+        raise RuntimeError("the connection is lost")  # which is no script
+
+    def with_a_script(path, revision=None, **options):
+        if revision != "refs/convert/parquet":
+            raise RuntimeError("Dataset scripts are no longer supported")
+        return rows(options)
+
+    monkeypatch.setattr(datasets, "load_dataset", with_a_script)
+    said = prepare("--documents=30", "--out=mine")
+    if fails_after:
+        assert said.returncode == 1 and "RuntimeError: the connection is lost" in said.stderr and not Path("data").exists()
+    else:
+        assert said.returncode == 0, said.stderr
+        assert check_tokens("mine", texts_of("all", 30)) == "Skylion007/openwebtext, the first 30 documents"
+
+
 def test_a_process_that_streams_a_part_of_a_file_ends(corpus, run_script, workdir):
     """pyarrow's threads, which read ahead, have kept interpreters from their end (apache/arrow issue 45214)."""
     write_parquet(Path("corpora/large/a.parquet"), texts_of("large", 20_000))
