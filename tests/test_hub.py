@@ -136,19 +136,20 @@ def test_a_stream_that_is_stopped_leaves_nothing(stop, corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("fails_after", [None, 15])
-def test_a_repository_with_a_script_is_streamed_from_the_copy_of_the_hub(fails_after, corpus, monkeypatch):
+def test_a_repository_with_a_script_is_streamed_from_the_copy_of_the_hub_and_a_broken_stream_is_not(
+        fails_after, corpus, monkeypatch):
     load_dataset = datasets.load_dataset
 
     def rows(options):
         yield from islice(load_dataset("corpora/edu", **options), fails_after)
-        raise RuntimeError("the connection is lost")  # which is no script
+        raise RuntimeError("the connection is lost")
 
-    def with_a_script(path, revision=None, **options):
-        if revision != "refs/convert/parquet":
+    def load(path, revision=None, **options):
+        if revision != "refs/convert/parquet" and not fails_after:
             raise RuntimeError("Dataset scripts are no longer supported")
         return rows(options)
 
-    monkeypatch.setattr(datasets, "load_dataset", with_a_script)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     said = prepare("--documents=30", "--out=mine")
     if fails_after:
         assert said.returncode == 1 and "RuntimeError: the connection is lost" in said.stderr and not Path("data").exists()
