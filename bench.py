@@ -27,6 +27,7 @@ from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 
+import pictures
 from configurator import UserError, check_choice, check_range, run
 from files import atomic_write, check_is_file
 
@@ -234,13 +235,9 @@ def bench_models():
 
 def draw(ratios, columns):
     """Draw ratios.png from {model: {measurement: ratio}}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.6 * len(columns)), layout="constrained")
-    for (name, values), marker in zip(ratios.items(), cycle("osD^vPX*hd")):
+    figure = pictures.new_figure(9, 1 + 0.6 * len(columns))
+    axes = figure.subplots()
+    for (name, values), marker in zip(ratios.items(), cycle(pictures.MARKERS)):
         axes.plot([values.get(column, math.nan) for column in columns], columns, marker, label=name)
     axes.axvline(1, color="k", linewidth=1)
     axes.set(xscale="log", xlabel="times faster (smaller) than the dense model")
@@ -248,9 +245,7 @@ def draw(ratios, columns):
     axes.invert_yaxis()
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside upper center", ncols=3, fontsize="small")
-    with atomic_write(Path(out_dir, "ratios.png")) as file:
-        figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
+    pictures.save(figure, Path(out_dir, "ratios.png"))
 
 
 def time_orders(A_shape, B_shape, tokens, device):
@@ -313,7 +308,7 @@ def bench_tokenize(path):
     import numpy as np
     import tiktoken
 
-    from prepare_owt import local_documents
+    from prepare_owt import gathered, read_documents
 
     if not (os.path.isfile(path) and os.path.getsize(path)):
         raise UserError(f"no documents in {path}: give a .jsonl file with a `text` in each line")
@@ -328,7 +323,7 @@ def bench_tokenize(path):
         ids = [*encoding.encode_ordinary(example["text"]), encoding.eot_token]
         return {"ids": ids, "len": len(ids)}
 
-    with local_documents([path]) as (documents, _), tempfile.TemporaryDirectory() as folder:
+    with gathered(read_documents(path)) as (documents, _), tempfile.TemporaryDirectory() as folder:
         documents = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["train"]
         start = time.perf_counter()
         tokenized = documents.map(process, remove_columns=["text"], num_proc=os.cpu_count(), load_from_cache_file=False)

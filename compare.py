@@ -8,11 +8,14 @@ for its training follow a bar:
 
     Van Loan (256, 256, 1): kron_decompose.py 256 256 1
     even rows kept, distilled: prune.py | --teacher=gpt2
+    a run that exists: out/mine
 
 Each start is scored, trained by --train_config, once for each seed, and scored again; all starts see the same batches. The
 work is done by the scripts that a person would run. With the first seed, the trained model is converted to a Hugging Face
-model, and that model is scored. With --learning_rates=3e-5,1e-4,3e-4 the first seed tries one rate after the other until the
-loss rises, and the other seeds take the start's best one.
+model, and that model is scored. With --learning_rates=3e-5,1e-4,3e-4 the checkpoints are scored instead: the first seed
+tries one rate after the other until the loss rises, and the other seeds take the start's best one. Of a directory that
+train.py made, the best checkpoint is scored, and nothing in it is changed; its loss before training is the validation loss
+of its log at step 0.
 
 Results go to out_dir: results.json, table.md, pareto.png (loss against parameters) and loss.png (loss against steps), after
 each pass through the starts. Finished work is not repeated: a comparison that was stopped, or that has another start, seed
@@ -28,11 +31,13 @@ import sys
 import time
 from pathlib import Path
 
+import pictures
 from configurator import UserError, check_range, run
 from files import atomic_write, check_is_file
+from run_dir import RunDir, read_log
 
 base = "out/demo/base/best.pt"  # the dense model: a checkpoint, a Hugging Face directory or a hub name
-starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # one start for each line: name, script and arguments
+starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # for each line, a name and a command or a run's directory
 train_config = "config/demo_train.py"  # config file of train.py for every start
 steps: int | None = None  # optimizer steps of each training; default: those of train_config
 seeds = "1337"  # comma list of seeds for the batches; every start is trained once with each
@@ -40,11 +45,9 @@ learning_rates = ""  # comma list to try in turn until the loss rises, with the 
 dataset = "pydocs"  # data/<dataset>, for training and scores
 out_dir = "out/demo"  # directory of the results
 
-SAME_SIZE = 1.1  # starts whose MLPs differ by less than this factor share a panel of loss.png
-RESULT_FORMAT = 2  # of the kept results; those of another format are computed again
+SCRIPTS = ("kron_decompose.py", "prune.py")
+RESULT_FORMAT = 3  # of the kept results; those of another format are computed again
 OUTPUTS = ("table.md", "results.json", "pareto.png", "loss.png")
-MARKERS = "osD^vPX*hd"  # in another order for each ten colors
-LOSS_TICKS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)  # nats per token
 
 
 def call(script, *args):
@@ -57,7 +60,7 @@ def call(script, *args):
 
 
 def parse_starts():
-    """The option starts: [(name, [script, argument, ...], [option of train.py, ...])]."""
+    """The option starts: [(name, [script, argument, ...] or [directory of a run], [option of train.py, ...])]."""
     parsed = {}  # by folder
     for line in filter(None, map(str.strip, starts.splitlines())):
         command, _, training = line.partition("|")
@@ -66,8 +69,14 @@ def parse_starts():
             words, training = shlex.split(command), shlex.split(training)
         except ValueError as error:
             raise UserError(f"--starts: {error} in {line!r}") from None
-        if not (name and words and words[0] in ("kron_decompose.py", "prune.py")):
-            raise UserError(f"--starts: a start is `name: kron_decompose.py ...` or `name: prune.py ...`, not {line!r}")
+        is_run = len(words) == 1 and not training and Path(words[0]).is_dir()
+        if not (name and words and (is_run or words[0] in SCRIPTS)):
+            raise UserError("--starts: a start is `name: kron_decompose.py ...`, `name: prune.py ...` or `name: RUN`, the "
+                            f"directory of a run, not {line!r}")
+        if is_run and not (best_of(words[0]).is_file() and RunDir(words[0]).log_path.is_file()):
+            raise UserError(f"--starts: {words[0]} holds no run of train.py: no best.pt or ckpt.pt, or no log.jsonl")
+        if is_run and Path(words[0]).resolve() in (Path(out_dir, part).resolve() for part in ("", folder_name(name))):
+            raise UserError(f"--starts: results would be written into {words[0]}: give another name, or another --out_dir")
         if folder_name(name) in parsed:
             raise UserError(f"--starts: another start has the name {name!r}, or one like it")
         parsed[folder_name(name)] = name, words, training
@@ -162,11 +171,29 @@ def train_start(folder, start, options, seed, is_exported):
         source = folder / "hf"
         call("kron_to_gpt.py", str(folder / "best.pt"), str(source))
     after = score(source, folder / "after.json")
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    curve = [(entry["step"], entry["val_loss"]) for entry in log if "val_loss" in entry]
+    return dict(after=after["loss"], seconds=seconds, curve=validation_curve(folder / "log.jsonl"))
+
+
+def validation_curve(log_path):
+    """[(step, validation loss)] of a log.jsonl; UserError where one is not finite."""
+    curve = [(entry["step"], entry["val_loss"]) for entry in read_log(log_path) if "val_loss" in entry]
     if not all(math.isfinite(loss) for _, loss in curve):
-        raise UserError(f"a validation loss in {folder}/log.jsonl is not finite: use a lower learning rate", status=1)
-    return dict(after=after["loss"], seconds=seconds, curve=curve)
+        raise UserError(f"a validation loss in {log_path} is not finite: use a lower learning rate", status=1)
+    return curve
+
+
+def best_of(run_path):
+    """The best checkpoint of a run, or the latest one where a run is too young for it."""
+    run_dir = RunDir(run_path)
+    return run_dir.best if run_dir.best.is_file() else run_dir.last
+
+
+def read_run(folder, run_path):
+    """Score and describe a run that exists, as a row of the results; what its log does not tell is None."""
+    after, curve = score(best_of(run_path), folder / "after.json"), validation_curve(RunDir(run_path).log_path)
+    return dict(**describe(best_of(run_path)), before=dict(curve).get(0), tokens_per_second=after["tokens_per_second"],
+                seconds=None, learning_rate=None, losses_by_rate={},
+                runs=[dict(after=after["loss"], seconds=None, curve=curve)])
 
 
 def mean_loss(row):
@@ -176,10 +203,13 @@ def mean_loss(row):
 
 def gap_recovered(rows, row):
     """The share of the gap in loss, between the first start of the same shapes and the dense model, that a start closes:
-    "before → after" training in percent, the latter relative to a dense start if there is one; "" for these two."""
-    dense = rows[0]
-    rival = next(other for other in rows[1:] if other["shapes"] == row["shapes"])
-    trained = next((other for other in rows[1:] if other["shapes"] == dense["shapes"]), None)
+    "before → after" training in percent, the latter relative to a dense start if there is one; "" for these two, and for a
+    run that was not trained here."""
+    dense, made = rows[0], [other for other in rows[1:] if other["seconds"] is not None]
+    if row["seconds"] is None:
+        return ""
+    rival = next(other for other in made if other["shapes"] == row["shapes"])
+    trained = next((other for other in made if other["shapes"] == dense["shapes"]), None)
     if rival is row or rival is trained or rival["before"] == dense["before"]:
         return ""
     before = (rival["before"] - row["before"]) / (rival["before"] - dense["before"])
@@ -187,6 +217,11 @@ def gap_recovered(rows, row):
         return f"{before:.0%}"
     after = (mean_loss(rival) - mean_loss(row)) / (mean_loss(rival) - mean_loss(trained))
     return f"{before:.0%} → {after:.0%}"
+
+
+def cell(value, form):
+    """A number of the table, and nothing for None."""
+    return "" if value is None else format(value, form)
 
 
 def table(rows):
@@ -197,13 +232,13 @@ def table(rows):
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         cells = [row["name"], f"{row['parameters']:,}", f"{row['mlp_parameters'] / rows[0]['mlp_parameters']:.1%}",
-                 f"{row['before']:.3f}"]
+                 cell(row["before"], ".3f")]
         if runs := row.get("runs"):
             losses, mean = [r["after"] for r in runs], mean_loss(row)
             spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
             cells += [f"{mean:.3f}{spread}", f"{math.exp(mean):.3f}", gap_recovered(rows, row),
-                      *([f"{row['learning_rate']:g}"] if rates else []), f"{row['seconds']:.0f}",
-                      f"{statistics.median(r['seconds'] for r in runs):.0f}"]
+                      *([cell(row["learning_rate"], "g")] if rates else []), cell(row["seconds"], ".0f"),
+                      cell(statistics.median(r["seconds"] for r in runs), ".0f")]
         else:
             cells += [""] * (len(head) - 5)
         lines.append("| " + " | ".join([*cells, f"{row['tokens_per_second']:,.0f}"]) + " |")
@@ -216,92 +251,13 @@ def table(rows):
     return "\n".join([*lines, "", caption, ""])
 
 
-def use_log_scale(axes):
-    """A logarithmic axis of losses, with plain numbers as ticks."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    ticks = [t for t in LOSS_TICKS if low <= t <= high]
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    axes.set_yticks([], minor=True)
-
-
-def save(figure, name):
-    from matplotlib import pyplot as plt
-
-    with atomic_write(Path(out_dir, name)) as file:
-        figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
-
-
-def draw_pareto(rows, styles):
-    """pareto.png: loss against parameters, before and after training."""
-    from matplotlib import pyplot as plt
-
-    dense = rows[0]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for axes, title in ((left, "before training"), (right, "after training")):
-        axes.plot(dense["parameters"] / 1e6, dense["before"], "k*", markersize=14,
-                  label=dense["name"] if axes is left else None)
-        axes.set(xlabel="parameters (millions)", ylabel=f"loss on held-out {dataset} (nats per token)", title=title)
-        axes.grid(alpha=0.3)
-        axes.margins(x=0.15)
-    for row in rows[1:]:
-        x, losses = row["parameters"] / 1e6, [r["after"] for r in row["runs"]]
-        left.plot(x, row["before"], linestyle="", label=row["name"], **styles[row["name"]])
-        right.errorbar(x, mean_loss(row), statistics.stdev(losses) if len(losses) > 1 else None, linestyle="", capsize=4,
-                       **styles[row["name"]])
-    use_log_scale(left)
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    save(figure, "pareto.png")
-
-
-def group_by_size(rows):
-    """Starts in groups of about the same number of MLP parameters, smallest first; without the dense ones, if others are
-    there."""
-    groups = []
-    for row in sorted(rows[1:], key=lambda row: row["mlp_parameters"]):
-        if groups and row["mlp_parameters"] < SAME_SIZE * groups[-1][0]["mlp_parameters"]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [group for group in groups if group[0]["mlp_parameters"] < rows[0]["mlp_parameters"]] or groups
-
-
-def draw_curves(rows, styles):
-    """loss.png: validation loss against steps, the mean over seeds, with a panel for each size."""
-    from matplotlib import pyplot as plt
-
-    dense, groups = rows[0], group_by_size(rows)
-    figure, panels = plt.subplots(1, len(groups), figsize=(1 + 6 * len(groups), 6), layout="constrained", sharey=True,
-                                  squeeze=False)
-    for axes, group in zip(panels[0], groups):
-        axes.axhline(dense["before"], color="k", linestyle=":", label=dense["name"])
-        for row in group:
-            curves = [dict(r["curve"]) for r in row["runs"]]
-            common = sorted(set.intersection(*map(set, curves)))
-            axes.plot(common, [statistics.mean(c[step] for c in curves) for step in common],
-                      **{**styles[row["name"]], "markersize": 4}, label=row["name"])
-        share = group[0]["mlp_parameters"] / dense["mlp_parameters"]
-        axes.set(xlabel="steps", title=f"{share:.0%} of the MLP parameters")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
-    use_log_scale(panels[0][0])
-    panels[0][0].set_ylabel("validation loss (nats per token)")
-    save(figure, "loss.png")
-
-
 def write_results(rows):
     """Write results.json, table.md and the two pictures."""
-    import matplotlib
-
     for name, text in (("results.json", json.dumps(rows, indent=2, allow_nan=False) + "\n"), ("table.md", table(rows))):
         with atomic_write(Path(out_dir, name), "w") as file:
             file.write(text)
-    matplotlib.use("Agg")
-    styles = {row["name"]: dict(color=f"C{i % 10}", marker=MARKERS[(i + i // 10) % len(MARKERS)], markersize=7)
-              for i, row in enumerate(rows[1:])}
-    draw_pareto(rows, styles)
-    draw_curves(rows, styles)
+    pictures.draw_pareto(rows[0], rows[1:], Path(out_dir, "pareto.png"), dataset)
+    pictures.draw_curves(rows[0], rows[1:], Path(out_dir, "loss.png"))
 
 
 def main():
@@ -322,10 +278,17 @@ def main():
     rows = [dict(keep_result(folder / "base.json", settings, make_start, folder, None), name="dense base")]
     for seed in numbers:
         is_first = seed == numbers[0]
+        is_exported = is_first and not learning_rates
         for name, command, training in todo:
             start_dir = folder / folder_name(name)
-            start = start_dir / "start.pt"
-            result = keep_result(start_dir / "start.json", dict(settings, command=command), make_start, start_dir, command)
+            if command[0] not in SCRIPTS:
+                if is_first:
+                    key = dict(settings, run=[command[0], modification_time(command[0])])
+                    rows.append(dict(keep_result(start_dir / "run.json", key, read_run, start_dir, command[0]), name=name))
+                continue
+            made_in = folder / folder_name(next(n for n, c, _ in todo if c == command))  # the first one made in this way
+            start = made_in / "start.pt"
+            result = keep_result(made_in / "start.json", dict(settings, command=command), make_start, made_in, command)
             row = next((row for row in rows if row["name"] == name), None)
             if row is None:
                 rows.append(row := dict(result, name=name, runs=[]))
@@ -333,9 +296,9 @@ def main():
             for rate in rates if is_first else [row["learning_rate"]]:
                 options = [f"--learning_rate={rate}", *training] if rate else training
                 run_dir = start_dir / (f"rate_{rate}_seed_{seed}" if rate else f"seed_{seed}")
-                key = dict(training_settings, start=modification_time(start), training=options, seed=seed,
-                           is_exported=is_first)
-                runs[rate] = keep_result(Path(f"{run_dir}.json"), key, train_start, run_dir, start, options, seed, is_first)
+                work = dict(start=start, options=options, seed=seed, is_exported=is_exported)
+                key = dict(training_settings, made=modification_time(start), **dict(work, start=str(start)))
+                runs[rate] = keep_result(Path(f"{run_dir}.json"), key, train_start, run_dir, *work.values())
                 best = min(runs, key=lambda rate: runs[rate]["after"])
                 if best != rate:
                     break

@@ -8,6 +8,7 @@ held-out text.
 """
 from pathlib import Path
 
+import pictures
 from configurator import UserError, check_range, run
 from files import atomic_write
 
@@ -44,12 +45,8 @@ def rank_correlation(pairs):
 
 def draw(rows, path):
     """Predicted against measured loss added on logarithmic axes, with the line on which they are equal."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
+    figure = pictures.new_figure(7, 6)
+    axes = figure.subplots()
     for kind, color in COLORS.items():
         points = [(predicted, measured) for name, _, _, predicted, measured in rows if name.endswith(kind)]
         axes.plot(*zip(*points), "o", color=color, alpha=0.7, label=f"{kind}, alone")
@@ -61,9 +58,7 @@ def draw(rows, path):
              ylabel=f"measured on held-out {calibrate} (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
+    pictures.save(figure, path)
 
 
 def table(rows):

@@ -1,22 +1,25 @@
-"""The directory of a training run: its checkpoints, its log, and wandb's copy of the log."""
+"""The directory of a training run: its checkpoints, its log with a picture, and wandb's copy of the log."""
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
+import pictures
 from configurator import UserError
 from files import atomic_write, lock, remove_leftovers
 
 
 class RunDir:
-    """The directory of a run: ckpt.pt (the latest), best.pt, older checkpoints and log.jsonl. Other files in it are left
-    alone."""
+    """The directory of a run: ckpt.pt (the latest), best.pt, older checkpoints, log.jsonl and loss.png. Other files in it
+    are left alone."""
 
     OLDER = re.compile(r"ckpt_(\d{7,})\.pt")
 
     def __init__(self, path):
         self.path, self.wandb_run = Path(path), None
-        self.last, self.best, self.log_path = (self.path / name for name in ("ckpt.pt", "best.pt", "log.jsonl"))
+        self.last, self.best, self.log_path, self.picture = (
+            self.path / name for name in ("ckpt.pt", "best.pt", "log.jsonl", "loss.png"))
 
     def older(self):
         """The older checkpoints, in the order of their steps."""
@@ -29,7 +32,7 @@ class RunDir:
             raise UserError(f"--out_dir={self.path} is a file")
         if is_resume and not self.last.exists():
             raise UserError(f"nothing to resume: no {self.last}")
-        there = [path for path in (*self.path.glob("ckpt*.pt"), self.best, self.log_path) if path.exists()]
+        there = [path for path in (*self.path.glob("ckpt*.pt"), self.best, self.log_path, self.picture) if path.exists()]
         if not is_resume and there and not overwrite:
             raise UserError(f"{self.path} holds a run already ({there[0].name}): --init_from=resume continues it, "
                             "--overwrite=True starts over, another --out_dir keeps it")
@@ -38,7 +41,7 @@ class RunDir:
         """Lock it for this process and clear it of half-written files."""
         self.lock = lock(self.path)
         self.check(is_resume, overwrite)  # again: another run may have ended here since the first time
-        for path in (self.last, self.best, self.log_path, *self.older()):
+        for path in (self.last, self.best, self.log_path, self.picture, *self.older()):
             remove_leftovers(path, is_locked=True)
 
     def start_wandb(self, options, run_id):
@@ -72,7 +75,7 @@ class RunDir:
         lines = self.log_path.read_text(errors="replace").splitlines(keepends=True) if self.log_path.exists() else []
         with atomic_write(self.log_path, "w") as file:
             file.writelines(line for line in lines if is_resume and is_done(line, first_step))
-        for path in () if is_resume else (*self.older(), self.best):
+        for path in () if is_resume else (*self.older(), self.best, self.picture):
             path.unlink(missing_ok=True)
         self.log_file = self.log_path.open("a", buffering=1, encoding="utf-8")
 
@@ -93,20 +96,39 @@ class RunDir:
         for path in self.older()[:-keep] if keep else ():
             path.unlink()
 
+    def draw(self):
+        """Draw the log, which a resume has continued, as loss.png; a warning where that fails, as without matplotlib or on a
+        full disk: the run is saved."""
+        try:
+            if log := read_log(self.log_path):
+                pictures.draw_run(log, self.picture, self.path.name)
+        except Exception as error:
+            warnings.warn(f"no {self.picture}: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2)
+
     def close(self):
-        """Release it, after a run that ended well."""
+        """Draw and release it, after a run that ended well."""
+        self.draw()
         if self.wandb_run:
             self.wandb_run.finish()
         self.log_file.close()
         self.lock.release()
 
 
-def is_done(line, first_step):
-    """Whether a line of log.jsonl is of a step up to first_step, and of no evaluation behind it, which a resume repeats; a
-    killed run may leave half a line."""
+def entry_of(line):
+    """The entry of a line of log.jsonl, or None where it is none: a killed run may leave half a line."""
     try:
         entry = json.loads(line)
-        step, is_evaluation = entry["step"], "val_loss" in entry
+        return entry if isinstance(entry["step"], int) else None
     except (ValueError, KeyError, TypeError):
-        return False
-    return line.endswith("\n") and isinstance(step, int) and step <= first_step - is_evaluation
+        return None
+
+
+def read_log(path):
+    """The entries of a log.jsonl."""
+    return [entry for line in Path(path).read_text(errors="replace").splitlines() if (entry := entry_of(line))]
+
+
+def is_done(line, first_step):
+    """Whether a line of log.jsonl is of a step up to first_step, and of no evaluation behind it, which a resume repeats."""
+    entry = entry_of(line)
+    return entry is not None and line.endswith("\n") and entry["step"] <= first_step - ("val_loss" in entry)

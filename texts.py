@@ -1,4 +1,4 @@
-"""Texts in files: rows with a `text` in .jsonl, .json and .parquet; a file with another ending is one UTF-8 text."""
+"""Texts in files: a column of rows in .jsonl, .json and .parquet; a file with another ending is one UTF-8 text."""
 import json
 from pathlib import Path
 
@@ -8,20 +8,24 @@ ROWS = (".jsonl", ".json", ".parquet")
 CHARACTERS_AT_ONCE = 2**20  # of a text that is split
 
 
-def read_rows(path):
+def read_rows(path, column="text"):
     """Yield the texts of a file, None for a row whose text is null; a byte order mark and empty lines are no text.
+
+    Args:
+        path: of the file.
+        column: name of the column, or field, with the texts.
 
     Raises:
         FileNotFoundError: there is no file.
-        UserError: it is damaged, or has no column `text` of strings.
+        UserError: it is damaged, or has no such column of strings.
     """
     path = Path(path)
     check_is_text(path)
     kind = path.suffix.lower()
     if kind == ".parquet":
-        yield from parquet_rows(path)
+        yield from parquet_rows(path, column)
     elif kind in ROWS:
-        yield from json_rows(path) if kind == ".json" else jsonl_rows(path)
+        yield from json_rows(path, column) if kind == ".json" else jsonl_rows(path, column)
     else:
         yield "".join(read_pieces(path, newline=""))
 
@@ -54,55 +58,57 @@ def read_pieces(path, separator=None, newline=None):
     yield rest
 
 
-def jsonl_rows(path):
+def jsonl_rows(path, column):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
-                yield text_of(line, f"{path}, line {number}")
+                yield text_of(line, column, f"{path}, line {number}")
 
 
-def json_rows(path):
+def json_rows(path, column):
     """The rows of a list of objects or of strings, of one object, or of JSON lines."""
     try:
         rows = json.loads(path.read_bytes())  # which finds a byte order mark
     except (ValueError, RecursionError):
-        return jsonl_rows(path)
+        return jsonl_rows(path, column)
     rows = rows if isinstance(rows, list) else [rows]
-    return (row if isinstance(row, str) else text_of(row, f"{path}, row {i}") for i, row in enumerate(rows, 1))
+    return (row if isinstance(row, str) else text_of(row, column, f"{path}, row {i}") for i, row in enumerate(rows, 1))
 
 
-def text_of(row, where):
+def text_of(row, column, where):
     """The text of an object, or of a line of JSON."""
     try:
-        text = (json.loads(row.decode()) if isinstance(row, bytes) else row)["text"]
+        row = json.loads(row.decode()) if isinstance(row, bytes) else row
+        text = row[column]
         if text is not None and not isinstance(text, str):
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{where} is not UTF-8 JSON with a string `text`") from None
+        fields = f", but {', '.join(row)}" if isinstance(row, dict) and column not in row else ""
+        raise UserError(f"{where} is not UTF-8 JSON with a string `{column}`{fields}") from None
     return text
 
 
-def parquet_rows(path):
+def parquet_rows(path, column):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            if "text" not in schema.names:
-                raise UserError(f"{path} has the columns {', '.join(schema.names)}, and no `text`")
-            check_strings(schema.field("text").type, path)
-            for batch in file.iter_batches(columns=["text"]):
-                yield from batch.column("text").to_pylist()
+            if column not in schema.names:
+                raise UserError(f"{path} has the columns {', '.join(schema.names)}, and no `{column}`")
+            check_strings(schema.field(column).type, column, path)
+            for batch in file.iter_batches(columns=[column]):
+                yield from batch.column(column).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from None
 
 
-def check_strings(kind, where):
+def check_strings(kind, column, where):
     """Raise UserError unless an Arrow type is one of strings, or of nulls alone."""
     from pyarrow import types
 
     value = kind.value_type if types.is_dictionary(kind) else kind
     if not any(is_kind(value) for is_kind in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)):
-        raise UserError(f"the `text` in {where} is {kind}, and strings are needed")
+        raise UserError(f"the `{column}` in {where} is {kind}, and strings are needed")

@@ -6,8 +6,8 @@
     python train.py config/train_gpt2.py --init_from=resume               # continue a run
     python train.py config/train_gpt2.py --teacher=gpt2                   # distillation from GPT-2
 
-Writes ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl to out_dir. Ctrl-C or SIGTERM finishes the step
-and saves; a second one exits at once. A stopped or killed run resumes and ends with the weights of an uninterrupted one.
+Writes ckpt.pt (the latest), best.pt (lowest validation loss), log.jsonl and, when it ends, loss.png to out_dir. Ctrl-C or
+SIGTERM finishes the step and saves; a second one exits at once. A resumed run ends with the weights of an uninterrupted one.
 """
 import math
 import os

@@ -40,6 +40,12 @@ def workdir(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """A train.py in this process draws no loss.png, which takes a quarter of a second; test_pictures.py draws."""
+    monkeypatch.setattr("pictures.draw_run", lambda log, path, title: None)
+
+
 class StandIn:
     """A module with some of its names replaced: for the name of a module inside the module under test, since a function
     replaced in the module itself is replaced for every library in the process."""

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 import bench
 import checkpoint
 import compare
+import pictures
 from configurator import UserError
 from model import KronyGPT, KronyGPTConfig
 
@@ -141,6 +142,17 @@ def test_each_start_tries_learning_rates_until_the_loss_rises(calls, monkeypatch
     assert not calls and not trained
 
 
+def test_starts_with_one_command_share_what_it_makes(calls, monkeypatch):
+    monkeypatch.setattr(compare, "seeds", "3")
+    monkeypatch.setattr(compare, "starts", "half: kron_decompose.py 16 32 1\n"
+                                           "distilled: kron_decompose.py 16 32 1 | --teacher=dense.pt")
+    compare.main()
+    assert [call[0] for call in calls if call[0] != "perplexity.py"] == ["kron_decompose.py", *["train.py", "kron_to_gpt.py"] * 2]
+    assert all("--init_from=out/half/start.pt" in call for call in calls if call[0] == "train.py")
+    half, distilled = json.loads(Path("out/results.json").read_text())[1:]
+    assert half["before"] == distilled["before"] and half["runs"] != distilled["runs"]
+
+
 def test_a_training_that_was_stopped_is_no_result(calls, monkeypatch):
     call = compare.call
 
@@ -164,11 +176,11 @@ def write_half(figure, target, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("module, draw, name", [
-    (compare, lambda: compare.save(Figure(), "loss.png"), "loss.png"),
-    (bench, lambda: bench.draw({"ours": {"file": 2.0}}, ["file"]), "ratios.png")])
-def test_a_full_disk_spares_the_old_picture(module, draw, name, workdir, monkeypatch):
-    monkeypatch.setattr(module, "out_dir", "out")
+@pytest.mark.parametrize("draw, name", [
+    (lambda: pictures.save(Figure(), Path("out/loss.png")), "loss.png"),
+    (lambda: bench.draw({"ours": {"file": 2.0}}, ["file"]), "ratios.png")])
+def test_a_full_disk_spares_the_old_picture(draw, name, workdir, monkeypatch):
+    monkeypatch.setattr(bench, "out_dir", "out")
     Path("out").mkdir()
     Path("out", name).write_text("old")
     with monkeypatch.context() as full:
@@ -194,6 +206,64 @@ def test_a_loss_that_is_not_finite_is_no_result(calls, monkeypatch):
     with pytest.raises(UserError, match=r"a validation loss in out/whole/seed_3/log\.jsonl is not finite") as error:
         compare.main()
     assert error.value.status == 1 and not Path("out/whole/seed_3.json").exists()
+
+
+@pytest.fixture
+def existing(calls, monkeypatch):
+    """A run of three steps in runs/mine, beside one start."""
+    monkeypatch.setattr(compare, "starts", "half: kron_decompose.py 16 32 1\nmine, longer: runs/mine")
+    said = run_here("train.py", "tiny.py", "--init_from=dense.pt", "--dataset=walk", "--out_dir=runs/mine", "--max_iters=3")
+    assert said.returncode == 0, said.stderr
+    return Path("runs/mine")
+
+
+def test_a_run_that_exists_is_scored_beside_the_starts_and_stays_as_it_is(existing, calls):
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in existing.iterdir()}
+    compare.main()
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in existing.iterdir()} == before
+    row = next(row for row in json.loads(Path("out/results.json").read_text()) if row["name"] == "mine, longer")
+    log = [json.loads(line) for line in Path(existing, "log.jsonl").read_text().splitlines()]
+    curve = [[entry["step"], entry["val_loss"]] for entry in log if "val_loss" in entry]
+    assert [step for step, _ in curve] == [0, 2, 3]
+    assert row["before"] == curve[0][1] and [run["curve"] for run in row["runs"]] == [curve]
+    assert row["parameters"] == checkpoint.load("dense.pt")[0].count_parameters()["total"]
+    said = run_here("perplexity.py", "runs/mine/best.pt", "walk", "--json_out=score.json")
+    assert said.returncode == 0 and row["runs"][0]["after"] == json.loads(Path("score.json").read_text())["walk"]["loss"]
+    line = next(line for line in Path("out/table.md").read_text().splitlines() if line.startswith("| mine, longer"))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[3:5] == [f"{curve[0][1]:.3f}", f"{row['runs'][0]['after']:.3f}"] and cells[6:9] == [""] * 3 and cells[9]
+    calls.clear()
+    compare.main()
+    assert not calls
+    checkpoint.save(existing / "best.pt", checkpoint.load("dense.pt")[0])  # it has been trained on
+    compare.main()
+    assert [call[:2] for call in calls] == [["perplexity.py", "runs/mine/best.pt"]]
+
+
+def test_a_run_that_was_not_scored_at_its_start_has_no_loss_before(existing, monkeypatch):
+    log = existing / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[1:]) + '{"step": 4, "los')  # and it goes on
+    (existing / "best.pt").unlink()
+    monkeypatch.setattr(compare, "learning_rates", "1e-3,1e-2")
+    compare.main()
+    row = next(row for row in json.loads(Path("out/results.json").read_text()) if row["name"] == "mine, longer")
+    assert row["before"] is None and [step for step, _ in row["runs"][0]["curve"]] == [2, 3]
+    assert re.search(r"^\| mine, longer \| [\d,]+ \| 100.0% \|  \| \d", Path("out/table.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("starts, said", [
+    ("mine: runs", "runs holds no run of train.py"), ("mine: runs/none", "the directory of a run, not 'mine: runs/none'"),
+    ("mine: runs/mine | --seed=2", "the directory of a run, not"), ("mine: runs/mine more", "the directory of a run, not"),
+    ("mine: out/here", "results would be written into out/here"), ("here: out", "results would be written into out")])
+def test_what_is_no_run_or_would_be_changed_is_an_error(starts, said, existing, monkeypatch):
+    for copy in Path("out/mine"), Path("out"):
+        copy.mkdir(parents=True, exist_ok=True)
+        for name in ("ckpt.pt", "log.jsonl"):
+            Path(copy, name).write_bytes(Path(existing, name).read_bytes())
+    Path("out/here").symlink_to("mine")
+    monkeypatch.setattr(compare, "starts", starts)
+    with pytest.raises(UserError, match=re.escape(said)):
+        compare.parse_starts()
 
 
 @pytest.mark.parametrize("starts, said", [

@@ -80,7 +80,7 @@ def check_command(command):
 def commands(code, prose=""):
     """The commands that start a script, in one line each: lines of code blocks, and code spans in a text."""
     lines = re.sub(r"\\\n\s*", "", code).splitlines() + [" ".join(span.split()) for span in re.findall(r"`([^`]*)`", prose)]
-    return [line for line in lines if re.match(r"(python|torchrun) (?!-c )", line)]
+    return [line for line in lines if re.match(r"(python|torchrun) (?!-c |llama\.cpp/)", line)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -1,0 +1,123 @@
+"""Pictures of losses: one training run, and several starts side by side. matplotlib is imported when one is drawn."""
+import math
+import statistics
+
+from files import atomic_write
+
+DPI = 120
+SAME_SIZE = 1.1  # starts whose MLPs differ by less than this factor share a panel
+MARKERS = "osD^vPX*hd"
+TICKS = 8  # of an axis of losses, about
+COLORS = 10  # of matplotlib's cycle, C0 to C9
+
+
+def new_figure(*size):
+    """A figure of a width and a height in inches, which needs no display and no backend."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def save(figure, path):
+    """Write a figure as a PNG."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
+
+
+def use_log_scale(axes):
+    """A logarithmic axis of losses, with evenly spaced plain numbers as ticks: powers of ten are too far apart."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(TICKS, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def draw_run(log, path, title):
+    """The losses of a run against its steps.
+
+    Args:
+        log: the entries of its log.jsonl: {"step", "loss"} of steps, {"step", "train_loss", "val_loss"} of evaluations.
+        path: of the picture.
+        title: of the picture.
+    """
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training, batch of the step", dict(color="C0", alpha=0.4, linewidth=1)),
+                               ("train_loss", "training", dict(color="C0", marker="o", markersize=4)),
+                               ("val_loss", "validation", dict(color="C1", marker="o", markersize=4))):
+        points = [(entry["step"], entry[name]) for entry in log if name in entry]
+        axes.plot([step for step, _ in points], [loss for _, loss in points], label=label, **style)
+    axes.set(xlabel="steps", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    use_log_scale(axes)
+    save(figure, path)
+
+
+def row_styles(rows):
+    """{name: color and marker} of each start, in another combination for each ten."""
+    return {row["name"]: dict(color=f"C{i % COLORS}", marker=MARKERS[(i + i // COLORS) % len(MARKERS)])
+            for i, row in enumerate(rows)}
+
+
+def draw_pareto(dense, rows, path, dataset):
+    """Loss against parameters, before and after training.
+
+    Args:
+        dense: the row of the dense model: {"name", "parameters", "mlp_parameters", "before"}.
+        rows: of the starts: the same, where "before" may be None, and "runs", [{"after", "curve"}] with one for each seed.
+        path: of the picture.
+        dataset: name of the held-out text.
+    """
+    figure, styles = new_figure(11, 5), row_styles(rows)
+    left, right = figure.subplots(1, 2)
+    for axes, title in ((left, "before training"), (right, "after training")):
+        axes.plot(dense["parameters"] / 1e6, dense["before"], "k*", markersize=14,
+                  label=dense["name"] if axes is right else None)
+        axes.set(xlabel="parameters (millions)", ylabel=f"loss on held-out {dataset} (nats per token)", title=title)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.15)
+    for row in rows:
+        x, losses = row["parameters"] / 1e6, [r["after"] for r in row["runs"]]
+        style = dict(linestyle="", markersize=7, **styles[row["name"]])
+        left.plot(x, math.nan if row["before"] is None else row["before"], **style)
+        right.errorbar(x, statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else None, capsize=4, **style)
+        right.plot([], [], label=row["name"], **style)  # in the legend, without the error bar
+    use_log_scale(left)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    save(figure, path)
+
+
+def group_by_size(dense, rows):
+    """Starts in groups of about the same number of MLP parameters, smallest first; without the dense ones, if others are
+    there."""
+    groups = []
+    for row in sorted(rows, key=lambda row: row["mlp_parameters"]):
+        if groups and row["mlp_parameters"] < SAME_SIZE * groups[-1][0]["mlp_parameters"]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [group for group in groups if group[0]["mlp_parameters"] < dense["mlp_parameters"]] or groups
+
+
+def draw_curves(dense, rows, path):
+    """Validation loss against steps, the mean over seeds, with a panel for each size; arguments as of draw_pareto."""
+    groups, styles = group_by_size(dense, rows), row_styles(rows)
+    figure = new_figure(1 + 6 * len(groups), 6)
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, group in zip(panels, groups):
+        axes.axhline(dense["before"], color="k", linestyle=":", label=dense["name"])
+        for row in group:
+            curves = [dict(r["curve"]) for r in row["runs"]]
+            common = sorted(set.intersection(*map(set, curves)))
+            axes.plot(common, [statistics.mean(c[step] for c in curves) for step in common], markersize=4,
+                      label=row["name"], **styles[row["name"]])
+        share = group[0]["mlp_parameters"] / dense["mlp_parameters"]
+        axes.set(xlabel="steps", title=f"{share:.0%} of the MLP parameters")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    use_log_scale(panels[0])
+    panels[0].set_ylabel("validation loss (nats per token)")
+    save(figure, path)

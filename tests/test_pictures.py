@@ -1,0 +1,89 @@
+"""loss.png of a run: what it shows, and that a run never fails for it."""
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from test_train import log_of, run_train, write_dataset
+
+import device
+import pictures
+from run_dir import read_log
+
+
+@pytest.fixture
+def no_picture():
+    """Pictures are drawn here."""
+
+
+@pytest.fixture
+def tokens(workdir):
+    return write_dataset("tiny", 5000)
+
+
+@pytest.fixture
+def drawn(tokens, monkeypatch):
+    """The figures that are saved."""
+    figures, save = [], pictures.save
+    monkeypatch.setattr(pictures, "save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    return figures
+
+
+def test_the_picture_shows_the_log_of_the_whole_run(drawn):
+    run_train("--max_iters=10", "--lr_decay_iters=20")
+    run_train("--max_iters=20", "--init_from=resume")
+    assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG") and len(drawn) == 2
+    log = log_of("out")
+    assert log[-1]["step"] == 20
+    shown = [list(map(tuple, line.get_xydata())) for line in drawn[-1].axes[0].lines]
+    assert shown == [[(entry["step"], entry[name]) for entry in log if name in entry]
+                     for name in ("loss", "train_loss", "val_loss")]
+    assert [len(points) for points in shown] == [20, 3, 3]
+
+
+def test_a_run_that_is_stopped_draws_what_it_did(drawn, monkeypatch):
+    looks = iter(range(7))
+    monkeypatch.setattr(device.Processes, "must_stop", lambda self: next(looks, None) is None)
+    assert "stopped by" in run_train("--eval_interval=100").stdout
+    assert [len(line.get_xdata()) for line in drawn[0].axes[0].lines] == [len(log_of("out")) - 1, 1, 1]
+
+
+def test_a_new_run_that_is_stopped_at_once_leaves_no_picture_of_the_old_one(drawn, monkeypatch):
+    run_train("--max_iters=1")
+    monkeypatch.setattr(device.Processes, "must_stop", lambda self: True)
+    run_train("--overwrite=True")
+    assert not log_of("out") and not Path("out/loss.png").exists() and len(drawn) == 1
+
+
+def full(figure, target, **options):
+    target.write(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("what", ["no matplotlib", "a full disk", "a log of other things"])
+def test_a_picture_that_cannot_be_drawn_is_a_warning(what, tokens, monkeypatch):
+    run_train("--max_iters=1")
+    old = Path("out/loss.png").read_bytes()
+    if what == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    elif what == "a full disk":
+        monkeypatch.setattr(Figure, "savefig", full)
+    else:
+        with open("out/log.jsonl", "a") as log:
+            log.write('{"step": 1, "loss": {}}\n')
+    with pytest.warns(UserWarning, match="^no out/loss.png: [^\\n]*$"):
+        said = run_train("--init_from=resume", "--max_iters=2")
+    assert "done: best validation loss" in said.stdout and log_of("out")[-1]["step"] == 2
+    assert sorted(os.listdir("out")) == [".lock", "best.pt", "ckpt.pt", "log.jsonl", "loss.png"]
+    assert Path("out/loss.png").read_bytes() == old
+
+
+
+def test_a_log_is_read_up_to_the_line_that_a_kill_left(workdir):
+    entries = [dict(step=1, loss=2.0), dict(step=2, loss=None, val_loss=1.5)]
+    Path("log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries)
+                                 + '[]\n{"loss": 3}\n{"step": "x"}\n{"step": 3, "los')
+    assert read_log("log.jsonl") == entries
