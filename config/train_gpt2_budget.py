@@ -5,7 +5,7 @@
 # third of an A100's peak in bfloat16. This is arithmetic, not a measurement.
 #
 # Why these numbers: those of train_gpt2.py, so that the two models of 82M differ in nothing else. On small models such
-# starts want low rates (docs/budget.md); on GPT-2 no rate has been measured.
+# starts want low rates (docs/report.md); on GPT-2 no rate has been measured.
 import torch
 
 init_from = "checkpoints/best_82M.pt"

@@ -43,10 +43,14 @@ RUNS = {
                          "report: results at width 128, ranks of each matrix"),
     "compare_bytes": Run("compare.py config/compare_bytes.py", "out/compare_bytes/results.json",
                          "report: results at width 256, ranks of each matrix", automatic=False),
-    "bench": Run("bench.py --repeats=3 --shapes=768,768,1", "out/bench/results.json",
+    "predict_bytes": Run("predict.py --init_from=../shared/data/gpt2-bytes --calibrate=pydocs --shares=0.5,0.25 "
+                         "--calibration_tokens=32768 --out_dir=out/predict_bytes", "out/predict_bytes/table.md",
+                         "report: predicted and measured loss at width 256", automatic=False),
+    "bench": Run("bench.py --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
                  "README and report: speed at GPT-2's sizes", automatic=False),
 }
-COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("demo", "pareto.png", "docs/pareto.png")]
+COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_bytes", "predicted.png", "docs/predicted.png"),
+          ("demo", "pareto.png", "docs/pareto.png")]
 RECORDS = Path("docs/runs.json")
 TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?=<!-- (end|table: \w+) -->|\Z)", re.DOTALL)
 GPT2_BUDGET = 82_000_000, 82_999_999  # parameters: what kron_decompose.py --budget=82M means
@@ -293,9 +297,10 @@ def mean_loss(model, held_out):
 
 
 def predicted_table(path):
-    """The budgets of predict.py's table, and its last line."""
+    """The budgets of predict.py's table, and its last line. None where it is not there."""
     lines = read_lines(path)
-    return "\n".join([line for line in lines if line.startswith(("| compressed", "|---", "| budget"))] + ["", lines[-1]])
+    kept = [line for line in lines if line.startswith(("| compressed", "|---", "| budget"))]
+    return "\n".join([*kept, "", lines[-1]]) if lines else None
 
 
 def after(row):
@@ -533,6 +538,7 @@ def main(name=None):
         spectrum=spectrum_table(spectra),
         errors=errors_table(dense, text, held_out, shapes),
         predicted=predicted_table(RUNS["predict"].output),
+        predicted_bytes=predicted_table(RUNS["predict_bytes"].output),
         ranks=ranks_table(results["compare_small"]),
         ranks_bytes=results["compare_bytes"] and ranks_table(results["compare_bytes"]),
         speed=results["bench"] and speed_table(results["bench"]),

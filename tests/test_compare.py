@@ -147,7 +147,8 @@ def test_starts_with_one_command_share_what_it_makes(calls, monkeypatch):
     monkeypatch.setattr(compare, "starts", "half: kron_decompose.py 16 32 1\n"
                                            "distilled: kron_decompose.py 16 32 1 | --teacher=dense.pt")
     compare.main()
-    assert [call[0] for call in calls if call[0] != "perplexity.py"] == ["kron_decompose.py", *["train.py", "kron_to_gpt.py"] * 2]
+    scripts = [call[0] for call in calls if call[0] != "perplexity.py"]
+    assert scripts == ["kron_decompose.py", *["train.py", "kron_to_gpt.py"] * 2]
     assert all("--init_from=out/half/start.pt" in call for call in calls if call[0] == "train.py")
     half, distilled = json.loads(Path("out/results.json").read_text())[1:]
     assert half["before"] == distilled["before"] and half["runs"] != distilled["runs"]

@@ -70,6 +70,8 @@ def check_command(command):
     assert launcher == "torchrun" or not n_options, "an option of python"
     script, args = words[n_options], words[n_options + 1:]
     assert (ROOT / script).is_file(), f"no script {script}"
+    if args == ["--help"]:
+        return
     namespace = dict(load(script))
     parameters = inspect.signature(namespace["main"]).parameters.values()
     positionals = configure(namespace, args, takes_positionals=bool(parameters))
