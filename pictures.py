@@ -1,5 +1,6 @@
 """Pictures of losses: one training run, and several starts side by side. matplotlib is imported when one is drawn."""
 import math
+import re
 import statistics
 
 from files import atomic_write
@@ -19,9 +20,9 @@ def new_figure(*size):
 
 
 def save(figure, path):
-    """Write a figure as a PNG."""
+    """Write a figure as a PNG, with the same bytes each time."""
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=DPI)
+        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
 
 
 def use_log_scale(axes):
@@ -56,14 +57,19 @@ def draw_run(log, path, title):
     save(figure, path)
 
 
-def row_styles(rows):
-    """{name: color and marker} of each start, in another combination for each ten."""
-    return {row["name"]: dict(color=f"C{i % COLORS}", marker=MARKERS[(i + i // COLORS) % len(MARKERS)])
-            for i, row in enumerate(rows)}
+def method(name):
+    """The name of a start without the size in front of it: starts of one method at several sizes belong together."""
+    return re.sub(r"^[\d.]+[KMB] ", "", name)
+
+
+def method_styles(rows):
+    """{method: color and marker}, in another combination for each ten."""
+    return {name: dict(color=f"C{i % COLORS}", marker=MARKERS[(i + i // COLORS) % len(MARKERS)])
+            for i, name in enumerate(dict.fromkeys(method(row["name"]) for row in rows))}
 
 
 def draw_pareto(dense, rows, path, dataset):
-    """Loss against parameters, before and after training.
+    """Loss against parameters, before and after training, with a line for a method at several sizes.
 
     Args:
         dense: the row of the dense model: {"name", "parameters", "mlp_parameters", "before"}.
@@ -71,7 +77,7 @@ def draw_pareto(dense, rows, path, dataset):
         path: of the picture.
         dataset: name of the held-out text.
     """
-    figure, styles = new_figure(11, 5), row_styles(rows)
+    figure = new_figure(11, 5.5)
     left, right = figure.subplots(1, 2)
     for axes, title in ((left, "before training"), (right, "after training")):
         axes.plot(dense["parameters"] / 1e6, dense["before"], "k*", markersize=14,
@@ -79,13 +85,15 @@ def draw_pareto(dense, rows, path, dataset):
         axes.set(xlabel="parameters (millions)", ylabel=f"loss on held-out {dataset} (nats per token)", title=title)
         axes.grid(alpha=0.3)
         axes.margins(x=0.15)
-    for row in rows:
-        x, losses = row["parameters"] / 1e6, [r["after"] for r in row["runs"]]
-        style = dict(linestyle="", markersize=7, **styles[row["name"]])
-        left.plot(x, math.nan if row["before"] is None else row["before"], **style)
-        right.errorbar(x, statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else None, capsize=4, **style)
-        right.plot([], [], label=row["name"], **style)  # in the legend, without the error bar
-    use_log_scale(left)
+    for name, style in method_styles(rows).items():
+        same = sorted((row for row in rows if method(row["name"]) == name), key=lambda row: row["parameters"])
+        x, losses = [row["parameters"] / 1e6 for row in same], [[r["after"] for r in row["runs"]] for row in same]
+        left.plot(x, [math.nan if row["before"] is None else row["before"] for row in same], markersize=7, **style)
+        means, spread = zip(*((statistics.mean(ls), statistics.stdev(ls) if len(ls) > 1 else 0) for ls in losses))
+        right.errorbar(x, means, spread if any(spread) else None, capsize=4, markersize=7, **style)
+        right.plot([], [], label=name, markersize=7, **style)  # in the legend, without the error bar
+    for axes in left, right:
+        use_log_scale(axes)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     save(figure, path)
 
@@ -104,7 +112,7 @@ def group_by_size(dense, rows):
 
 def draw_curves(dense, rows, path):
     """Validation loss against steps, the mean over seeds, with a panel for each size; arguments as of draw_pareto."""
-    groups, styles = group_by_size(dense, rows), row_styles(rows)
+    groups, styles = group_by_size(dense, rows), method_styles(rows)
     figure = new_figure(1 + 6 * len(groups), 6)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, group in zip(panels, groups):
@@ -113,7 +121,7 @@ def draw_curves(dense, rows, path):
             curves = [dict(r["curve"]) for r in row["runs"]]
             common = sorted(set.intersection(*map(set, curves)))
             axes.plot(common, [statistics.mean(c[step] for c in curves) for step in common], markersize=4,
-                      label=row["name"], **styles[row["name"]])
+                      label=row["name"], **styles[method(row["name"])])
         share = group[0]["mlp_parameters"] / dense["mlp_parameters"]
         axes.set(xlabel="steps", title=f"{share:.0%} of the MLP parameters")
         axes.grid(alpha=0.3)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import UserError, run  # noqa: E402
 from files import atomic_write  # noqa: E402
+from pictures import draw_pareto, new_figure, save  # noqa: E402
 
 base = "out/demo/base/best.pt"  # the dense model of the spectra and errors
 dataset = "pydocs"  # data/<dataset>, for calibration and losses
@@ -49,8 +50,8 @@ RUNS = {
     "bench": Run("bench.py --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
                  "README and report: speed at GPT-2's sizes", automatic=False),
 }
-COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_bytes", "predicted.png", "docs/predicted.png"),
-          ("demo", "pareto.png", "docs/pareto.png")]
+COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_bytes", "predicted.png", "docs/predicted.png")]
+PARETO = {"demo": "docs/pareto.png", "compare_small": "docs/pareto_small.png", "compare_bytes": "docs/pareto_bytes.png"}
 RECORDS = Path("docs/runs.json")
 TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?=<!-- (end|table: \w+) -->|\Z)", re.DOTALL)
 GPT2_BUDGET = 82_000_000, 82_999_999  # parameters: what kron_decompose.py --budget=82M means
@@ -59,10 +60,6 @@ GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (7
 GPT2_RANK = 288  # of all matrices of GPT-2 with 82M parameters in all
 LABELLED = {(768, 768): "Krony-PT", (768, 1): "low rank"}
 COLORS = {"attn.c_attn": "C0", "attn.c_proj": "C1", "mlp.c_fc": "C2", "mlp.c_proj": "C3"}
-MARKERS = "osD^vPX*hdp<>"
-LOSS_TICKS = (1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2, 2.5, 3, 3.5, 4, 5, 6)  # nats per token
-MOST_TICKS = 12  # on an axis with fine ones
-FINE = 0.05  # between ticks of an axis that has few of those
 NOT_KNOWN = "—"
 
 
@@ -373,21 +370,12 @@ def runs_table(records):
 
 # ---- pictures
 
-def save(figure, path):
-    from matplotlib import pyplot as plt
-
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})  # the same bytes each time
-    plt.close(figure)
-
-
 def draw_parameters(config, path):
     """The parameters of a model by part, with their shares."""
-    from matplotlib import pyplot as plt
-
     parts = parameters_by_part(config)
     total = sum(parts.values())
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    figure = new_figure(8, 3.2)
+    axes = figure.subplots()
     colors = [COLORS.get(name, "0.6") for name in parts]
     bars = axes.barh(list(parts), [n / 1e6 for n in parts.values()], color=colors)
     axes.bar_label(bars, [f" {n / 1e6:.1f}M, {n / total:.1%}" for n in parts.values()])
@@ -399,9 +387,8 @@ def draw_parameters(config, path):
 
 def draw_spectrum(spectra, path):
     """Singular values of rearranged matrices, trained and random, a panel for each shape."""
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, len(spectra), figsize=(11, 3.6), layout="constrained", squeeze=False)
+    figure = new_figure(11, 3.6)
+    panels = figure.subplots(1, len(spectra), squeeze=False)
     for axes, ((dim_1, dim_2, r), (trained, random)) in zip(panels[0], spectra.items()):
         for sigma, style, label in ((trained, "C2o-", "trained"), (random, "ks--", "random")):
             axes.plot(range(1, len(sigma) + 1), sigma, style, markersize=3, label=label)
@@ -417,9 +404,8 @@ def draw_spectrum(spectra, path):
 
 def draw_cost(shapes, path):
     """Rank and multiply-adds of budget.MLPShapes of one size."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure = new_figure(8, 4.2)
+    axes = figure.subplots()
     axes.plot([s.rank for s in shapes], [s.multiply_adds for s in shapes], "o", color="0.6", markersize=4)
     for s in shapes:
         if name := LABELLED.get((s.dim_1, s.dim_2)):
@@ -437,11 +423,9 @@ def draw_cost(shapes, path):
 
 def draw_ranks(rows, path):
     """The share of its parameters that each matrix keeps, block by block, a panel for each budget of ours."""
-    from matplotlib import pyplot as plt
-
     budgets = our_budgets(rows)
-    figure, panels = plt.subplots(1, len(budgets), figsize=(1.5 + 3 * len(budgets), 3.6), layout="constrained", sharey=True,
-                                  squeeze=False)
+    figure = new_figure(1.5 + 3 * len(budgets), 3.6)
+    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)
     for axes, (budget, shapes) in zip(panels[0], budgets.items()):
         for marker, (kind, (m, n)) in zip("osD^", matrices_of(rows).items()):
             axes.plot([100 * rank_share(m, n, s) for s in shapes[kind]], marker=marker, color=COLORS[kind], label=kind)
@@ -452,46 +436,9 @@ def draw_ranks(rows, path):
     save(figure, path)
 
 
-def by_method(rows):
-    """{method: [row of each size]}: a start's name is its size and its method."""
-    groups = {}
-    for row in sorted(rows, key=lambda row: row["parameters"]):
-        size, _, method = row["name"].partition(" ")
-        if size[:1].isdigit():
-            groups.setdefault(method, []).append(row)
-    return groups
-
-
-def draw_pareto(rows, path):
-    """Loss against parameters, before and after training, a line for each method."""
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
-    trained = next((row for row in rows[1:] if row["shapes"] == rows[0]["shapes"]), None)
-    for axes, title, loss in ((left, "before training", lambda row: row["before"]), (right, "after training", after)):
-        for i, (method, group) in enumerate(by_method(rows[1:]).items()):
-            axes.plot([row["parameters"] / 1e6 for row in group], [loss(row) for row in group], label=method,
-                      color=f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], linewidth=2 if method.startswith("ours") else 1)
-        dense = rows[0]["before"] if axes is left or trained is None else after(trained)
-        axes.axhline(dense, color="k", linestyle=":", label="dense, and trained as long")
-        axes.set(xlabel="parameters (millions)", title=title, yscale="log")
-        low, high = axes.get_ylim()
-        fine = [k * FINE for k in range(math.ceil(low / FINE), math.floor(high / FINE) + 1)]
-        ticks = fine if len(fine) <= MOST_TICKS else [t for t in LOSS_TICKS if low <= t <= high]
-        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
-        axes.set_yticks([], minor=True)
-        axes.grid(alpha=0.3)
-    left.set_ylabel("loss on held-out text (nats per byte)")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    save(figure, path)
-
-
 # ---- all of it
 
 def main(name=None):
-    import matplotlib
-
-    matplotlib.use("Agg")
     if name and name not in RUNS:
         raise UserError(f"there is no run {name}: the runs are {', '.join(RUNS)}")
     os.chdir(ROOT)
@@ -529,7 +476,9 @@ def main(name=None):
             with atomic_write(copy) as file:
                 file.write(path.read_bytes())
     draw_ranks(results["compare_small"], "docs/ranks.png")
-    draw_pareto(results["compare_small"], "docs/pareto_small.png")
+    for run_name, picture in PARETO.items():
+        if rows := results[run_name]:
+            draw_pareto(rows[0], rows[1:], picture, dataset)
 
     tables = dict(
         parameters=parameters_table(gpt2),

@@ -87,3 +87,22 @@ def test_a_log_is_read_up_to_the_line_that_a_kill_left(workdir):
     Path("log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries)
                                  + '[]\n{"loss": 3}\n{"step": "x"}\n{"step": 3, "los')
     assert read_log("log.jsonl") == entries
+
+
+def test_losses_against_parameters_have_a_line_for_each_method(workdir, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.append(figure))
+
+    def row(name, parameters, before, *after):
+        return dict(name=name, parameters=parameters, mlp_parameters=parameters, before=before,
+                    runs=[dict(after=loss, curve=[(0, before)]) for loss in after])
+
+    rows = [row("1.7M ours", 2_000_000, 1.5, 1.2, 1.4), row("0.9M ours", 1_000_000, 1.75, 1.6, 1.6),
+            row("2.2M Van Loan", 2_000_000, None, 1.9)]
+    pictures.draw_pareto(row("dense", 3_000_000, 1.1), rows, "a.png", "pydocs")
+    left, right = figures[0].axes
+    for axes, ours, van_loan in ((left, [1.75, 1.5], None), (right, [1.6, 1.3], 1.9)):
+        _, line, other = (line for line in axes.lines if len(line.get_xdata()) and line.get_marker() != "_")
+        assert list(line.get_xdata()) == [1, 2] and list(line.get_ydata()) == pytest.approx(ours)
+        assert list(other.get_xdata()) == [2] and (other.get_ydata()[0] == van_loan or axes is left)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["dense", "ours", "Van Loan"]
