@@ -54,6 +54,7 @@ COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_by
 PARETO = {"demo": "docs/pareto.png", "compare_small": "docs/pareto_small.png", "compare_bytes": "docs/pareto_bytes.png"}
 RECORDS = Path("docs/runs.json")
 TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?=<!-- (end|table: \w+) -->|\Z)", re.DOTALL)
+HEADLINE_SIZE = "1.7M"  # of the starts in the README's first table
 GPT2_BUDGET = 82_000_000, 82_999_999  # parameters: what kron_decompose.py --budget=82M means
 GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (768, 1, 153), (256, 64, 36), (128, 32, 100),
                (32, 64, 4)]  # of c_fc
@@ -305,18 +306,32 @@ def after(row):
     return statistics.mean(r["after"] for r in row["runs"])
 
 
+def spread(row):
+    """after(row) ± the standard deviation over seeds, as text."""
+    losses = [r["after"] for r in row["runs"]]
+    return f"{after(row):.3f}" + (f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else "")
+
+
 def comparison_table(rows):
     """Losses of a comparison in nats per token, ± the standard deviation over seeds."""
     cells = [(rows[0]["name"], f"{rows[0]['parameters']:,}", f"{rows[0]['before']:.3f}", "", "", "")]
     for row in rows[1:]:
-        losses, rate = [r["after"] for r in row["runs"]], row["learning_rate"]
-        spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-        cells.append((row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", f"{after(row):.3f}{spread}",
+        rate = row["learning_rate"]
+        cells.append((row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row),
                       f"{rate:g}" if rate else "", f"{row['seconds']:.0f}"))
     n_seeds = sorted({len(row["runs"]) for row in rows[1:]})
     seeds = " or ".join(map(str, n_seeds))
     return (markdown(["start", "parameters", "loss before training", "loss after", "learning rate", "start, s"], cells)
             + f"\n\nLosses on held-out text in nats per byte; {seeds} seed{'s' * (n_seeds != [1])}.")
+
+
+def peers_table(rows, size):
+    """The starts of one size of a comparison, the one with the lowest loss after training first, behind the dense model."""
+    dense = [row for row in rows[1:] if row["shapes"] == rows[0]["shapes"]]
+    peers = [row for row in rows[1:] if row["name"].startswith(f"{size} ")]
+    return markdown(["", "parameters", "loss before training", "after"],
+                    [(row["name"].removeprefix(f"{size} "), f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row))
+                     for row in dense + sorted(peers, key=after)])
 
 
 def matrices_of(rows):
@@ -489,6 +504,7 @@ def main(name=None):
         predicted=predicted_table(RUNS["predict"].output),
         predicted_bytes=predicted_table(RUNS["predict_bytes"].output),
         ranks=ranks_table(results["compare_small"]),
+        peers=results["compare_bytes"] and peers_table(results["compare_bytes"], HEADLINE_SIZE),
         ranks_bytes=results["compare_bytes"] and ranks_table(results["compare_bytes"]),
         speed=results["bench"] and speed_table(results["bench"]),
         runs=runs_table(read_records()),

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -152,6 +153,17 @@ def test_a_comparison_has_the_mean_and_the_spread_of_its_seeds():
     assert rows[3] == ["1K ours", "1,000", "1.750", f"1.645 ± {0.01 / math.sqrt(2):.3f}", "0.0003", "2"]
     assert "2 seeds." in figures.comparison_table(comparison())
     assert figures.comparison_table(comparison(1)).endswith("1 seed.") and "±" not in figures.comparison_table(comparison(1))
+
+
+def test_peers_of_a_size_are_sorted_by_their_loss():
+    rows = comparison()
+    rows.append(dict(rows[3], name="1K better", runs=[dict(after=1.25)]))
+    table = cells(figures.peers_table(rows, "1K"))
+    at_size = {row["name"][3:]: statistics.mean(r["after"] for r in row["runs"]) for row in rows if row["name"][:3] == "1K "}
+    assert [name for name, *_ in table if name in at_size] == sorted(at_size, key=at_size.get) and len(at_size) > 2
+    assert [name for name, *_ in table if name not in at_size] == [row["name"] for row in rows[1:]
+                                                                   if row["shapes"] == rows[0]["shapes"]]
+    assert table[-len(at_size)] == ["better", "1,000", "1.750", "1.250"]
 
 
 def test_ranks_of_the_budgets():
