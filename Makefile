@@ -15,6 +15,7 @@ demo: $(VENV)/runtime
 	$(VENV)/bin/python compare.py config/compare_demo.py
 	$(VENV)/bin/python kron_to_gpt.py out/demo/all_matrices_ranks_by_loss/seed_1337/best.pt out/demo/small --compressed=True \
 	  --perplexities=out/demo/all_matrices_ranks_by_loss/seed_1337/after.json
+	@echo "to play with both: $(VENV)/bin/python play.py out/demo/base/best.pt out/demo/small"
 
 figures: $(VENV)/runtime
 	$(VENV)/bin/python docs/figures.py
