@@ -16,11 +16,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError
+from configurator import UserError, check_range
 from kron import kron_linear, kron_weight, multiply_adds
 from loss import linear_cross_entropy
 
 GPT2_STD = 0.02  # standard deviation of GPT-2's initial weights
+LOWEST_TEMPERATURE = 1e-6  # above 0; the highest is its inverse: quotients of logits stay finite in float32
 
 
 class Shape(NamedTuple):
@@ -93,6 +94,15 @@ class KronyGPTConfig:
     def as_plain_types(self):
         """The fields as a dict of plain types, which a checkpoint can hold."""
         return dict(asdict(self), shapes={name: [tuple(s) for s in shapes] for name, shapes in self.shapes.items()})
+
+
+def check_sampling(options):
+    """Raise UserError unless a script's options max_new_tokens, temperature, top_k (0 for all) and seed fit generate()."""
+    check_range(options, "max_new_tokens", at_least=1, at_most=10**9)
+    check_range(options, "seed temperature top_k", at_least=0)
+    check_range(options, "temperature", at_most=1 / LOWEST_TEMPERATURE)
+    if 0 < options["temperature"] < LOWEST_TEMPERATURE:
+        raise UserError(f"--temperature is 0 or at least {LOWEST_TEMPERATURE}, not {options['temperature']}")
 
 
 class KronLinear(nn.Module):
@@ -273,7 +283,6 @@ class KronyGPT(nn.Module):
             return self.lm_head(x)
         return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
         """Continue token sequences.
 
@@ -290,10 +299,17 @@ class KronyGPT(nn.Module):
         Raises:
             UserError: logits are not finite.
         """
-        block_size = self.config.block_size
-        generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
         was_training = self.training
         self.eval()
+        new = list(self.stream(idx, max_new_tokens, temperature, top_k, seed))
+        self.train(was_training)
+        return torch.cat((idx, *new), dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
+        """Yield the new tokens (B, 1) of generate(), as they come; of a model in eval mode."""
+        block_size = self.config.block_size
+        generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
         cache = None
         for _ in range(max_new_tokens):
             if idx.shape[1] > block_size:  # the window slides, so every token has a new position: nothing can be kept
@@ -313,9 +329,8 @@ class KronyGPT(nn.Module):
                 token = logits.argmax(dim=-1, keepdim=True)
             else:
                 token = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            yield token
             idx = torch.cat((idx, token), dim=1)
-        self.train(was_training)
-        return idx
 
     def parameters_by_kind(self):
         """{kind: {name: parameter}}: "factors" (A and B of the matrices that are factored), other "matrices", and

@@ -20,7 +20,6 @@ dtype = "float32"  # bfloat16 or float16, by autocast
 
 MAY_BE_EMPTY = ("start",)
 FLOAT, INDEX = 4, 8  # bytes of a float32 and an int64
-LOWEST_TEMPERATURE = 1e-6  # above 0; the highest is its inverse: quotients of logits stay finite in float32
 
 
 def main(ckpt):
@@ -30,14 +29,12 @@ def main(ckpt):
     import checkpoint
     from data import check_tokens
     from device import autocast_to, check_memory, pick_device
+    from model import check_sampling
     from texts import read_pieces
     from tokenizer import TOKEN_TYPE, open_tokenizer
 
-    check_range(globals(), "num_samples max_new_tokens", at_least=1, at_most=10**9)
-    check_range(globals(), "seed temperature top_k", at_least=0)
-    check_range(globals(), "temperature", at_most=1 / LOWEST_TEMPERATURE)
-    if 0 < temperature < LOWEST_TEMPERATURE:
-        raise UserError(f"--temperature is 0 or at least {LOWEST_TEMPERATURE}, not {temperature}")
+    check_range(globals(), "num_samples", at_least=1, at_most=10**9)
+    check_sampling(globals())
     prompt = "".join(read_pieces(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
     model, rest = checkpoint.load(ckpt)
     text_tokenizer = open_tokenizer(rest.get("tokenizer"), model.config.vocab_size, tokenizer)
