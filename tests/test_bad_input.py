@@ -21,8 +21,8 @@ from conftest import ROOT, run_here
 
 import checkpoint
 
-SCRIPTS = ("kron_decompose.py", "prune.py", "train.py", "kron_to_gpt.py", "perplexity.py", "sample.py", "prepare_owt.py",
-           "prepare_pydocs.py", "compare.py", "bench.py")
+SCRIPTS = ("kron_decompose.py", "prune.py", "train.py", "kron_to_gpt.py", "perplexity.py", "sample.py", "play.py",
+           "prepare_owt.py", "prepare_pydocs.py", "compare.py", "bench.py")
 MODEL_COMMANDS = {  # {name: command with a model}
     "kron_decompose": "kron_decompose.py 16 64 1 --init_from={} --out=made.pt",
     "prune": "prune.py --init_from={} --out=made.pt",
