@@ -14,6 +14,7 @@ demo: $(VENV)/runtime
 	$(VENV)/bin/python compare.py config/compare_demo.py
 	$(VENV)/bin/python kron_to_gpt.py out/demo/all_matrices_ranks_by_loss/seed_1337/best.pt out/demo/small --compressed=True \
 	  --perplexities=out/demo/all_matrices_ranks_by_loss/seed_1337/after.json
+	@echo "to play with both: $(VENV)/bin/python play.py out/demo/base/best.pt out/demo/small"
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest
