@@ -210,7 +210,7 @@ def gap_recovered(rows, row):
         return ""
     rival = next(other for other in made if other["shapes"] == row["shapes"])
     trained = next((other for other in made if other["shapes"] == dense["shapes"]), None)
-    if rival is row or rival is trained or rival["before"] == dense["before"]:
+    if rival is trained or rival["before"] in (row["before"], dense["before"]):  # with one start there is no gap
         return ""
     before = (rival["before"] - row["before"]) / (rival["before"] - dense["before"])
     if trained is None or mean_loss(rival) == mean_loss(trained):
