@@ -13,13 +13,14 @@ The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one
 With --documents=N the first N of a corpus are streamed, and nothing else is downloaded. The disk holds their text, while
 they are tokenized, and their tokens: a billion tokens of English take about 7 GB for a while, and 2 GB in the end.
 """
+import gc
 import glob
 import math
 import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -99,20 +100,24 @@ def hub_rows(name):
         yield from rows
     except Exception as error:  # those of a network have no class in common
         raise OSError(f"cannot load {name} ({type(error).__name__}: {error}); {NO_NETWORK}") from None
+    finally:
+        gc.collect()  # ends pyarrow's threads: they read ahead, and at the interpreter's end would abort it
 
 
 def hub_texts(name):
     """Yield the texts of a data set of the hub, None for a null."""
-    for row in hub_rows(name):
-        if not isinstance(row.get(column, 0), str | None):
-            raise UserError(f"{name} has no texts in a column `{column}`; its columns are {', '.join(row)}: name one "
-                            "with --column")
-        yield row[column]
+    with closing(hub_rows(name)) as rows:
+        for row in rows:
+            if not isinstance(row.get(column, 0), str | None):
+                raise UserError(f"{name} has no texts in a column `{column}`; its columns are {', '.join(row)}: name one "
+                                "with --column")
+            yield row[column]
 
 
 @contextmanager
 def gathered(texts):
-    """Texts, None for a null, as one datasets.Dataset with a column `text`, and a remark on what was left out.
+    """The first texts of a generator, None for a null, as one datasets.Dataset with a column `text`, and a remark on what
+    was left out.
 
     They are written once, to a file that lives as long as the context: `datasets` itself takes names for patterns, and
     two files of one name, size and time for one.
@@ -127,8 +132,9 @@ def gathered(texts):
     Path(config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.HF_DATASETS_CACHE, ignore_cleanup_errors=True) as folder:
         path, n_nulls, n_marked, batch, size = f"{folder}/documents.arrow", 0, 0, [], 0
-        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for text in tqdm(texts, "reading", documents, leave=False, unit="doc", unit_scale=True, disable=None):
+        with closing(texts), pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            first = islice(texts, documents)
+            for text in tqdm(first, "reading", documents, leave=False, unit="doc", unit_scale=True, disable=None):
                 if text is None:
                     n_nulls += 1
                     continue
@@ -212,7 +218,7 @@ def main():
     ours = open_tokenizer(None, LARGEST_VOCABULARY if tokenizer else GPT2_VOCAB_SIZE, tokenizer)
     ours.encode("")  # which says what is wrong with it now
     is_whole = data_files is None and documents is None
-    with openwebtext() if is_whole else gathered(islice(texts, documents)) as (dataset, remark):
+    with openwebtext() if is_whole else gathered(texts) as (dataset, remark):
         if len(dataset) < 2:
             raise UserError(f"too few documents to hold one out: {len(dataset)}; --sample_by=line makes more of a .txt")
         if math.ceil(val_fraction * len(dataset)) >= len(dataset):
