@@ -319,19 +319,23 @@ def comparison_table(rows):
         rate = row["learning_rate"]
         cells.append((row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row),
                       f"{rate:g}" if rate else "", f"{row['seconds']:.0f}"))
-    n_seeds = sorted({len(row["runs"]) for row in rows[1:]})
-    seeds = " or ".join(map(str, n_seeds))
     return (markdown(["start", "parameters", "loss before training", "loss after", "learning rate", "start, s"], cells)
-            + f"\n\nLosses on held-out text in nats per byte; {seeds} seed{'s' * (n_seeds != [1])}.")
+            + f"\n\nLosses on held-out text in nats per byte; {seeds(rows)}.")
+
+
+def seeds(rows):
+    """The number of seeds of the starts of a comparison, as text."""
+    numbers = sorted({len(row["runs"]) for row in rows[1:]})
+    return f"{' or '.join(map(str, numbers))} seed{'s' * (numbers != [1])}"
 
 
 def peers_table(rows, size):
     """The starts of one size of a comparison, the one with the lowest loss after training first, behind the dense model."""
     dense = [row for row in rows[1:] if row["shapes"] == rows[0]["shapes"]]
     peers = [row for row in rows[1:] if row["name"].startswith(f"{size} ")]
-    return markdown(["", "parameters", "loss before training", "after"],
-                    [(row["name"].removeprefix(f"{size} "), f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row))
-                     for row in dense + sorted(peers, key=after)])
+    cells = [(row["name"].removeprefix(f"{size} "), f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row))
+             for row in dense + sorted(peers, key=after)]
+    return markdown(["start", "parameters", "loss before training", "after"], cells) + f"\n\n{seeds(rows)} each."
 
 
 def matrices_of(rows):

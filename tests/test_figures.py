@@ -163,6 +163,7 @@ def test_peers_of_a_size_are_sorted_by_their_loss():
     assert [name for name, *_ in table if name in at_size] == sorted(at_size, key=at_size.get) and len(at_size) > 2
     assert [name for name, *_ in table if name not in at_size] == [row["name"] for row in rows[1:]
                                                                    if row["shapes"] == rows[0]["shapes"]]
+    assert figures.peers_table(comparison(1), "1K").endswith("1 seed each.")
     assert table[-len(at_size)] == ["better", "1,000", "1.750", "1.250"]
 
 
