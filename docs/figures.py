@@ -313,13 +313,14 @@ def spread(row):
 
 
 def comparison_table(rows):
-    """Losses of a comparison in nats per token, ± the standard deviation over seeds."""
+    """Losses of a comparison in nats per token, ± the standard deviation over seeds, and those at other rates."""
     cells = [(rows[0]["name"], f"{rows[0]['parameters']:,}", f"{rows[0]['before']:.3f}", "", "", "")]
     for row in rows[1:]:
         rate = row["learning_rate"]
+        others = [f"{float(other):g}: {loss:.3f}" for other, loss in row["losses_by_rate"].items() if float(other) != rate]
         cells.append((row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row),
-                      f"{rate:g}" if rate else "", f"{row['seconds']:.0f}"))
-    return (markdown(["start", "parameters", "loss before training", "loss after", "learning rate", "start, s"], cells)
+                      f"{rate:g}" if rate else "", ", ".join(others)))
+    return (markdown(["start", "parameters", "loss before training", "loss after", "learning rate", "at other rates"], cells)
             + f"\n\nLosses on held-out text in nats per byte; {seeds(rows)}.")
 
 

@@ -33,7 +33,8 @@ def comparison(seeds=2):
     """Rows as compare.py writes them: the dense model, the same trained further, and two methods at two sizes."""
     def row(name, parameters, loss, shapes):
         runs = [dict(after=loss - 0.1 - seed / 100, seconds=3.0, curve=[[0, loss]]) for seed in range(seeds)]
-        return dict(name=name, parameters=parameters, before=loss, shapes=shapes, seconds=2.0, runs=runs, learning_rate=3e-4)
+        return dict(name=name, parameters=parameters, before=loss, shapes=shapes, seconds=2.0, runs=runs, learning_rate=3e-4,
+                    losses_by_rate={"0.0001": loss, "0.0003": loss - 0.1})
 
     dense = {kind: [[m, n, 1]] * 2 for kind, (m, n) in TINY.matrices.items()}
     low = {kind: [[m, 1, 2], [m, 1, 3]] for kind, (m, n) in TINY.matrices.items()}
@@ -150,7 +151,7 @@ def test_errors_of_the_fits():
 def test_a_comparison_has_the_mean_and_the_spread_of_its_seeds():
     rows = cells(figures.comparison_table(comparison()))
     assert rows[0] == ["dense base", "4,000", "1.500", "", "", ""]
-    assert rows[3] == ["1K ours", "1,000", "1.750", f"1.645 ± {0.01 / math.sqrt(2):.3f}", "0.0003", "2"]
+    assert rows[3] == ["1K ours", "1,000", "1.750", f"1.645 ± {0.01 / math.sqrt(2):.3f}", "0.0003", "0.0001: 1.750"]
     assert "2 seeds." in figures.comparison_table(comparison())
     assert figures.comparison_table(comparison(1)).endswith("1 seed.") and "±" not in figures.comparison_table(comparison(1))
 
