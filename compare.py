@@ -296,9 +296,10 @@ def main():
             for rate in rates if is_first else [row["learning_rate"]]:
                 options = [f"--learning_rate={rate}", *training] if rate else training
                 run_dir = start_dir / (f"rate_{rate}_seed_{seed}" if rate else f"seed_{seed}")
-                work = dict(start=start, options=options, seed=seed, is_exported=is_exported)
-                key = dict(training_settings, made=modification_time(start), **dict(work, start=str(start)))
-                runs[rate] = keep_result(Path(f"{run_dir}.json"), key, train_start, run_dir, *work.values())
+                key = dict(training_settings, start=[str(start), modification_time(start)], training=options, seed=seed,
+                           is_exported=is_exported)
+                runs[rate] = keep_result(Path(f"{run_dir}.json"), key, train_start, run_dir, start, options, seed,
+                                         is_exported)
                 best = min(runs, key=lambda rate: runs[rate]["after"])
                 if best != rate:
                     break
