@@ -12,10 +12,10 @@ for its training follow a bar:
 
 Each start is scored, trained by --train_config, once for each seed, and scored again; all starts see the same batches. The
 work is done by the scripts that a person would run. With the first seed, the trained model is converted to a Hugging Face
-model, and that model is scored. With --learning_rates=3e-5,1e-4,3e-4 the checkpoints are scored instead: the first seed
-tries one rate after the other until the loss rises, and the other seeds take the start's best one. Of a directory that
-train.py made, the best checkpoint is scored, and nothing in it is changed; its loss before training is the validation loss
-of its log at step 0.
+model, and that model is scored. With --learning_rates=3e-5,1e-4,3e-4 the checkpoints are scored instead: whatever rate a
+start has, the first seed tries one after the other until the loss rises, and the other seeds take the best one. Of a
+directory that train.py made, the best checkpoint is scored, and nothing in it is changed; its loss before training is the
+validation loss of its log at step 0.
 
 Results go to out_dir: results.json, table.md, pareto.png (loss against parameters) and loss.png (loss against steps), after
 each pass through the starts. Finished work is not repeated: a comparison that was stopped, or that has another start, seed
@@ -41,12 +41,12 @@ starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # for each line,
 train_config = "config/demo_train.py"  # config file of train.py for every start
 steps: int | None = None  # optimizer steps of each training; default: those of train_config
 seeds = "1337"  # comma list of seeds for the batches; every start is trained once with each
-learning_rates = ""  # comma list to try in turn until the loss rises, with the first seed; default: that of train_config
+learning_rates = ""  # comma list to try in turn until the loss rises, with the first seed; default: the start's own
 dataset = "pydocs"  # data/<dataset>, for training and scores
 out_dir = "out/demo"  # directory of the results
 
 SCRIPTS = ("kron_decompose.py", "prune.py")
-RESULT_FORMAT = 3  # of the kept results; those of another format are computed again
+RESULT_FORMAT = 4  # of the kept results; those of another format are computed again
 OUTPUTS = ("table.md", "results.json", "pareto.png", "loss.png")
 
 
@@ -153,7 +153,7 @@ def train_start(folder, start, options, seed, is_exported):
     """Train a start with one seed and score it, or if is_exported, the Hugging Face model made of it.
 
     Returns:
-        {"after": loss in nats per token, "seconds", "curve": [(step, validation loss)]}
+        {"after": loss in nats per token, "learning_rate", "seconds", "curve": [(step, validation loss)]}
 
     Raises:
         UserError: a script failed, or the training was stopped before its end.
@@ -171,7 +171,8 @@ def train_start(folder, start, options, seed, is_exported):
         source = folder / "hf"
         call("kron_to_gpt.py", str(folder / "best.pt"), str(source))
     after = score(source, folder / "after.json")
-    return dict(after=after["loss"], seconds=seconds, curve=validation_curve(folder / "log.jsonl"))
+    return dict(after=after["loss"], learning_rate=last["config"]["learning_rate"], seconds=seconds,
+                curve=validation_curve(folder / "log.jsonl"))
 
 
 def validation_curve(log_path):
@@ -226,9 +227,9 @@ def cell(value, form):
 
 def table(rows):
     """The results as a Markdown table: losses in nats per token, ± the standard deviation over seeds."""
-    rates = sorted({rate for row in rows[1:] for rate in row["losses_by_rate"]})
+    rates = {row["learning_rate"] for row in rows[1:]}
     head = ["model", "parameters", "in MLPs", "loss before training", "loss after", "perplexity after", "gap recovered",
-            *["learning rate"] * bool(rates), "start, s", "training, s", "tokens/s"]
+            *["learning rate"] * (len(rates) > 1), "start, s", "training, s", "tokens/s"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         cells = [row["name"], f"{row['parameters']:,}", f"{row['mlp_parameters'] / rows[0]['mlp_parameters']:.1%}",
@@ -237,7 +238,7 @@ def table(rows):
             losses, mean = [r["after"] for r in runs], mean_loss(row)
             spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
             cells += [f"{mean:.3f}{spread}", f"{math.exp(mean):.3f}", gap_recovered(rows, row),
-                      *([cell(row["learning_rate"], "g")] if rates else []), cell(row["seconds"], ".0f"),
+                      *[cell(row["learning_rate"], "g")] * (len(rates) > 1), cell(row["seconds"], ".0f"),
                       cell(statistics.median(r["seconds"] for r in runs), ".0f")]
         else:
             cells += [""] * (len(head) - 5)
@@ -246,8 +247,8 @@ def table(rows):
     caption = (f"Held-out text of {dataset}; {' or '.join(map(str, n_seeds))} seed{'s' * (n_seeds != [1])} each. Gap "
                "recovered: the share of the gap in loss, between the first start of the same shapes and the dense model, "
                "that a start closes; before → after training, for the latter with the dense model trained as long.")
-    if rates:
-        caption += f" Learning rate: of {', '.join(f'{rate:g}' for rate in rates)}, the last before the loss rises."
+    if tried := sorted({rate for row in rows[1:] for rate in row["losses_by_rate"]}):
+        caption += f" Learning rate: of {', '.join(f'{rate:g}' for rate in tried)}, the last before the loss rises."
     return "\n".join([*lines, "", caption, ""])
 
 
@@ -265,7 +266,7 @@ def main():
 
     check_range(globals(), "steps", at_least=1, at_most=10**9)
     todo, numbers = parse_starts(), parse_numbers("seeds", int, -1, 2**63)
-    rates = parse_numbers("learning_rates", float, 0, math.inf) if learning_rates else [None]  # None: that of train_config
+    rates = parse_numbers("learning_rates", float, 0, math.inf) if learning_rates else [None]  # None: its own
     folder = Path(out_dir)
     for name in OUTPUTS:
         check_is_file(folder / name)
@@ -293,8 +294,8 @@ def main():
             if row is None:
                 rows.append(row := dict(result, name=name, runs=[]))
             runs = {}  # by learning rate
-            for rate in rates if is_first else [row["learning_rate"]]:
-                options = [f"--learning_rate={rate}", *training] if rate else training
+            for rate in rates if is_first or not learning_rates else [row["learning_rate"]]:
+                options = [*training, f"--learning_rate={rate}"] if rate else training
                 run_dir = start_dir / (f"rate_{rate}_seed_{seed}" if rate else f"seed_{seed}")
                 key = dict(training_settings, start=[str(start), modification_time(start)], training=options, seed=seed,
                            is_exported=is_exported)
@@ -304,7 +305,8 @@ def main():
                 if best != rate:
                     break
             if is_first:
-                row |= dict(learning_rate=best, losses_by_rate={rate: run["after"] for rate, run in runs.items() if rate})
+                row |= dict(learning_rate=runs[best]["learning_rate"],
+                            losses_by_rate={rate: run["after"] for rate, run in runs.items() if rate})
             row["runs"].append(runs[best])
         write_results(rows)
     print(f"\n{table(rows)}\nin {out_dir}/: table.md, results.json, pareto.png, loss.png")

@@ -6,36 +6,35 @@ train_config = "config/compare_bytes_train.py"
 dataset = "pydocs"
 out_dir = "out/compare_bytes"
 seeds = "1,2,3"
-learning_rates = "3e-5,1e-4,3e-4,6e-4"
 
 starts = f"""
-dense, trained further: kron_decompose.py 256 1024 1
-1.7M Van Loan: kron_decompose.py 256 256 1
-1.7M Krony-PT's pruning: prune.py --keep=4
-1.7M SVD of the MLPs: kron_decompose.py 256 1 51
-1.7M SVD of all matrices: kron_decompose.py --budget=1.716M --ranks=even
-1.7M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=1.716M --ranks=even --metric=none --calibrate=pydocs
-1.7M hidden units pruned, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pydocs
-1.7M one block in two: prune.py --dim=layer
-1.7M ours, MLPs only: kron_decompose.py --budget=1.716M --matrices=mlp --calibrate=pydocs
-1.7M ours: kron_decompose.py --budget=1.716M --calibrate=pydocs
-1.7M ours, distilled: kron_decompose.py --budget=1.716M --calibrate=pydocs | --teacher={base}
-1.7M ours, distilled alone: kron_decompose.py --budget=1.716M --calibrate=pydocs | --teacher={base} --distill=1
-1.7M ours, linear decay: kron_decompose.py --budget=1.716M --calibrate=pydocs | --decay=linear
-2.2M Van Loan: kron_decompose.py 256 512 1
-2.2M Krony-PT's pruning: prune.py
-2.2M SVD of the MLPs: kron_decompose.py 256 1 102
-2.2M SVD of all matrices: kron_decompose.py --budget=2.238M --ranks=even
-2.2M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=2.238M --ranks=even --metric=none --calibrate=pydocs
-2.2M hidden units pruned, refitted: prune.py --dim=hidden --keep=2 --select=contribution --refit --calibrate=pydocs
-2.2M ours, MLPs only: kron_decompose.py --budget=2.238M --matrices=mlp --calibrate=pydocs
-2.2M ours: kron_decompose.py --budget=2.238M --calibrate=pydocs
-2.2M ours, distilled: kron_decompose.py --budget=2.238M --calibrate=pydocs | --teacher={base}
-0.9M SVD of all matrices: kron_decompose.py --budget=0.931M --ranks=even
-0.9M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=0.931M --ranks=even --metric=none --calibrate=pydocs
-0.9M one block in four: prune.py --dim=layer --keep=4
-0.9M ours: kron_decompose.py --budget=0.931M --calibrate=pydocs
-0.9M ours, distilled: kron_decompose.py --budget=0.931M --calibrate=pydocs | --teacher={base}
-0.9M ours, distilled alone: kron_decompose.py --budget=0.931M --calibrate=pydocs | --teacher={base} --distill=1
-0.9M ours, linear decay: kron_decompose.py --budget=0.931M --calibrate=pydocs | --decay=linear
+dense, trained further: kron_decompose.py 256 1024 1 | --learning_rate=3e-5
+1.7M Van Loan: kron_decompose.py 256 256 1 | --learning_rate=6e-4
+1.7M Krony-PT's pruning: prune.py --keep=4 | --learning_rate=6e-4
+1.7M SVD of the MLPs: kron_decompose.py 256 1 51 | --learning_rate=3e-4
+1.7M SVD of all matrices: kron_decompose.py --budget=1.716M --ranks=even | --learning_rate=1e-4
+1.7M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=1.716M --ranks=even --metric=none --calibrate=pydocs | --learning_rate=3e-5
+1.7M hidden units pruned, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pydocs | --learning_rate=3e-4
+1.7M one block in two: prune.py --dim=layer | --learning_rate=6e-4
+1.7M ours, MLPs only: kron_decompose.py --budget=1.716M --matrices=mlp --calibrate=pydocs | --learning_rate=1e-4
+1.7M ours: kron_decompose.py --budget=1.716M --calibrate=pydocs | --learning_rate=3e-5
+1.7M ours, distilled: kron_decompose.py --budget=1.716M --calibrate=pydocs | --teacher={base} --learning_rate=3e-5
+1.7M ours, distilled alone: kron_decompose.py --budget=1.716M --calibrate=pydocs | --teacher={base} --distill=1 --learning_rate=3e-5
+1.7M ours, linear decay: kron_decompose.py --budget=1.716M --calibrate=pydocs | --decay=linear --learning_rate=3e-5
+2.2M Van Loan: kron_decompose.py 256 512 1 | --learning_rate=3e-4
+2.2M Krony-PT's pruning: prune.py | --learning_rate=6e-4
+2.2M SVD of the MLPs: kron_decompose.py 256 1 102 | --learning_rate=3e-5
+2.2M SVD of all matrices: kron_decompose.py --budget=2.238M --ranks=even | --learning_rate=3e-5
+2.2M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=2.238M --ranks=even --metric=none --calibrate=pydocs | --learning_rate=3e-5
+2.2M hidden units pruned, refitted: prune.py --dim=hidden --keep=2 --select=contribution --refit --calibrate=pydocs | --learning_rate=1e-4
+2.2M ours, MLPs only: kron_decompose.py --budget=2.238M --matrices=mlp --calibrate=pydocs | --learning_rate=3e-5
+2.2M ours: kron_decompose.py --budget=2.238M --calibrate=pydocs | --learning_rate=3e-5
+2.2M ours, distilled: kron_decompose.py --budget=2.238M --calibrate=pydocs | --teacher={base} --learning_rate=3e-5
+0.9M SVD of all matrices: kron_decompose.py --budget=0.931M --ranks=even | --learning_rate=6e-4
+0.9M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=0.931M --ranks=even --metric=none --calibrate=pydocs | --learning_rate=3e-4
+0.9M one block in four: prune.py --dim=layer --keep=4 | --learning_rate=6e-4
+0.9M ours: kron_decompose.py --budget=0.931M --calibrate=pydocs | --learning_rate=1e-4
+0.9M ours, distilled: kron_decompose.py --budget=0.931M --calibrate=pydocs | --teacher={base} --learning_rate=3e-4
+0.9M ours, distilled alone: kron_decompose.py --budget=0.931M --calibrate=pydocs | --teacher={base} --distill=1 --learning_rate=3e-4
+0.9M ours, linear decay: kron_decompose.py --budget=0.931M --calibrate=pydocs | --decay=linear --learning_rate=1e-4
 """

@@ -5,32 +5,31 @@ train_config = "config/compare_small_train.py"
 dataset = "pydocs"
 out_dir = "out/compare_small"
 seeds = "1,2,3"
-learning_rates = "1e-4,3e-4,1e-3,3e-3"
 
 starts = f"""
-dense, trained further: kron_decompose.py 128 512 1
-0.45M Van Loan: kron_decompose.py 128 128 1
-0.45M Krony-PT's pruning: prune.py --keep=4
-0.45M SVD of the MLPs: kron_decompose.py 128 1 25
-0.45M SVD of all matrices: kron_decompose.py --budget=446.3K --ranks=even
-0.45M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=446.3K --ranks=even --metric=none --calibrate=pydocs
-0.45M hidden units pruned, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pydocs
-0.45M one block in two: prune.py --dim=layer
-0.45M ours, MLPs only: kron_decompose.py --budget=446.3K --matrices=mlp --calibrate=pydocs
-0.45M ours: kron_decompose.py --budget=446.3K --calibrate=pydocs
-0.45M ours, distilled: kron_decompose.py --budget=446.3K --calibrate=pydocs | --teacher={base}
-0.58M Van Loan: kron_decompose.py 128 256 1
-0.58M Krony-PT's pruning: prune.py
-0.58M SVD of the MLPs: kron_decompose.py 128 1 51
-0.58M SVD of all matrices: kron_decompose.py --budget=579.4K --ranks=even
-0.58M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=579.4K --ranks=even --metric=none --calibrate=pydocs
-0.58M hidden units pruned, refitted: prune.py --dim=hidden --keep=2 --select=contribution --refit --calibrate=pydocs
-0.58M ours, MLPs only: kron_decompose.py --budget=579.4K --matrices=mlp --calibrate=pydocs
-0.58M ours: kron_decompose.py --budget=579.4K --calibrate=pydocs
-0.58M ours, distilled: kron_decompose.py --budget=579.4K --calibrate=pydocs | --teacher={base}
-0.25M SVD of all matrices: kron_decompose.py --budget=247.7K --ranks=even
-0.25M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=247.7K --ranks=even --metric=none --calibrate=pydocs
-0.25M one block in four: prune.py --dim=layer --keep=4
-0.25M ours: kron_decompose.py --budget=247.7K --calibrate=pydocs
-0.25M ours, distilled: kron_decompose.py --budget=247.7K --calibrate=pydocs | --teacher={base}
+dense, trained further: kron_decompose.py 128 512 1 | --learning_rate=3e-4
+0.45M Van Loan: kron_decompose.py 128 128 1 | --learning_rate=1e-3
+0.45M Krony-PT's pruning: prune.py --keep=4 | --learning_rate=3e-3
+0.45M SVD of the MLPs: kron_decompose.py 128 1 25 | --learning_rate=1e-3
+0.45M SVD of all matrices: kron_decompose.py --budget=446.3K --ranks=even | --learning_rate=3e-4
+0.45M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=446.3K --ranks=even --metric=none --calibrate=pydocs | --learning_rate=3e-4
+0.45M hidden units pruned, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pydocs | --learning_rate=1e-3
+0.45M one block in two: prune.py --dim=layer | --learning_rate=1e-3
+0.45M ours, MLPs only: kron_decompose.py --budget=446.3K --matrices=mlp --calibrate=pydocs | --learning_rate=3e-4
+0.45M ours: kron_decompose.py --budget=446.3K --calibrate=pydocs | --learning_rate=3e-4
+0.45M ours, distilled: kron_decompose.py --budget=446.3K --calibrate=pydocs | --teacher={base} --learning_rate=1e-3
+0.58M Van Loan: kron_decompose.py 128 256 1 | --learning_rate=1e-3
+0.58M Krony-PT's pruning: prune.py | --learning_rate=1e-3
+0.58M SVD of the MLPs: kron_decompose.py 128 1 51 | --learning_rate=3e-4
+0.58M SVD of all matrices: kron_decompose.py --budget=579.4K --ranks=even | --learning_rate=3e-4
+0.58M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=579.4K --ranks=even --metric=none --calibrate=pydocs | --learning_rate=3e-4
+0.58M hidden units pruned, refitted: prune.py --dim=hidden --keep=2 --select=contribution --refit --calibrate=pydocs | --learning_rate=3e-4
+0.58M ours, MLPs only: kron_decompose.py --budget=579.4K --matrices=mlp --calibrate=pydocs | --learning_rate=3e-4
+0.58M ours: kron_decompose.py --budget=579.4K --calibrate=pydocs | --learning_rate=3e-4
+0.58M ours, distilled: kron_decompose.py --budget=579.4K --calibrate=pydocs | --teacher={base} --learning_rate=1e-3
+0.25M SVD of all matrices: kron_decompose.py --budget=247.7K --ranks=even | --learning_rate=1e-3
+0.25M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=247.7K --ranks=even --metric=none --calibrate=pydocs | --learning_rate=1e-3
+0.25M one block in four: prune.py --dim=layer --keep=4 | --learning_rate=1e-3
+0.25M ours: kron_decompose.py --budget=247.7K --calibrate=pydocs | --learning_rate=3e-4
+0.25M ours, distilled: kron_decompose.py --budget=247.7K --calibrate=pydocs | --teacher={base} --learning_rate=1e-3
 """
