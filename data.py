@@ -5,6 +5,7 @@ own script made) holds GPT-2 tokens. Tokenizers are in tokenizer.py.
 """
 import json
 import os
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -53,8 +54,8 @@ class DatasetWriter:
         self.lock = lock(self.directory)
         self.writes = ExitStack()
         paths = {split: self.directory / f"{split}.bin" for split in SPLITS}
-        for path in (*paths.values(), self.directory / "meta.json"):
-            remove_leftovers(path, is_locked=True)
+        names = [re.escape(path.name) for path in (*paths.values(), self.directory / "meta.json")]
+        remove_leftovers(self.directory, "|".join(names), is_locked=True)
         self.files = {split: self.writes.enter_context(atomic_write(path)) for split, path in paths.items()}
         self.documents = dict.fromkeys(SPLITS, 0)
         self.end_of_text = np.array([self.tokenizer.end_of_text], dtype=TOKEN_TYPE)

@@ -81,7 +81,7 @@ def made_aside(path, make):
         make: function of a new path; it raises FileExistsError where there is something, a link included.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
+    remove_leftovers(path.parent, re.escape(path.name))
     while True:
         aside = aside_name(path)
         try:
@@ -114,17 +114,18 @@ def remove(path):
             path.unlink()
 
 
-def remove_leftovers(path, is_locked=False):
-    """Remove what processes that were killed have left half-written for a path.
+def remove_leftovers(folder, names, is_locked=False):
+    """Remove what processes that were killed have left half-written in a folder.
 
     Args:
-        path: of the file or directory that they were to replace.
-        is_locked: the caller holds the lock of its folder, so that nobody else writes there. Otherwise, what is locked by
+        folder: it exists.
+        names: pattern of the names of the files and directories that they were to replace.
+        is_locked: the caller holds the lock of the folder, so that nobody else writes there. Otherwise, what is locked by
             its writer stays, and so does all where there are no locks.
     """
-    name = re.compile(re.escape(f".{path.name}.") + f"[0-9a-f]{{{2 * RANDOM_BYTES}}}" + re.escape(f".{ASIDE}"))
-    for aside in path.parent.iterdir():
-        if not name.fullmatch(aside.name):
+    aside_names = re.compile(rf"\.(?:{names})\.[0-9a-f]{{{2 * RANDOM_BYTES}}}\.{ASIDE}")
+    for aside in folder.iterdir():
+        if not aside_names.fullmatch(aside.name):
             continue
         try:
             descriptor = claim(aside)

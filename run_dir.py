@@ -41,8 +41,8 @@ class RunDir:
         """Lock it for this process and clear it of half-written files."""
         self.lock = lock(self.path)
         self.check(is_resume, overwrite)  # again: another run may have ended here since the first time
-        for path in (self.last, self.best, self.log_path, self.picture, *self.older()):
-            remove_leftovers(path, is_locked=True)
+        names = [re.escape(path.name) for path in (self.last, self.best, self.log_path, self.picture)]
+        remove_leftovers(self.path, "|".join([*names, self.OLDER.pattern]), is_locked=True)
 
     def start_wandb(self, options, run_id):
         """Start a wandb run, or continue one, unless the option wandb_mode is "off".
