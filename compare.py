@@ -227,7 +227,7 @@ def cell(value, form):
 
 def table(rows):
     """The results as a Markdown table: losses in nats per token, ± the standard deviation over seeds."""
-    rates = {row["learning_rate"] for row in rows[1:]}
+    rates = {row["learning_rate"] for row in rows[1:]} - {None}
     head = ["model", "parameters", "in MLPs", "loss before training", "loss after", "perplexity after", "gap recovered",
             *["learning rate"] * (len(rates) > 1), "start, s", "training, s", "tokens/s"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]

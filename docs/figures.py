@@ -44,6 +44,12 @@ RUNS = {
                          "report: results at width 128, ranks of each matrix"),
     "compare_bytes": Run("compare.py config/compare_bytes.py", "out/compare_bytes/results.json",
                          "report: results at width 256, ranks of each matrix", automatic=False),
+    "rates_small": Run("compare.py config/compare_small.py --seeds=1 --learning_rates=1e-4,3e-4,1e-3,3e-3 "
+                       "--out_dir=out/rates_small", "out/rates_small/results.json", "report: learning rates at width 128",
+                       automatic=False),
+    "rates_bytes": Run("compare.py config/compare_bytes.py --seeds=1 --learning_rates=3e-5,1e-4,3e-4,6e-4 "
+                       "--out_dir=out/rates_bytes", "out/rates_bytes/results.json", "report: learning rates at width 256",
+                       automatic=False),
     "predict_bytes": Run("predict.py --init_from=../shared/data/gpt2-bytes --calibrate=pydocs --shares=0.5,0.25 "
                          "--calibration_tokens=32768 --out_dir=out/predict_bytes", "out/predict_bytes/table.md",
                          "report: predicted and measured loss at width 256", automatic=False),
@@ -313,15 +319,26 @@ def spread(row):
 
 
 def comparison_table(rows):
-    """Losses of a comparison in nats per token, ± the standard deviation over seeds, and those at other rates."""
-    cells = [(rows[0]["name"], f"{rows[0]['parameters']:,}", f"{rows[0]['before']:.3f}", "", "", "")]
-    for row in rows[1:]:
-        rate = row["learning_rate"]
-        others = [f"{float(other):g}: {loss:.3f}" for other, loss in row["losses_by_rate"].items() if float(other) != rate]
-        cells.append((row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row),
-                      f"{rate:g}" if rate else "", ", ".join(others)))
-    return (markdown(["start", "parameters", "loss before training", "loss after", "learning rate", "at other rates"], cells)
+    """Losses of a comparison in nats per token, ± the standard deviation over seeds, and the rates where they differ."""
+    rates = {row["learning_rate"] for row in rows[1:]}
+    cells = [(rows[0]["name"], f"{rows[0]['parameters']:,}", f"{rows[0]['before']:.3f}", "", "")]
+    cells += [(row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row), f"{row['learning_rate']:g}")
+              for row in rows[1:]]
+    n_columns = 4 + (len(rates) > 1)
+    head = ["start", "parameters", "loss before training", "loss after", "learning rate"]
+    return (markdown(head[:n_columns], [row[:n_columns] for row in cells])
             + f"\n\nLosses on held-out text in nats per byte; {seeds(rows)}.")
+
+
+def rates_table(rows):
+    """The best learning rate of each start of a comparison that tried several, and the losses at the others."""
+    cells = []
+    for row in rows[1:]:
+        others = [f"{float(other):g}: {loss:.3f}" for other, loss in row["losses_by_rate"].items()
+                  if float(other) != row["learning_rate"]]
+        cells.append((row["name"], f"{row['learning_rate']:g}", ", ".join(others)))
+    return (markdown(["start", "best rate", "losses after training at other rates"], cells)
+            + f"\n\n{seeds(rows)} each, one rate after the other until the loss rises.")
 
 
 def seeds(rows):
@@ -484,7 +501,7 @@ def main(name=None):
     tokens = load_tokens(dataset, "val", config.vocab_size, config.block_size, rest["tokenizer"])
     starts = range(0, len(tokens) - config.block_size, config.block_size)
     held_out = windows(tokens, starts, config.block_size, config.vocab_size)
-    results = {n: read_results(n) for n in ("demo", "compare_small", "compare_bytes", "bench")}
+    results = {n: read_results(n) for n in ("demo", "compare_small", "compare_bytes", "rates_small", "rates_bytes", "bench")}
     shapes = quarter_shapes(config)
     spectra = mean_spectra(mlp_matrices(dense), shapes)
 
@@ -513,7 +530,8 @@ def main(name=None):
         ranks_bytes=results["compare_bytes"] and ranks_table(results["compare_bytes"]),
         speed=results["bench"] and speed_table(results["bench"]),
         runs=runs_table(read_records()),
-        **{n: results[n] and comparison_table(results[n]) for n in ("demo", "compare_small", "compare_bytes")})
+        **{n: results[n] and comparison_table(results[n]) for n in ("demo", "compare_small", "compare_bytes")},
+        **{n: results[n] and rates_table(results[n]) for n in ("rates_small", "rates_bytes")})
     rewrite_documents(documents.split(","), tables)
     print(f"wrote docs/*.png and the tables of {documents}")
 

@@ -149,11 +149,20 @@ def test_errors_of_the_fits():
 
 
 def test_a_comparison_has_the_mean_and_the_spread_of_its_seeds():
-    rows = cells(figures.comparison_table(comparison()))
-    assert rows[0] == ["dense base", "4,000", "1.500", "", "", ""]
-    assert rows[3] == ["1K ours", "1,000", "1.750", f"1.645 ± {0.01 / math.sqrt(2):.3f}", "0.0003", "0.0001: 1.750"]
+    compared = comparison()
+    rows = cells(figures.comparison_table(compared))
+    assert rows[0] == ["dense base", "4,000", "1.500", ""]
+    assert rows[3] == ["1K ours", "1,000", "1.750", f"1.645 ± {0.01 / math.sqrt(2):.3f}"]
+    compared[1]["learning_rate"] = 3e-5
+    rows = cells(figures.comparison_table(compared))
+    assert [row[4] for row in rows] == ["", "3e-05", *["0.0003"] * 4] and [len(row) for row in rows] == [5] * 6
     assert "2 seeds." in figures.comparison_table(comparison())
     assert figures.comparison_table(comparison(1)).endswith("1 seed.") and "±" not in figures.comparison_table(comparison(1))
+
+
+def test_the_best_rate_of_each_start_stands_beside_the_losses_at_others():
+    rows = cells(figures.rates_table(comparison(1)))
+    assert len(rows) == 5 and rows[2] == ["1K ours", "0.0003", "0.0001: 1.750"]
 
 
 def test_peers_of_a_size_are_sorted_by_their_loss():
