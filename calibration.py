@@ -88,7 +88,7 @@ def statistics(model, tokens, kinds, seed=0):
     token, with σ the singular values of G^(1/2) W F^(1/2).
 
     Memory for L blocks of width C: 8 bytes for each of L 27 C² numbers in F and L 4 C² in covariances, and what a backward
-    pass of GRADIENT_TOKENS tokens, or one window, takes. N tokens take about N (85 L C² + 6 C V) floating point operations
+    pass of GRADIENT_TOKENS tokens, or one window, takes. N tokens take about N (85 L C² + 4 C V) floating point operations
     with a vocabulary of V.
 
     Args:

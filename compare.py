@@ -248,7 +248,8 @@ def table(rows):
                "recovered: the share of the gap in loss, between the first start of the same shapes and the dense model, "
                "that a start closes; before → after training, for the latter with the dense model trained as long.")
     if tried := sorted({rate for row in rows[1:] for rate in row["losses_by_rate"]}):
-        caption += f" Learning rate: of {', '.join(f'{rate:g}' for rate in tried)}, the last before the loss rises."
+        caption += (f" Learning rate: of {', '.join(f'{rate:g}' for rate in tried)}, the last before the loss rises, or the "
+                    "last of all.")
     return "\n".join([*lines, "", caption, ""])
 
 

@@ -264,7 +264,8 @@ def spectrum_table(spectra):
 
 
 def errors_table(dense, text, held_out, shapes):
-    """Errors of weights and outputs, and losses, of Van Loan's sums and of the same shapes fitted to text."""
+    """Errors of weights and outputs, and losses, of Van Loan's sums and of the same shapes fitted to text, both with the
+    hidden units in the order of calibration."""
     import calibration
     import compress
     from kron import van_loan
@@ -275,16 +276,15 @@ def errors_table(dense, text, held_out, shapes):
     rows = [("dense", "", "", f"{mean_loss(dense, held_out):.3f}")]
     for dim_1, dim_2, r in shapes:
         matrices = mlp_shapes(dim_1, dim_2, [r] * config.n_layer)
-        start = compress.factorize(dense, matrices, van_loan)
         order = [calibration.interleave(scores, dim_2, config.n_inner // dim_2) for scores in hidden]
-        ordered = compress.reorder_units(dense, hidden=order)  # as kron_decompose.py does
+        ordered = compress.reorder_units(dense, hidden=order)
         fisher, _ = calibration.statistics(ordered, text, kinds)
         fitted = compress.factorize(ordered, matrices, van_loan)
+        before = mean_loss(fitted, held_out)
         fits = calibration.calibrate(ordered, fitted, text, fisher)
         cells = [f"{statistics.mean(getattr(f, f'{what}_error_before') for f in fits):.3f} → "
                  f"{statistics.mean(getattr(f, f'{what}_error') for f in fits):.3f}" for what in ("weight", "output")]
-        losses = f"{mean_loss(start, held_out):.3f} → {mean_loss(fitted, held_out):.3f}"
-        rows.append((f"({dim_1}, {dim_2}, {r})", *cells, losses))
+        rows.append((f"({dim_1}, {dim_2}, {r})", *cells, f"{before:.3f} → {mean_loss(fitted, held_out):.3f}"))
     return markdown(["shape of the MLPs", "error of the weights", "error of the output", "held-out loss"], rows)
 
 
@@ -338,7 +338,7 @@ def rates_table(rows):
                   if float(other) != row["learning_rate"]]
         cells.append((row["name"], f"{row['learning_rate']:g}", ", ".join(others)))
     return (markdown(["start", "best rate", "losses after training at other rates"], cells)
-            + f"\n\n{seeds(rows)} each, one rate after the other until the loss rises.")
+            + f"\n\n{seeds(rows)} each, one rate after the other until the loss rises or the list ends.")
 
 
 def seeds(rows):

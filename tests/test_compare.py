@@ -133,7 +133,7 @@ def test_each_start_tries_learning_rates_until_the_loss_rises(calls, monkeypatch
     names = ("whole", "half", "fitted")  # the last of which has a rate of its own
     assert trained == [*[(name, 3, rate) for name in names for rate in losses], *[(name, 1, 0.01) for name in names]]
     table = Path("out/table.md").read_text()
-    assert "of 0.001, 0.01, 0.1, the last before the loss rises" in table
+    assert "of 0.001, 0.01, 0.1, the last before the loss rises, or the last of all." in table
     for row in json.loads(Path("out/results.json").read_text())[1:]:
         assert [run["after"] for run in row["runs"]] == [losses[0.01] + seed / 100 for seed in (3, 1)]
         assert row["learning_rate"] == 0.01 and row["losses_by_rate"]["0.01"] == row["runs"][0]["after"]
