@@ -32,7 +32,7 @@ dense, trained further: kron_decompose.py 256 1024 1 | --learning_rate=3e-5
 2.2M ours, distilled: kron_decompose.py --budget=2.238M --calibrate=pydocs | --teacher={base} --learning_rate=3e-5
 0.9M SVD of all matrices: kron_decompose.py --budget=0.931M --ranks=even | --learning_rate=6e-4
 0.9M whitened inputs, even ranks (SVD-LLM): kron_decompose.py --budget=0.931M --ranks=even --metric=none --calibrate=pydocs | --learning_rate=3e-4
-0.9M one block in four: prune.py --dim=layer --keep=4 | --learning_rate=6e-4
+0.9M one block in four: prune.py --dim=layer --keep=4 | --learning_rate=1e-3
 0.9M ours: kron_decompose.py --budget=0.931M --calibrate=pydocs | --learning_rate=1e-4
 0.9M ours, distilled: kron_decompose.py --budget=0.931M --calibrate=pydocs | --teacher={base} --learning_rate=3e-4
 0.9M ours, distilled alone: kron_decompose.py --budget=0.931M --calibrate=pydocs | --teacher={base} --distill=1 --learning_rate=3e-4

@@ -44,10 +44,10 @@ RUNS = {
                          "report: results at width 128, ranks of each matrix"),
     "compare_bytes": Run("compare.py config/compare_bytes.py", "out/compare_bytes/results.json",
                          "report: results at width 256, ranks of each matrix", automatic=False),
-    "rates_small": Run("compare.py config/compare_small.py --seeds=1 --learning_rates=1e-4,3e-4,1e-3,3e-3 "
+    "rates_small": Run("compare.py config/compare_small.py --seeds=1 --learning_rates=1e-4,3e-4,1e-3,3e-3,1e-2 "
                        "--out_dir=out/rates_small", "out/rates_small/results.json", "report: learning rates at width 128",
                        automatic=False),
-    "rates_bytes": Run("compare.py config/compare_bytes.py --seeds=1 --learning_rates=3e-5,1e-4,3e-4,6e-4 "
+    "rates_bytes": Run("compare.py config/compare_bytes.py --seeds=1 --learning_rates=3e-5,1e-4,3e-4,6e-4,1e-3,2e-3 "
                        "--out_dir=out/rates_bytes", "out/rates_bytes/results.json", "report: learning rates at width 256",
                        automatic=False),
     "predict_bytes": Run("predict.py --init_from=../shared/data/gpt2-bytes --calibrate=pydocs --shares=0.5,0.25 "
