@@ -59,6 +59,7 @@ RUNS = {
 COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_bytes", "predicted.png", "docs/predicted.png")]
 PARETO = {"demo": "docs/pareto.png", "compare_small": "docs/pareto_small.png", "compare_bytes": "docs/pareto_bytes.png"}
 RECORDS = Path("docs/runs.json")
+MADE_HERE = (":!*.md", ":!docs/*.png", f":!{RECORDS}")  # as git's patterns
 TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?=<!-- (end|table: \w+) -->|\Z)", re.DOTALL)
 HEADLINE_SIZE = "1.7M"  # of the starts in the README's first table
 GPT2_BUDGET = 82_000_000, 82_999_999  # parameters: what kron_decompose.py --budget=82M means
@@ -123,12 +124,12 @@ def read_records():
 
 
 def commit():
-    """The abbreviated commit of the working tree, with a + where tracked files differ from it."""
+    """The abbreviated commit of the working tree, with a + where tracked files, other than what is made here, differ."""
     def git(*args):
         return subprocess.run(["git", *args], capture_output=True, text=True)
 
     head = git("rev-parse", "--short", "HEAD").stdout.strip()
-    return head + "+" * bool(git("diff", "--quiet", "HEAD").returncode) if head else NOT_KNOWN
+    return head + "+" * bool(git("diff", "--quiet", "HEAD", "--", ".", *MADE_HERE).returncode) if head else NOT_KNOWN
 
 
 def machine():

@@ -2,7 +2,9 @@
 import json
 import math
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,6 +86,22 @@ def test_a_run_is_recorded_and_a_failed_one_is_not(workdir, monkeypatch):
     table = figures.runs_table(figures.read_records())
     assert f"| a test | `python made.py` | — | {record['machine']} | 0.0 |" in table
     assert "| a test | `python none.py` | — | — | — |" in table
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_what_the_figures_change_does_not_mark_a_commit_and_code_does(workdir):
+    Path("docs").mkdir()
+    made = ["README.md", "docs/report.md", "docs/runs.json", "docs/cost.png"]
+    for name in (*made, "train.py"):
+        Path(name).write_text("old")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], check=True)
+    for name in made:
+        Path(name).write_text("new")
+    assert re.fullmatch("[0-9a-f]{7,}", figures.commit())
+    Path("train.py").write_text("new")
+    assert re.fullmatch("[0-9a-f]{7,}[+]", figures.commit())
 
 
 def test_parameters_are_those_of_the_model():
