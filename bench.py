@@ -175,7 +175,8 @@ def measure(candidates, device):
     def record(what, values):
         for name, value in values.items():
             results[name][what] = value
-        print(f"  {what}: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()), flush=True)
+        unit, size = ("GB", 1e9) if what == "peak memory" else ("s", 1)
+        print(f"  {what}: " + ", ".join(f"{name} {value / size:.3g} {unit}" for name, value in values.items()), flush=True)
 
     optimizers = {name: torch.optim.AdamW(c.model.to(device).parameters(), fused=True) for name, c in candidates.items()}
     record("training step", time_in_turns(partial(step, n=batch_size, is_training=True), candidates, repeats))

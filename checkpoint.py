@@ -108,7 +108,7 @@ def load(source, dropout=0.0):
     """
     path = next((p for p in (Path(source), MODELS_DIR / source) if p.exists()), None)
     if path is None and not looks_like_hub_name(source):
-        raise FileNotFoundError(f"no checkpoint {source}")
+        raise FileNotFoundError(f"no checkpoint {source}: train.py, kron_decompose.py and prune.py make them")
     path = path or download(source)
     if path.is_dir() and not (path / "config.json").exists() and (path / "ckpt.pt").exists():
         path = path / "ckpt.pt"

@@ -5,7 +5,7 @@ The path of every compression, in kron_decompose.py and prune.py:
     new = factorize(dense, shapes, van_loan)            # or another method
     fits = calibrate(dense, new, tokens)                # if there is text
     print_errors(dense, new, fits)
-    write(path, dense, new, options, remark)
+    write(path, dense, new, options, remark, recipe)
 """
 import os
 from dataclasses import replace
@@ -17,6 +17,7 @@ from configurator import UserError
 from kron import van_loan
 from least_squares import share
 from model import KronyGPT
+from tokenizer import GPT2_VOCAB_SIZE
 
 
 def reshaped(config, shapes):
@@ -114,7 +115,7 @@ def print_errors(dense, new, fits=None):
         print(f"{layer:>5}  {kind:<11}  {len(matrix.A):>7}  {error:>18.4f}  {1 - error**2:>11.1%}")
 
 
-def write(path, dense, new, options, remark):
+def write(path, dense, new, options, remark, recipe):
     """Write the checkpoint of a new model made from another, print how much smaller it is, and verify the file.
 
     Args:
@@ -122,6 +123,7 @@ def write(path, dense, new, options, remark):
         dense, new: KronyGPTs.
         options: {option: value} to keep in it.
         remark: printed behind that.
+        recipe: the config file of train.py to go on with, which is printed for models with GPT-2's vocabulary.
 
     Raises:
         UserError: what was read back is not what was written.
@@ -134,6 +136,8 @@ def write(path, dense, new, options, remark):
     if not all(torch.equal(p, q) for p, q in zip(new.state_dict().values(), again.state_dict().values(), strict=True)):
         raise UserError(f"{path} does not hold what was written to it", status=1)
     print(f"wrote {path} ({os.path.getsize(path) / 2**20:.0f} MiB), and verified it; {remark}")
+    if new.config.vocab_size == GPT2_VOCAB_SIZE:
+        print(f"next: python train.py {recipe} --init_from={path}")
 
 
 @torch.no_grad()

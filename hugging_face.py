@@ -63,8 +63,9 @@ def download(name):
                 break
         return directory
     except Exception as error:  # the hub's errors have no class in common
-        raise FileNotFoundError(f"no file or directory {name}, nor models/{name}, and no such model could be fetched "
-                                f"from the Hugging Face hub ({type(error).__name__}): is there a network?") from None
+        places = name if name.startswith("models/") else f"{name}, nor models/{name}"
+        raise FileNotFoundError(f"no file or directory {places}, and no such model could be fetched from the Hugging Face "
+                                f"hub ({type(error).__name__}): is there a network?") from None
 
 
 def check_push(name):

@@ -152,8 +152,8 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         fits = calibration.calibrate(dense, new, text, fisher if metric == "fisher" else None, refine_steps=refine_steps)
     seconds = time.perf_counter() - start
     compress.print_errors(dense, new, fits)
-    compress.write(path, dense, new, options, f"the factors took {seconds:.1f} s")
-    print(f"next: python train.py config/train_gpt2{'' if dim_1 else '_budget'}.py --init_from={path}")
+    recipe = f"config/train_gpt2{'' if dim_1 else '_budget'}.py"
+    compress.write(path, dense, new, options, f"the factors took {seconds:.1f} s", recipe)
 
 
 if __name__ == "__main__":

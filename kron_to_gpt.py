@@ -175,9 +175,9 @@ def main(ckpt, out_dir=None):
     counts = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
     if narrow is not model:
         print(f"MLPs of {narrow.config.n_inner} hidden units: B drops the others of {model.config.n_inner}")
-    how = "as factors" if compressed else "with the Kronecker sums expanded"
+    expanded = "" if compressed else f", {counts[1]:,} with the Kronecker sums expanded"
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors")) / 2**20
-    print(f"wrote {out_dir}/ ({size:,.1f} MiB): {counts[0]:,} parameters, {counts[1]:,} {how}; logits differ by at most "
+    print(f"wrote {out_dir}/ ({size:,.1f} MiB): {counts[0]:,} parameters{expanded}; logits differ by at most "
           f"{difference:.1e}")
     if push:
         print(f"uploaded to {hugging_face.upload(out_dir, push)}")

@@ -190,7 +190,7 @@ def main(ckpt, dataset=None, n_batches=None):
     if not 1 <= step <= model.config.block_size:
         raise UserError(f"--stride is from 1 to the model's context of {model.config.block_size}, not {step}")
     results = {}
-    print(f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13} {'tokens/s':>9}")
+    head = (f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13} {'tokens/s':>9}")
     for name in [dataset] if dataset else PUBLISHED:
         if is_text(name):
             tokens, n_bytes = load_text_tokens(name, vocab_size, record)
@@ -208,6 +208,8 @@ def main(ckpt, dataset=None, n_batches=None):
         bits = loss / math.log(2) * len(tokens) / n_bytes if n_bytes else None
         results[name] = dict(perplexity=math.exp(loss), loss=loss, tokens_scored=n_scored, bits_per_byte=bits,
                              tokens_per_second=n_scored / seconds)
+        if len(results) == 1:
+            print(head)
         print(f"{name:<12} {math.exp(loss):>10.3f} {loss:>8.4f} {n_scored:>13,} "
               f"{'-' if bits is None else f'{bits:.4f}':>13} {n_scored / seconds:>9,.0f}")
     if json_out:

@@ -39,6 +39,7 @@ device = ""  # of the calibration; default: CUDA if available, else the CPU
 epsilon = 0.0  # value in B in place of the zeros
 plain = False  # with --dim=hidden: write the kept units as dense matrices of a smaller n_inner, without B
 
+RECIPE = "config/train_gpt2_96m.py"
 BLOCK = re.compile(r"transformer\.h\.\d+\.")
 
 
@@ -127,7 +128,7 @@ def main():
     if dim == "layer":
         new = without_layers(dense)
         blocks = ", ".join(map(str, range(offset, config.n_layer, keep)))
-        compress.write(path, dense, new, options, f"its blocks are {blocks}")
+        compress.write(path, dense, new, options, f"its blocks are {blocks}", RECIPE)
     else:
         options |= dict(epsilon=epsilon, select=select, refit=refit, calibrate=calibrate,
                         calibration_tokens=calibration_tokens)
@@ -144,8 +145,7 @@ def main():
             fits = calibration.calibrate(dense, new, text, fixed_B=True)
         compress.print_errors(dense, new, fits)
         new = compress.without_dropped_units(new) if plain else new
-        compress.write(path, dense, new, options, f"one in {keep} units of the side {dim} kept")
-    print(f"next: python train.py config/train_gpt2_96m.py --init_from={path}")
+        compress.write(path, dense, new, options, f"one in {keep} units of the side {dim} kept", RECIPE)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Make every picture and table of docs/report.md, and the tables of README.md, from runs of the repository.
 
     python docs/figures.py                  # the runs that are missing, then all pictures and tables
-    python docs/figures.py compare_bytes    # first this run of the list below, again
+    python docs/figures.py compare_bytes    # ... and this run of the list below, again
 
 Runs are the commands that a person would give; one whose output is there is not repeated. The pictures go to docs/*.png. A
 table stands in the documents between `<!-- table: NAME -->` and `<!-- end -->`, and what is between them is replaced; where
@@ -480,10 +480,8 @@ def main(name=None):
     if name and name not in RUNS:
         raise UserError(f"there is no run {name}: the runs are {', '.join(RUNS)}")
     os.chdir(ROOT)
-    if name:
-        call(name)
-    for other, entry in RUNS.items():
-        if entry.automatic and not Path(entry.output).exists():
+    for other, entry in RUNS.items():  # in this order: the first ones make what the others read
+        if other == name or (entry.automatic and not Path(entry.output).exists()):
             call(other)
 
     import calibration

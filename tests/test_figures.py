@@ -104,6 +104,14 @@ def test_what_the_figures_change_does_not_mark_a_commit_and_code_does(workdir):
     assert re.fullmatch("[0-9a-f]{7,}[+]", figures.commit())
 
 
+def test_the_report_has_the_records_of_the_runs():
+    text = Path(ROOT, "docs/report.md").read_text(encoding="utf-8")
+    records = json.loads(Path(ROOT, "docs/runs.json").read_text(encoding="utf-8"))
+    names = {match[1] for match in figures.TABLE.finditer(text)}
+    assert figures.rewrite(text, dict.fromkeys(names) | dict(runs=figures.runs_table(records))) == text
+    assert records.keys() <= figures.RUNS.keys()
+
+
 def test_parameters_are_those_of_the_model():
     parts = figures.parameters_by_part(TINY)
     model = KronyGPT(TINY)
