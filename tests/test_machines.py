@@ -263,7 +263,7 @@ def test_a_log_pipe_that_cannot_encode_loses_no_result(encoding, workdir, gpt2_d
     assert Path("made.pt").exists() and "error \\u2016W - \\u0174\\u2016/\\u2016W\\u2016" in done.stdout
     done = run_script("kron_decompose.py", 32, 64, 2, "--init_from=nichts_‖.pt", cwd=workdir,
                       env=dict(PYTHONIOENCODING=encoding))
-    assert done.returncode == 2 and done.stderr == "error: no checkpoint nichts_\\u2016.pt: train.py, kron_decompose.py and prune.py make them\n"
+    assert done.returncode == 2 and done.stderr.startswith("error: no checkpoint nichts_\\u2016.pt: ")
 
 
 # wandb
