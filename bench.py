@@ -48,6 +48,7 @@ dtype = "float32"  # or bfloat16 or float16, by autocast
 out_dir = "out/bench"  # directory of the table and the picture
 
 CONTEXTS, SEQUENCES = (64, 900), (1, 8)  # of generation: tokens at the end, and sequences at once
+LOOP_FACTORS = 16  # at most, of a torch.kron loop: it keeps as many whole matrices for the backward pass
 HOPELESS = 4  # an order of contraction with this many times the multiply-adds of the best is not timed
 NOTABLE = 1.15  # a chosen order that takes this many times the best is marked
 FEW_TOKENS = 1024  # with fewer, a layer is fast and timed more often: these numbers times `repeats`
@@ -109,8 +110,8 @@ def time_in_turns(function, names, n_turns, once=()):
 
 
 def make_candidates(shape, is_first):
-    """{name: Candidate} to measure in turns: the dense model, a torch.kron loop and ours; with the first shape also
-    transformers' GPT-2, and ours with its loss from whole logits."""
+    """{name: Candidate} to measure in turns: the dense model, a torch.kron loop unless it has too many factors, and ours; with
+    the first shape also transformers' GPT-2, and ours with its loss from whole logits."""
     import torch
     from torch.nn import functional as F
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -134,12 +135,14 @@ def make_candidates(shape, is_first):
         loss = partial(loss_of_whole_logits, model) if whole_logits else model
         return Candidate(model, loss, partial(model.generate, temperature=0), model.flops_per_token())
 
-    loop = ours(shape, whole_logits=True)
-    for _, matrix in loop.model.matrices():
-        if not matrix.is_dense:
-            matrix.forward = partial(multiply_by_kron_loop, matrix)
-    loop = loop._replace(generate=partial(generate_without_cache, loop.model), flops_per_token=None)
-    candidates = {"dense": ours((n_embd, 4 * n_embd, 1)), f"torch.kron {shape}": loop, f"ours {shape}": ours(shape)}
+    candidates = {"dense": ours((n_embd, 4 * n_embd, 1)), f"ours {shape}": ours(shape)}
+    if max(shape[2:]) <= LOOP_FACTORS:
+        loop = ours(shape, whole_logits=True)
+        for _, matrix in loop.model.matrices():
+            if not matrix.is_dense:
+                matrix.forward = partial(multiply_by_kron_loop, matrix)
+        generate = partial(generate_without_cache, loop.model)
+        candidates[f"torch.kron {shape}"] = loop._replace(generate=generate, flops_per_token=None)
     if is_first:
         gpt2 = GPT2LMHeadModel(GPT2Config(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size, resid_pdrop=0.0,
