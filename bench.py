@@ -110,7 +110,7 @@ def time_in_turns(function, names, n_turns, once=()):
 
 
 def make_candidates(shape, is_first):
-    """{name: Candidate} to measure in turns: the dense model, a torch.kron loop unless it has too many factors, and ours; with
+    """{name: Candidate} to measure in turns: the dense model, ours, and a torch.kron loop unless it has many factors; with
     the first shape also transformers' GPT-2, and ours with its loss from whole logits."""
     import torch
     from torch.nn import functional as F
