@@ -216,7 +216,8 @@ def test_speed_has_what_was_measured():
     dense, loop = {"training step": 1.5, "peak memory": 2e9}, {"training step": 12.25}
     results = dict(dense=dict(measured=dense, faster_than_dense={"training step": 1.0, "peak memory": 1.0}),
                    loop=dict(measured=loop, faster_than_dense={"training step": 0.25}))
-    assert cells(figures.speed_table(results)) == [["training step", "1.5 s", "12.2 s (0.25)"], ["peak memory", "2.00 GB", ""]]
+    table = cells(figures.speed_table(results))
+    assert table == [["training step", "1.5 s", "12.2 s (0.25)"], ["peak memory", "2.00 GB", ""]]
 
 
 def test_predicted_keeps_the_budgets_and_the_last_line(workdir):
