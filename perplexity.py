@@ -190,7 +190,7 @@ def main(ckpt, dataset=None, n_batches=None):
     if not 1 <= step <= model.config.block_size:
         raise UserError(f"--stride is from 1 to the model's context of {model.config.block_size}, not {step}")
     results = {}
-    head = (f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13} {'tokens/s':>9}")
+    head = f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13} {'tokens/s':>9}"
     for name in [dataset] if dataset else PUBLISHED:
         if is_text(name):
             tokens, n_bytes = load_text_tokens(name, vocab_size, record)
