@@ -1,12 +1,14 @@
 """Make every picture and table of docs/report.md, and the tables of README.md, from runs of the repository.
 
     python docs/figures.py                  # the runs that are missing, then all pictures and tables
-    python docs/figures.py compare_bytes    # ... and this run of the list below, again
+    python docs/figures.py compare_small    # ... and this run of the list below, again
 
-Runs are the commands that a person would give; one whose output is there is not repeated. The pictures go to docs/*.png. A
-table stands in the documents between `<!-- table: NAME -->` and `<!-- end -->`, and what is between them is replaced; where
-its run is not there, it stays as it is. docs/runs.json keeps the commit, the machine and the minutes of each run.
+Runs are the commands that a person would give; one whose output is there is not repeated. Those that take long are made side
+by side, one core each, and their outputs go to out/figures/NAME.log. The pictures go to docs/*.png. A table stands in the
+documents between `<!-- table: NAME -->` and `<!-- end -->`, and what is between is replaced; without its run it stays as it
+is. docs/runs.json keeps the commit, the machine and the minutes of each run.
 """
+import itertools
 import json
 import math
 import os
@@ -16,8 +18,10 @@ import shlex
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,35 +34,40 @@ from pictures import draw_pareto, new_figure, save  # noqa: E402
 base = "out/demo/base/best.pt"  # the dense model of the spectra and errors
 dataset = "pydocs"  # data/<dataset>, for calibration and losses
 calibration_tokens = 131072  # number of its tokens
-documents = "docs/report.md,README.md"  # comma list of the files with tables
+documents = "docs/report.md,README.md,docs/learning_rates.md"  # comma list of the files with tables
 
-# `feeds`: the tables and pictures that a run makes. One that is not `automatic` is made by name only.
-Run = namedtuple("Run", "command output feeds automatic", defaults=(True,))
+# In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `one_core`: it
+# has one thread, and other runs beside it. `reads`: what no run makes; without it, the run is left out. One that is not
+# `automatic` is made by name only.
+Run = namedtuple("Run", "command output feeds one_core reads automatic", defaults=(False, None, True))
+BYTES_BASE = "../shared/data/gpt2-bytes"  # as in config/compare_bytes.py
 RUNS = {
     "pydocs": Run("prepare_pydocs.py", "data/pydocs/meta.json", "the text of all runs below"),
     "base": Run("train.py config/demo_base.py", base, "report: singular values, errors of the fits"),
-    "predict": Run(f"predict.py --init_from={base} --calibrate=pydocs --out_dir=out/predict_small",
-                   "out/predict_small/table.md", "report: predicted and measured loss"),
     "demo": Run("compare.py config/compare_demo.py", "out/demo/results.json", "README and report: the demo's table"),
-    "compare_small": Run("compare.py config/compare_small.py", "out/compare_small/results.json",
-                         "report: results at width 128, ranks of each matrix"),
     "compare_bytes": Run("compare.py config/compare_bytes.py", "out/compare_bytes/results.json",
-                         "report: results at width 256, ranks of each matrix", automatic=False),
-    "rates_small": Run("compare.py config/compare_small.py --seeds=1 --learning_rates=1e-4,3e-4,1e-3,3e-3,1e-2 "
-                       "--out_dir=out/rates_small", "out/rates_small/results.json", "report: learning rates at width 128",
-                       automatic=False),
-    "rates_bytes": Run("compare.py config/compare_bytes.py --seeds=1 --learning_rates=3e-5,1e-4,3e-4,6e-4,1e-3,2e-3 "
-                       "--out_dir=out/rates_bytes", "out/rates_bytes/results.json", "report: learning rates at width 256",
-                       automatic=False),
-    "predict_bytes": Run("predict.py --init_from=../shared/data/gpt2-bytes --calibrate=pydocs --shares=0.5,0.25 "
+                         "README and report: results at width 256, ranks of each matrix", one_core=True, reads=BYTES_BASE),
+    "compare_small": Run("compare.py config/compare_small.py", "out/compare_small/results.json",
+                         "report: results at width 128, ranks of each matrix", one_core=True),
+    "predict": Run(f"predict.py --init_from={base} --calibrate=pydocs --out_dir=out/predict_small",
+                   "out/predict_small/table.md", "report: predicted and measured loss", one_core=True),
+    "predict_bytes": Run(f"predict.py --init_from={BYTES_BASE} --calibrate=pydocs --shares=0.5,0.25 "
                          "--calibration_tokens=32768 --out_dir=out/predict_bytes", "out/predict_bytes/table.md",
-                         "report: predicted and measured loss at width 256", automatic=False),
+                         "report: predicted and measured loss at width 256", one_core=True, reads=BYTES_BASE),
+    "rates_small": Run("compare.py config/compare_small.py --seeds=1 --learning_rates=1e-4,3e-4,1e-3,3e-3,1e-2 "
+                       "--out_dir=out/rates_small", "out/rates_small/results.json", "learning rates at width 128",
+                       one_core=True, automatic=False),
+    "rates_bytes": Run("compare.py config/compare_bytes.py --seeds=1 --learning_rates=3e-5,1e-4,3e-4,6e-4,1e-3,2e-3 "
+                       "--out_dir=out/rates_bytes", "out/rates_bytes/results.json", "learning rates at width 256",
+                       one_core=True, reads=BYTES_BASE, automatic=False),
     "bench": Run("bench.py --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
-                 "README and report: speed at GPT-2's sizes", automatic=False),
+                 "README and report: speed at GPT-2's sizes"),
 }
 COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_bytes", "predicted.png", "docs/predicted.png")]
 PARETO = {"demo": "docs/pareto.png", "compare_small": "docs/pareto_small.png", "compare_bytes": "docs/pareto_bytes.png"}
 RECORDS = Path("docs/runs.json")
+records_lock = threading.Lock()
+LOGS = Path("out/figures")  # of the runs side by side
 MADE_HERE = (":!*.md", ":!docs/*.png", f":!{RECORDS}")  # as git's patterns
 TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?=<!-- (end|table: \w+) -->|\Z)", re.DOTALL)
 HEADLINE_SIZE = "1.7M"  # of the starts in the README's first table
@@ -107,16 +116,34 @@ def rewrite_documents(paths, tables):
                 file.write(new)
 
 
+def make(names):
+    """Make runs: side by side, as many as there are cores, where neighbours in the list have one core each."""
+    for one_core, group in itertools.groupby(names, key=lambda name: RUNS[name].one_core):
+        with ThreadPoolExecutor(os.cpu_count() if one_core else 1) as pool:
+            for _ in pool.map(call, group):
+                pass  # its error, if it failed; what runs beside it goes on to its end
+
+
 def call(name):
     """Make a run of the list, and record the commit, the machine and the minutes that it took."""
-    print(f"\n$ python {RUNS[name].command}", flush=True)
-    begin = time.perf_counter()
-    if subprocess.run([sys.executable, *shlex.split(RUNS[name].command)]).returncode:
-        raise UserError(f"the run {name} failed; see above", status=1)
-    records = read_records()
-    records[name] = dict(commit=commit(), machine=machine(), minutes=round((time.perf_counter() - begin) / 60, 1))
-    with atomic_write(RECORDS, "w") as file:
-        file.write(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
+    entry, begin = RUNS[name], time.perf_counter()
+    command, log = [sys.executable, *shlex.split(entry.command)], LOGS / f"{name}.log"
+    print(f"\n$ python {entry.command}{f'  > {log}' * entry.one_core}", flush=True)
+    if entry.one_core:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "wb") as file:
+            made = subprocess.run(command, stdout=file, stderr=file, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    else:
+        made = subprocess.run(command)
+    if made.returncode:
+        raise UserError(f"the run {name} failed; see {log if entry.one_core else 'above'}", status=1)
+    minutes = round((time.perf_counter() - begin) / 60, 1)
+    print(f"\n{name}: {minutes} minutes", flush=True)
+    with records_lock:
+        records = read_records()
+        records[name] = dict(commit=commit(), machine="one core of " * entry.one_core + machine(), minutes=minutes)
+        with atomic_write(RECORDS, "w") as file:
+            file.write(json.dumps({n: records[n] for n in RUNS if n in records}, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_records():
@@ -480,13 +507,22 @@ def draw_ranks(rows, path):
 
 # ---- all of it
 
-def main(name=None):
+def missing_runs(name=None):
+    """The runs to make: those whose output is not there, and the one with this name, though it be there."""
     if name and name not in RUNS:
         raise UserError(f"there is no run {name}: the runs are {', '.join(RUNS)}")
+    wanted = [n for n, entry in RUNS.items() if n == name or (entry.automatic and not Path(entry.output).exists())]
+    left_out = [n for n in wanted if RUNS[n].reads and not Path(RUNS[n].reads).exists()]
+    if name in left_out:
+        raise UserError(f"the run {name} needs {RUNS[name].reads}, which is not there")
+    for n in left_out:
+        print(f"{n}: left out, as {RUNS[n].reads} is not there; its tables stay as they are")
+    return [n for n in wanted if n not in left_out]
+
+
+def main(name=None):
     os.chdir(ROOT)
-    for other, entry in RUNS.items():  # in this order: the first ones make what the others read
-        if other == name or (entry.automatic and not Path(entry.output).exists()):
-            call(other)
+    make(missing_runs(name))
 
     import calibration
     import checkpoint
