@@ -88,6 +88,54 @@ def test_a_run_is_recorded_and_a_failed_one_is_not(workdir, monkeypatch):
     assert "| a test | `python none.py` | — | — | — |" in table
 
 
+def test_runs_with_one_core_are_made_side_by_side_with_a_log_each_and_the_others_alone(workdir, monkeypatch, capfd):
+    Path("docs").mkdir()
+    Path("meet.py").write_text(
+        "import os, sys, time, pathlib\n"
+        "mine, other = sys.argv[1:]\n"
+        "pathlib.Path(mine).touch()\n"
+        "end = time.time() + 60\n"
+        "while not os.path.exists(other): assert time.time() < end; time.sleep(0.01)\n"
+        "print(mine, 'threads:', os.environ.get('OMP_NUM_THREADS'))\n")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(figures.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(figures, "RUNS", dict(
+        a=figures.Run("meet.py a b", "a", "", one_core=True), b=figures.Run("meet.py b a", "b", "", one_core=True),
+        last=figures.Run("meet.py last a", "last", "")))
+    figures.make(["a", "b", "last"])
+    logs = {path.name: path.read_text() for path in Path("out/figures").iterdir()}
+    assert logs == {"a.log": "a threads: 1\n", "b.log": "b threads: 1\n"} and "last threads: None" in capfd.readouterr().out
+    records = figures.read_records()
+    assert list(records) == ["a", "b", "last"]
+    assert records["a"]["machine"] == "one core of " + records["last"]["machine"]
+
+
+def test_a_failed_run_with_a_log_names_it_and_what_follows_is_not_begun(workdir, monkeypatch):
+    Path("docs").mkdir()
+    Path("next.py").write_text("open('next', 'w')")
+    monkeypatch.setattr(figures, "RUNS", dict(failing=figures.Run("none.py", "none", "", one_core=True),
+                                              next=figures.Run("next.py", "next", "")))
+    with pytest.raises(UserError, match=re.escape(f"failing failed; see {Path('out/figures/failing.log')}")):
+        figures.make(["failing", "next"])
+    assert "none.py" in Path("out/figures/failing.log").read_text() and not Path("next").exists()
+
+
+def test_runs_are_missing_by_their_outputs_and_left_out_without_what_they_read(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "RUNS", dict(
+        there=figures.Run("a.py", "there", ""), missing=figures.Run("b.py", "missing", ""),
+        private=figures.Run("c.py", "private", "", reads="base"), long=figures.Run("d.py", "long", "", automatic=False)))
+    Path("there").touch()
+    assert figures.missing_runs() == ["missing"]
+    assert capsys.readouterr().out.startswith("private: left out, as base is not there")
+    assert figures.missing_runs("there") == ["there", "missing"] and figures.missing_runs("long") == ["missing", "long"]
+    with pytest.raises(UserError, match="private needs base"):
+        figures.missing_runs("private")
+    with pytest.raises(UserError, match="no run other: the runs are there, missing, private, long"):
+        figures.missing_runs("other")
+    Path("base").touch()
+    assert figures.missing_runs() == ["missing", "private"]
+
+
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 def test_what_the_figures_change_does_not_mark_a_commit_and_code_does(workdir):
     Path("docs").mkdir()
