@@ -8,6 +8,7 @@ by side, one core each, and their outputs go to out/figures/NAME.log. The pictur
 documents between `<!-- table: NAME -->` and `<!-- end -->`, and what is between is replaced; without its run it stays as it
 is. docs/runs.json keeps the commit, the machine and the minutes of each run.
 """
+import contextlib
 import itertools
 import json
 import math
@@ -129,12 +130,10 @@ def call(name):
     entry, begin = RUNS[name], time.perf_counter()
     command, log = [sys.executable, *shlex.split(entry.command)], LOGS / f"{name}.log"
     print(f"\n$ python {entry.command}{f'  > {log}' * entry.one_core}", flush=True)
-    if entry.one_core:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "wb") as file:
-            made = subprocess.run(command, stdout=file, stderr=file, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    else:
-        made = subprocess.run(command)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    env = dict(os.environ, OMP_NUM_THREADS="1") if entry.one_core else None
+    with open(log, "wb") if entry.one_core else contextlib.nullcontext() as file:
+        made = subprocess.run(command, stdout=file, stderr=file, env=env)
     if made.returncode:
         raise UserError(f"the run {name} failed; see {log if entry.one_core else 'above'}", status=1)
     minutes = round((time.perf_counter() - begin) / 60, 1)
