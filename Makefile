@@ -10,15 +10,15 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo figures test stress lint clean
 
 demo: $(VENV)/runtime
-	$(VENV)/bin/python prepare_pydocs.py
+	$(VENV)/bin/python -m experiments.prepare_pydocs
 	$(VENV)/bin/python train.py config/demo_base.py
-	$(VENV)/bin/python compare.py config/compare_demo.py
+	$(VENV)/bin/python -m experiments.compare config/compare_demo.py
 	$(VENV)/bin/python kron_to_gpt.py out/demo/all_matrices_ranks_by_loss/seed_1337/best.pt out/demo/small --compressed=True \
 	  --perplexities=out/demo/all_matrices_ranks_by_loss/seed_1337/after.json
 	@echo "to play with both: $(VENV)/bin/python play.py out/demo/base/best.pt out/demo/small"
 
 figures: $(VENV)/runtime
-	$(VENV)/bin/python docs/figures.py
+	$(VENV)/bin/python -m experiments.figures
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest

@@ -19,8 +19,8 @@ of what the model has learnt. It takes minutes, and a GPU helps.
 import time
 from decimal import Decimal
 
-from configurator import UserError, check_choice, check_range, run
-from files import check_is_file
+from kronygpt.configurator import UserError, check_choice, check_range, run
+from kronygpt.files import check_is_file
 
 init_from = "gpt2"  # the model to decompose: a hub name, a Hugging Face directory or a checkpoint
 out: str | None = None  # file to write; default: checkpoints/best_....pt, VL_....pt or calibrated_....pt
@@ -95,11 +95,9 @@ def check_options(dim_1, n_factors):
 
 
 def main(dim_1=None, dim_2=None, n_factors=None):
-    import calibration
-    import checkpoint
-    import compress
-    from budget import allocate, shapes_within
-    from kron import van_loan
+    from kronygpt import calibration, checkpoint, compress
+    from kronygpt.budget import allocate, shapes_within
+    from kronygpt.kron import van_loan
     from model import KronyGPTConfig, Shape, mlp_shapes
 
     limit, largest = parse_budget(budget)

@@ -18,8 +18,8 @@ import re
 import shutil
 from pathlib import Path
 
-from configurator import UserError, check_choice, run
-from files import atomic_directory
+from kronygpt.configurator import UserError, check_choice, run
+from kronygpt.files import atomic_directory
 
 compressed = False  # keep the factors: a smaller model, which needs trust_remote_code=True
 dtype = "float32"  # of the weights: float32, bfloat16 or float16
@@ -37,7 +37,7 @@ CARD = "README.md"
 
 def find_tokenizer(record, vocab_size):
     """The model's tokenizer; where it cannot be had, a line is printed, since the weights do not need it."""
-    from tokenizer import UnknownTokenizer, open_tokenizer
+    from kronygpt.tokenizer import UnknownTokenizer, open_tokenizer
 
     try:
         ours = open_tokenizer(record, vocab_size, tokenizer)
@@ -60,7 +60,7 @@ def default_name(path):
 
 def is_ours(name):
     """Whether a file of this name in a model's directory is one that an export writes or makes obsolete."""
-    from tokenizer import TOKENIZER_FILES
+    from kronygpt.tokenizer import TOKENIZER_FILES
 
     is_weights = name.endswith((".safetensors", ".safetensors.index.json")) or name.startswith("pytorch_model")
     return is_weights or name in ("config.json", "generation_config.json", CODE, *TOKENIZER_FILES)
@@ -132,11 +132,10 @@ def main(ckpt, out_dir=None):
     import torch
     from transformers.utils import logging
 
-    import checkpoint
-    import hugging_face
-    from compress import without_dropped_units
-    from model_card import is_card, model_card, read_perplexities
-    from tokenizer import BytesTokenizer, UnknownTokenizer
+    from kronygpt import checkpoint, hugging_face
+    from kronygpt.compress import without_dropped_units
+    from kronygpt.model_card import is_card, model_card, read_perplexities
+    from kronygpt.tokenizer import BytesTokenizer, UnknownTokenizer
 
     check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
     if perplexities and not compressed:
@@ -168,7 +167,7 @@ def main(ckpt, out_dir=None):
         if ours.name != UnknownTokenizer.name:
             hugging_face.write_tokenizer(aside, ours, model.config.block_size)
         if compressed:
-            shutil.copyfile(Path(__file__).with_name(CODE), aside / CODE)
+            shutil.copyfile(Path(__file__).parent / "kronygpt" / CODE, aside / CODE)
             card = model_card(push or out_dir.resolve().name, narrow, rest, scores, dtype)
             (aside / CARD).write_text(card, encoding="utf-8")
         difference = verify(model, aside, ckpt)

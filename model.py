@@ -16,9 +16,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError, check_range
-from kron import kron_linear, kron_weight, multiply_adds
-from loss import linear_cross_entropy
+from kronygpt.configurator import UserError, check_range
+from kronygpt.kron import kron_linear, kron_weight, multiply_adds
+from kronygpt.loss import linear_cross_entropy
 
 GPT2_STD = 0.02  # standard deviation of GPT-2's initial weights
 LOWEST_TEMPERATURE = 1e-6  # above 0; the highest is its inverse: quotients of logits stay finite in float32

@@ -25,9 +25,9 @@ import sys
 import time
 from pathlib import Path
 
-from configurator import UserError, check_range, run
-from files import atomic_write, check_is_file
-from texts import ROWS, read_rows
+from kronygpt.configurator import UserError, check_range, run
+from kronygpt.files import atomic_write, check_is_file
+from kronygpt.texts import ROWS, read_rows
 
 stride: int | None = None  # tokens between the starts of two windows; default: the model's context
 wikitext = "Salesforce/wikitext"  # hub name, or a local directory with the same layout
@@ -45,7 +45,7 @@ LARGEST_LOSS = math.log(sys.float_info.max)  # nats per token whose exp is a num
 
 def is_text(name):
     """Whether a data set is text, and no .bin of tokens: a published one or a file."""
-    from data import DATA_DIR
+    from kronygpt.data import DATA_DIR
 
     if name in PUBLISHED or name.lower().endswith((".txt", *ROWS)):
         return True
@@ -56,7 +56,7 @@ def is_text(name):
 
 def load_rows(name):
     """The texts of a data set, None for a row without one: wiki103, wiki2, lambada, or the path of a file."""
-    from hugging_face import hub_dataset
+    from kronygpt.hugging_face import hub_dataset
 
     path, config = {"wiki103": (wikitext, "wikitext-103-v1"), "wiki2": (wikitext, "wikitext-2-v1"),
                     "lambada": (lambada, None)}.get(name, (name, None))
@@ -83,8 +83,8 @@ def load_text_tokens(name, vocab_size, record=None):
         vocab_size: of the model.
         record: of the model's tokenizer, or None where vocab_size tells it.
     """
-    from data import check_tokens
-    from tokenizer import open_tokenizer, well_formed
+    from kronygpt.data import check_tokens
+    from kronygpt.tokenizer import open_tokenizer, well_formed
 
     rows = list(load_rows(name))
     texts = [row for row in rows if row is not None]
@@ -99,8 +99,8 @@ def load_text_tokens(name, vocab_size, record=None):
 def load_bin_tokens(name, n_windows, config, record=None):
     """The tokens of data/<name>/val.bin, or the first n_windows contexts of them, and their length in bytes, None where
     nobody knows their text."""
-    from data import check_tokens, load_tokens
-    from tokenizer import open_tokenizer
+    from kronygpt.data import check_tokens, load_tokens
+    from kronygpt.tokenizer import open_tokenizer
 
     tokens = load_tokens(name, "val", config.vocab_size, tokenizer=record)
     if n_windows:
@@ -138,7 +138,7 @@ def score(model, tokens, stride, batch_size, autocast):
     import torch
     from tqdm import tqdm
 
-    from loss import linear_cross_entropy
+    from kronygpt.loss import linear_cross_entropy
 
     config = model.config
     windows = make_windows(len(tokens), config.block_size, stride)
@@ -175,9 +175,9 @@ def check_arguments(dataset, n_batches):
 
 
 def main(ckpt, dataset=None, n_batches=None):
-    import checkpoint
-    from device import autocast_to, pick_device
-    from tokenizer import open_tokenizer, tokenizer_record
+    from kronygpt import checkpoint
+    from kronygpt.device import autocast_to, pick_device
+    from kronygpt.tokenizer import open_tokenizer, tokenizer_record
 
     check_arguments(dataset, n_batches)
     model, rest = checkpoint.load(ckpt)

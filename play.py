@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError, check_range, checked_value, option_types, run
+from kronygpt.configurator import UserError, check_range, checked_value, option_types, run
 
 port = 8017  # of the page at 127.0.0.1; 0 takes any that is free
 prompt = "The function returns"  # what the page begins with, as do the next four options
@@ -35,7 +35,7 @@ CONTROLS = ("prompt", "max_new_tokens", "temperature", "top_k", "seed")
 HOST = "127.0.0.1"
 LARGEST_REQUEST = 2**18  # bytes
 PATIENCE = 30  # seconds for a client that neither reads nor writes
-PAGE = Path(__file__).with_suffix(".html")
+PAGE = Path(__file__).parent / "kronygpt" / "play.html"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
@@ -48,9 +48,9 @@ class Player(NamedTuple):
 
 
 def load_player(ckpt):
-    import checkpoint
-    from device import pick_device
-    from tokenizer import open_tokenizer
+    from kronygpt import checkpoint
+    from kronygpt.device import pick_device
+    from kronygpt.tokenizer import open_tokenizer
 
     model, rest = checkpoint.load(ckpt)
     text_tokenizer = open_tokenizer(rest.get("tokenizer"), model.config.vocab_size, tokenizer)
@@ -67,9 +67,9 @@ def generate(player, request):
     import numpy as np
     import torch
 
-    from data import check_tokens
+    from kronygpt.data import check_tokens
+    from kronygpt.tokenizer import TOKEN_TYPE
     from model import check_sampling
-    from tokenizer import TOKEN_TYPE
 
     def to_bytes(tokens):  # an unknown tokenizer has no bytes, and writes numbers
         return player.tokenizer.decode_bytes(tokens) or player.tokenizer.decode(tokens).encode()
@@ -99,7 +99,7 @@ def score(player, request):
     first token of each is not scored, as in perplexity.py."""
     import torch
 
-    from data import check_tokens
+    from kronygpt.data import check_tokens
 
     tokens = player.tokenizer.encode(checked_value("text", request.get("text"), str, ("text",)))
     check_tokens(tokens, player.model.config.vocab_size)
@@ -130,7 +130,7 @@ class Server(ThreadingHTTPServer):
     machine in turns; the others wait for it and talk to the clients."""
 
     def __init__(self, players):
-        from device import autocast_to, pick_device
+        from kronygpt.device import autocast_to, pick_device
 
         self.players, self.closed = players, False
         self.autocast = autocast_to(pick_device(device), dtype)

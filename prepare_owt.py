@@ -24,7 +24,7 @@ from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 
-from configurator import UserError, check_choice, check_range, run
+from kronygpt.configurator import UserError, check_choice, check_range, run
 
 out: str | None = None  # name of the data set, a directory under data/; default: openwebtext, or the last part of --hub
 hub: str | None = None  # a data set of the Hugging Face hub, streamed; needs --documents; default: OpenWebText
@@ -64,7 +64,7 @@ def find_files():
 
 def read_documents(file):
     """Yield the documents of a local file, None for a row whose text is null."""
-    from texts import read_pieces, read_rows
+    from kronygpt.texts import read_pieces, read_rows
 
     if Path(file).suffix.lower() in ROW_KINDS:
         yield from read_rows(file, column)
@@ -86,7 +86,7 @@ def read_documents(file):
 
 def hub_rows(name):
     """Yield the rows of a data set of the hub while they are downloaded; OSError where that fails."""
-    from hugging_face import reach_hub
+    from kronygpt.hugging_face import reach_hub
 
     reach_hub()
     from datasets import load_dataset
@@ -126,7 +126,7 @@ def gathered(texts):
     from datasets import Dataset, config
     from tqdm import tqdm
 
-    from tokenizer import END_OF_TEXT, well_formed
+    from kronygpt.tokenizer import END_OF_TEXT, well_formed
 
     schema = pa.schema({"text": pa.large_string()})
     Path(config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def gathered(texts):
 @contextmanager
 def openwebtext():
     """OpenWebText, as one datasets.Dataset with a column `text`, and no remark."""
-    from hugging_face import hub_dataset
+    from kronygpt.hugging_face import hub_dataset
 
     try:
         try:
@@ -196,8 +196,8 @@ def write(dataset, ours, dataset_writer):
 
 
 def main():
-    from data import DatasetWriter
-    from tokenizer import GPT2_VOCAB_SIZE, LARGEST_VOCABULARY, open_tokenizer
+    from kronygpt.data import DatasetWriter
+    from kronygpt.tokenizer import GPT2_VOCAB_SIZE, LARGEST_VOCABULARY, open_tokenizer
 
     check_range(globals(), "val_fraction", above=0, below=1)
     check_range(globals(), "seed", at_least=0)

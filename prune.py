@@ -23,8 +23,8 @@ training with a fixed B, and its export is a GPT-2 with MLPs of one Nth of the s
 import re
 from functools import partial
 
-from configurator import UserError, check_choice, check_range, run
-from files import check_is_file
+from kronygpt.configurator import UserError, check_choice, check_range, run
+from kronygpt.files import check_is_file
 
 init_from = "gpt2"  # the model to prune: a hub name, a Hugging Face directory or a checkpoint
 out: str | None = None  # file to write; default: checkpoints/prune_....pt
@@ -102,9 +102,7 @@ def check_options():
 
 
 def main():
-    import calibration
-    import checkpoint
-    import compress
+    from kronygpt import calibration, checkpoint, compress
     from model import mlp_shapes
 
     check_options()

@@ -6,7 +6,7 @@
 The model is a .pt file, a Hugging Face directory, a name under models/ or a hub name. Without a tokenizer for it, an empty
 prompt begins with token 0, and the numbers of the tokens are printed.
 """
-from configurator import UserError, check_range, run
+from kronygpt.configurator import UserError, check_range, run
 
 start = "\n"  # the prompt, in which <|endoftext|> is the token; FILE:path reads it from a file; empty: the token alone
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
@@ -26,12 +26,12 @@ def main(ckpt):
     import numpy as np
     import torch
 
-    import checkpoint
-    from data import check_tokens
-    from device import autocast_to, check_memory, pick_device
+    from kronygpt import checkpoint
+    from kronygpt.data import check_tokens
+    from kronygpt.device import autocast_to, check_memory, pick_device
+    from kronygpt.texts import read_pieces
+    from kronygpt.tokenizer import TOKEN_TYPE, open_tokenizer
     from model import check_sampling
-    from texts import read_pieces
-    from tokenizer import TOKEN_TYPE, open_tokenizer
 
     check_range(globals(), "num_samples", at_least=1, at_most=10**9)
     check_sampling(globals())

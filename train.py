@@ -16,8 +16,8 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-import configurator
-from configurator import UserError, check_choice, check_range, option_types, run, shortened
+from kronygpt import configurator
+from kronygpt.configurator import UserError, check_choice, check_range, option_types, run, shortened
 
 # the run
 out_dir = "out"  # directory of the checkpoints and the log
@@ -118,7 +118,7 @@ def shapes_from_scratch(vocab_size):
     """The shapes of the MLPs that the options name, of a model that fits this machine's memory."""
     import torch
 
-    from device import check_memory
+    from kronygpt.device import check_memory
     from model import mlp_shapes
 
     d1, d2 = dim_1 or n_embd, dim_2 or 4 * n_embd
@@ -154,8 +154,8 @@ def make_model(vocab_size):
     """The model that init_from names, the record of its tokenizer, and for a resume, what else its checkpoint holds."""
     import torch
 
-    import checkpoint
-    from data import data_tokenizer
+    from kronygpt import checkpoint
+    from kronygpt.data import data_tokenizer
     from model import KronyGPT, KronyGPTConfig
 
     if init_from == "scratch":
@@ -182,9 +182,9 @@ def wrap(model, tokenizer, context, processes):
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    import checkpoint
-    from loss import Distillation
-    from tokenizer import is_same, name_for
+    from kronygpt import checkpoint
+    from kronygpt.loss import Distillation
+    from kronygpt.tokenizer import is_same, name_for
 
     if teacher:
         teacher_model, teacher_rest = checkpoint.load(teacher)
@@ -216,10 +216,10 @@ def print_plan(model, n_tokens, tokens_per_step, speed, resumed_options):
 def main():
     import torch
 
-    import checkpoint
-    from data import batch_starts, even_starts, load_meta, load_tokens, step_seed, windows
-    from device import Processes, Speed, autocast_to, check_memory, default_dtype, gradient_scaler
-    from run_dir import RunDir
+    from kronygpt import checkpoint
+    from kronygpt.data import batch_starts, even_starts, load_meta, load_tokens, step_seed, windows
+    from kronygpt.device import Processes, Speed, autocast_to, check_memory, default_dtype, gradient_scaler
+    from kronygpt.run_dir import RunDir
 
     # processes and the machine
     check_options(int(os.environ.get("WORLD_SIZE", 1)))

@@ -19,10 +19,10 @@ import pytest
 import torch
 from conftest import ROOT, run_here
 
-import checkpoint
+from kronygpt import checkpoint
 
 SCRIPTS = ("kron_decompose.py", "prune.py", "train.py", "kron_to_gpt.py", "perplexity.py", "sample.py", "play.py",
-           "prepare_owt.py", "prepare_pydocs.py", "compare.py", "bench.py")
+           "prepare_owt.py", "experiments/prepare_pydocs.py", "experiments/compare.py", "experiments/bench.py")
 MODEL_COMMANDS = {  # {name: command with a model}
     "kron_decompose": "kron_decompose.py 16 64 1 --init_from={} --out=made.pt",
     "prune": "prune.py --init_from={} --out=made.pt",
@@ -62,7 +62,7 @@ ROWS = {f"{name} {bad}": (command.format(bad), words)
 ROWS |= {command: (command, words) for command, words in {
     # arguments and options
     **{f"{script} --no_such_option=1": "unknown option --no_such_option" for script in SCRIPTS},
-    **{f"{script} config/none.py": "no config file config/none.py" for script in ("train.py", "compare.py", "prune.py")},
+    **{f"{script} config/none.py": "no config file config/none.py" for script in ("train.py", "experiments/compare.py", "prune.py")},
     "train.py syntax.py": "syntax.py, line 2: ",
     "train.py raises.py": "raises.py, line 1: ZeroDivisionError",
     "train.py unknown.py": "did you mean --batch_size?",
@@ -158,9 +158,9 @@ ROWS |= {command: (command, words) for command, words in {
     "bench.py --shapes=1": "expected shapes such as 768,768,1",
     # numbers beyond sense or memory
     **{f"{command} --seed={seed}": "--seed" for seed in ("-1", NINES) for command in (
-        "sample.py good.pt", "prepare_owt.py --data_files=latin.txt", "prepare_pydocs.py", TRAIN)},
+        "sample.py good.pt", "prepare_owt.py --data_files=latin.txt", "experiments/prepare_pydocs.py", TRAIN)},
     **{f"{command} --device={name}": f"no device '{name}'" for name in ("meta", "cuda:99", "hpu") for command in (
-        "sample.py good.pt", "perplexity.py good.pt tiny", "bench.py", "bench.py layer", TRAIN,
+        "sample.py good.pt", "perplexity.py good.pt tiny", "experiments/bench.py", "bench.py layer", TRAIN,
         "prune.py --init_from=good.pt --select=contribution --calibrate=tiny --out=made.pt")},
     "perplexity.py good.pt tiny --batch_size=10**12": "--batch_size takes a whole number",
     "perplexity.py good.pt tiny --batch_size=1000000000000": "--batch_size is at least 1 and at most",

@@ -9,8 +9,8 @@ import torch
 from conftest import run_here
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import bench
-from configurator import UserError
+from experiments import bench
+from kronygpt.configurator import UserError
 
 TINY = ("--n_layer=2", "--n_embd=64", "--n_head=1", "--vocab_size=300", "--block_size=100", "--repeats=1", "--device=cpu")
 MEASUREMENTS = ["training step", "forward", "generation 1 × 64", "generation 1 × 100", "generation 8 × 64",
@@ -18,7 +18,7 @@ MEASUREMENTS = ["training step", "forward", "generation 1 × 64", "generation 1 
 
 
 def test_models_are_measured_against_the_dense_one(workdir):
-    done = run_here("bench.py", *TINY, "--new_tokens=4", "--shapes=32,64,2", "--out_dir=here")
+    done = run_here("experiments/bench.py", *TINY, "--new_tokens=4", "--shapes=32,64,2", "--out_dir=here")
     assert done.returncode == 0, done.stderr
     names = ["dense", "ours (32, 64, 2)", "torch.kron (32, 64, 2)", "transformers dense", "whole logits (32, 64, 2)"]
     results = json.loads(Path("here/results.json").read_text())
@@ -52,7 +52,7 @@ def test_a_loop_over_many_factors_is_left_out(monkeypatch):
 
 
 def test_every_order_of_contraction_of_a_layer_is_timed(workdir):
-    done = run_here("bench.py", "layer", *TINY, "--shapes=32,64,2", "--layer_shapes=64,256,1", "--layer_tokens=1 64")
+    done = run_here("experiments/bench.py", "layer", *TINY, "--shapes=32,64,2", "--layer_shapes=64,256,1", "--layer_tokens=1 64")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"\((.*?)\) +(c_fc|c_proj) +(\d+) +(forward|backward)(.*)  ([ABW]) (\d+\.\d+)", done.stdout)
     assert [row[:4] for row in rows] == [(shape, matrix, tokens, what) for shape in ("32, 64, 2", "64, 256, 1")
@@ -79,7 +79,7 @@ def test_every_order_of_contraction_of_a_layer_is_timed(workdir):
 def test_bad_options_are_one_line(workdir, args, said):
     Path("empty.jsonl").touch()
     Path("notext.jsonl").write_text('{"a": "b"}\n' * 3)
-    done = run_here("bench.py", *args)
+    done = run_here("experiments/bench.py", *args)
     assert done.returncode in (1, 2) and done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
     assert done.stdout.count("\n") <= 1, "something was measured first"  # the options that were changed
     assert sorted(path.name for path in workdir.iterdir()) == ["empty.jsonl", "notext.jsonl"]

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import budget
-from configurator import UserError
+from kronygpt import budget
+from kronygpt.configurator import UserError
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 CONFIG = KronyGPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=16)

@@ -10,13 +10,11 @@ import pytest
 import torch
 from conftest import kron_sum, randomize_vectors, run_here
 
-import calibration
-import checkpoint
-import least_squares
-from calibration import contributions, interleave
-from compress import factorize, reorder_units
-from configurator import UserError
-from kron import van_loan
+from kronygpt import calibration, checkpoint, least_squares
+from kronygpt.calibration import contributions, interleave
+from kronygpt.compress import factorize, reorder_units
+from kronygpt.configurator import UserError
+from kronygpt.kron import van_loan
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 

@@ -12,11 +12,10 @@ from conftest import StandIn, load_gpt2, random_tokens
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-import checkpoint
-import files
-from checkpoint import from_file_names, load_optimizer_state, load_to_resume, to_file_names
-from configurator import UserError
-from hugging_face import check_is_gpt2
+from kronygpt import checkpoint, files
+from kronygpt.checkpoint import from_file_names, load_optimizer_state, load_to_resume, to_file_names
+from kronygpt.configurator import UserError
+from kronygpt.hugging_face import check_is_gpt2
 
 FILES = Path(__file__).parent / "files"
 IDX = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))

@@ -13,11 +13,9 @@ import torch
 from conftest import run_here
 from matplotlib.figure import Figure
 
-import bench
-import checkpoint
-import compare
-import pictures
-from configurator import UserError
+from experiments import bench, compare, pictures
+from kronygpt import checkpoint
+from kronygpt.configurator import UserError
 from model import KronyGPT, KronyGPTConfig
 
 
@@ -49,7 +47,7 @@ def calls(workdir, monkeypatch):
         return 1.0
 
     monkeypatch.setattr(compare, "call", call)
-    monkeypatch.setattr("device.matmul_flops", lambda device, dtype: 1e9)  # measuring it takes train.py a second
+    monkeypatch.setattr("kronygpt.device.matmul_flops", lambda device, dtype: 1e9)  # measuring it takes train.py a second
     return calls
 
 

@@ -8,15 +8,15 @@ from textwrap import dedent
 import pytest
 from conftest import ROOT, run_here
 
-import configurator
-from configurator import UserError, check_choice, check_range, configure
+from kronygpt import configurator
+from kronygpt.configurator import UserError, check_choice, check_range, configure
 
 SCRIPT = '''
 """Says what it was given.
 
     python say.py words
 """
-from configurator import UserError, run
+from kronygpt.configurator import UserError, run
 
 batch_size = 8  # sequences at once
 learning_rate = 0.5  # of the optimizer
@@ -111,7 +111,7 @@ def test_the_name_of_a_model_runs_no_file_beside_it(workdir):
     for command in (["perplexity.py", "models/foo", "models/text"], ["sample.py", "models/foo"],
                     ["kron_to_gpt.py", "models/foo", "models/text"], ["kron_to_gpt.py", "models/text", "models/foo"],
                     ["kron_decompose.py", "models/768", "models/768", "models/768", "--init_from=models/foo"],
-                    ["prune.py", "--init_from=models/foo", "--teacher=models/foo"], ["bench.py", "models/foo"]):
+                    ["prune.py", "--init_from=models/foo", "--teacher=models/foo"], ["experiments/bench.py", "models/foo"]):
         said = run_here(*command)
         assert said.returncode in (1, 2) and "Traceback" not in said.stderr
         assert not Path("pwned").exists(), command

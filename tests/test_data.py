@@ -7,11 +7,11 @@ import re
 import numpy as np
 import pytest
 
-import data
-import prepare_pydocs
-from configurator import UserError
-from data import BytesTokenizer, DatasetWriter, batch_starts, load_meta, load_tokens, step_seed, windows
-from tokenizer import name_for, open_tokenizer
+from experiments import prepare_pydocs
+from kronygpt import data
+from kronygpt.configurator import UserError
+from kronygpt.data import BytesTokenizer, DatasetWriter, batch_starts, load_meta, load_tokens, step_seed, windows
+from kronygpt.tokenizer import name_for, open_tokenizer
 
 META = dict(vocab_size=256, tokenizer="bytes")
 TEXTS = [f"Document {i}: " + "a few words, and naïve café 文字. " * (i % 7 + 1) for i in range(60)]
@@ -159,7 +159,7 @@ def test_plain_tokens_are_no_other_format(workdir, tokens):
 
 def test_a_missing_data_set_names_the_command_that_makes_it(workdir):
     write_dataset("mine", range(9))
-    for name, command in ("openwebtext", "python prepare_owt.py"), ("pydocs", "python prepare_pydocs.py"), \
+    for name, command in ("openwebtext", "python prepare_owt.py"), ("pydocs", "python -m experiments.prepare_pydocs"), \
             ("books", "python prepare_owt.py --data_files=.* --out=books"):
         with pytest.raises(FileNotFoundError, match=f"no data set in data/{name}; make it with: {command}.*there are: mine"):
             load_tokens(name, "train", 256)
@@ -256,7 +256,7 @@ def test_prepare_pydocs_holds_out_documents_the_same_way_every_time(workdir, run
     monkeypatch.setattr(prepare_pydocs, "documents", lambda: list(texts))
     monkeypatch.setattr(prepare_pydocs, "out", "here")
     prepare_pydocs.main()
-    result = run_script("prepare_pydocs.py", "--out=there", cwd=workdir, env={"PYTHONHASHSEED": "1"})
+    result = run_script("experiments/prepare_pydocs.py", "--out=there", cwd=workdir, env={"PYTHONHASHSEED": "1"})
     assert result.returncode == 0, result.stderr
     assert contents(workdir / "data" / "here") == contents(workdir / "data" / "there")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import StandIn
 
-import device
-from configurator import UserError
+from kronygpt import device
+from kronygpt.configurator import UserError
 
 
 def test_a_named_device_is_that_device():

@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 import pytest
 from conftest import ROOT
 
-from configurator import UserError, configure
+from kronygpt.configurator import UserError, configure
 
 DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
 LINK = re.compile(r"\[[^\]]*\]\(([^)]*)\)")
@@ -65,6 +65,8 @@ def load(script):
 def check_command(command):
     """Parse the arguments of `python X.py ...` or `torchrun ... X.py ...` as X.py would."""
     launcher, *words = shlex.split(re.sub(r"<[^>]*>", "placeholder", command), comments=True)
+    if words[:1] == ["-m"]:
+        words = [words[1].replace(".", "/") + ".py", *words[2:]]
     n_options = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))
     assert n_options < len(words), "no script"
     assert launcher == "torchrun" or not n_options, "an option of python"

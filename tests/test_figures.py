@@ -1,4 +1,4 @@
-"""docs/figures.py: the rewriting of tables, the numbers in them, and every picture on tiny inputs."""
+"""experiments/figures.py: the rewriting of tables, the numbers in them, and every picture on tiny inputs."""
 import json
 import math
 import re
@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, kron_sum, random_tokens
 
-from budget import shapes_within
-from configurator import UserError
+from kronygpt.budget import shapes_within
+from kronygpt.configurator import UserError
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 sys.path.insert(0, str(ROOT / "docs"))
 
-import figures
+from experiments import figures
 
 TEXT = "# A\n\n<!-- table: one -->\nold\n<!-- end -->\n\nbetween\n\n<!-- table: two -->\n<!-- end -->\nlast\n"
 TINY = KronyGPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=1, n_embd=16)

@@ -14,10 +14,10 @@ from conftest import ROOT, load_gpt2, random_tokens, run_here
 from safetensors.torch import load_file, save_file
 from test_train import write_dataset
 
-import checkpoint
-from compress import factorize
-from configurator import UserError
-from kron import van_loan
+from kronygpt import checkpoint
+from kronygpt.compress import factorize
+from kronygpt.configurator import UserError
+from kronygpt.kron import van_loan
 from model import mlp_shapes
 
 IDX = random_tokens(2, 32)
@@ -199,8 +199,8 @@ SCRIPTS = {
                  "--gradient_accumulation_steps=1"],
     "train.py teacher": ["--teacher={}", "--dataset=tiny", "--block_size=16", "--max_iters=1", "--eval_iters=1",
                          "--gradient_accumulation_steps=1", "--n_layer=1", "--n_head=1", "--n_embd=16"],
-    "bench.py": ["score", "text.txt", "{}", "{}", "--repeats=1"],
-    "compare.py": ["--base={}", "--dataset=tiny", "--out_dir=out", "--starts=a: prune.py"],
+    "experiments/bench.py": ["score", "text.txt", "{}", "{}", "--repeats=1"],
+    "experiments/compare.py": ["--base={}", "--dataset=tiny", "--out_dir=out", "--starts=a: prune.py"],
 }
 
 
@@ -214,7 +214,7 @@ class Pickled:
 
 def save_compressed(directory):
     """Write the model of a directory with factored MLPs, as kron_to_gpt.py --compressed=True does."""
-    from hugging_face import to_compressed
+    from kronygpt.hugging_face import to_compressed
 
     model, _ = checkpoint.load(str(directory))
     shapes = mlp_shapes(32, 64, [2] * model.config.n_layer)
@@ -252,7 +252,7 @@ def test_a_directory_runs_no_code_in_any_script(kind, directory, workdir, monkey
     Path("text.txt").write_text("some text " * 20)
     mark = trap(directory, kind)
     for script, arguments in SCRIPTS.items():
-        if script in ("compare.py", "bench.py") and kind not in ("unknown type", "pickle"):
+        if script in ("experiments/compare.py", "experiments/bench.py") and kind not in ("unknown type", "pickle"):
             continue  # a good model: minutes; they run scripts that are here themselves
         said = run_here(script.split()[0], *(argument.format(directory) for argument in arguments))
         assert not mark.exists() and not (directory / "mark").exists(), (script, kind)

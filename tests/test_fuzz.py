@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 from test_bad_input import is_one_line_with, write_byte_level_tokenizer
 from test_train import write_dataset
 
-import checkpoint
-import data
-from configurator import UserError, option_types
-from kron import kron_linear, kron_weight, rearrange, van_loan
+from kronygpt import checkpoint, data
+from kronygpt.configurator import UserError, option_types
+from kronygpt.kron import kron_linear, kron_weight, rearrange, van_loan
+from kronygpt.texts import read_rows
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 from prune import prune_matrix
-from texts import read_rows
 
 CASES = int(os.environ.get("FUZZ_CASES", 40))
 SIDES = st.tuples(*[st.integers(1, 6)] * 4)
@@ -264,8 +263,8 @@ TINY = {  # {script: arguments of a run of milliseconds}
     "prune.py": "--init_from=good.pt --out=made.pt",
     "kron_decompose.py": "8 16 1 --init_from=good.pt --out=made.pt",
     "prepare_owt.py": "--data_files=rows.jsonl --tokenizer=byte_level --out=mine --threads=1",
-    "compare.py": "--train_config=tiny.py --dataset=none",
-    "bench.py": "layer --shapes=8,16,1 --layer_shapes=16,64,1 --layer_tokens=1 --n_embd=16 --n_head=1 --n_layer=1 "
+    "experiments/compare.py": "--train_config=tiny.py --dataset=none",
+    "experiments/bench.py": "layer --shapes=8,16,1 --layer_shapes=16,64,1 --layer_tokens=1 --n_embd=16 --n_head=1 --n_layer=1 "
                 "--repeats=1 --device=cpu",
 }
 LISTS = {"seeds", "learning_rates", "shapes", "layer_shapes", "layer_tokens", "factors"}
@@ -282,7 +281,7 @@ def odd_numbers(script):
 @pytest.fixture
 def tiny_world(workdir, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(workdir / "cache"))
-    monkeypatch.setattr("device.matmul_flops", lambda device, dtype: 1e9)  # measuring it takes train.py a second
+    monkeypatch.setattr("kronygpt.device.matmul_flops", lambda device, dtype: 1e9)  # measuring it takes train.py a second
     write_dataset("tiny", 2000)
     write_byte_level_tokenizer("byte_level")
     checkpoint.save("good.pt", KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=16)))
@@ -292,7 +291,7 @@ def tiny_world(workdir, monkeypatch):
 
 def check_odd_numbers(script, pairs):
     said = run_here(script, *TINY[script].split())
-    assert said.returncode == 0 or script == "compare.py", said.stderr  # it would run others for minutes
+    assert said.returncode == 0 or script == "experiments/compare.py", said.stderr  # it would run others for minutes
     refused, wrong = 0, {}
     for name, value in pairs:
         try:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from kron import (
+from kronygpt.kron import (
     balanced,
     contraction_order,
     kron_linear,

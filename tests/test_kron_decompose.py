@@ -8,8 +8,8 @@ import torch
 from conftest import ROOT, kron_sum, random_matrix, run_here, smallest_error
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import budget
 import kron_decompose
+from kronygpt import budget
 from model import KronyGPTConfig
 
 

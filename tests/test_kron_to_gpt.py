@@ -15,13 +15,11 @@ import torch
 from conftest import ROOT, StandIn, run_here
 from safetensors.torch import load_file
 
-import checkpoint
-import files
-import hugging_face
-from hugging_face import gpt2_vocabulary, write_tokenizer
 from kron_to_gpt import default_name
+from kronygpt import checkpoint, files, hugging_face
+from kronygpt.hugging_face import gpt2_vocabulary, write_tokenizer
+from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer
 from model import KronyGPT, KronyGPTConfig
-from tokenizer import BytesTokenizer, GPT2Tokenizer
 
 TEXTS = ["", " ", "Hello world", "  two  spaces \r\n\ttab .\n\n\n", "don't I'LL it's", "naïve — “quoted” €5½",
          "漢字かな 한국어", "🙂👩‍👩‍👧 e\u0301", "\0\x01\x7f", "<|endoftext|> 12345 x_1=3.14;", "Ġĉ ▁", "\ufeffbom\u2028line"]

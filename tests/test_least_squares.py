@@ -6,10 +6,20 @@ import pytest
 import torch
 from conftest import kron_sum, random_matrix
 
-import least_squares
-from configurator import UserError
-from kron import van_loan
-from least_squares import Moments, Problem, als_step, alternate, check_size, fit, initial_factors, reduced_rank, separable
+from kronygpt import least_squares
+from kronygpt.configurator import UserError
+from kronygpt.kron import van_loan
+from kronygpt.least_squares import (
+    Moments,
+    Problem,
+    als_step,
+    alternate,
+    check_size,
+    fit,
+    initial_factors,
+    reduced_rank,
+    separable,
+)
 
 
 def random_problem(m=12, n=20, tokens=200, seed=0):

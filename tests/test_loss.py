@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-import loss
-from loss import IGNORE_INDEX, Distillation, distillation_loss, linear_cross_entropy
+from kronygpt import loss
+from kronygpt.loss import IGNORE_INDEX, Distillation, distillation_loss, linear_cross_entropy
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 T, C, VOCAB_SIZE = 32, 8, 64

@@ -17,11 +17,8 @@ import torch
 from conftest import ROOT, StandIn, run_here
 from test_train import RUN, as_it_was, load, losses_of, run_train, write_dataset  # noqa: F401
 
-import calibration
-import device
-import files
-import least_squares
-from configurator import UserError
+from kronygpt import calibration, device, files, least_squares
+from kronygpt.configurator import UserError
 from model import KronyGPT
 
 CUDA, CPU, MPS = map(torch.device, ("cuda", "cpu", "mps"))

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-from configurator import UserError
-from loss import IGNORE_INDEX
+from kronygpt import checkpoint
+from kronygpt.configurator import UserError
+from kronygpt.loss import IGNORE_INDEX
 from model import KronLinear, KronyGPT, KronyGPTConfig, Shape, mlp_shapes
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

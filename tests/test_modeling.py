@@ -13,12 +13,10 @@ from conftest import kinds_of_shape, kron_sum, load_gpt2, random_tokens, run_her
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import compress
-import hugging_face
-from configurator import UserError
-from model_card import model_card
-from modeling_kronygpt import KronLinear, KronyGPTConfig, KronyGPTForCausalLM
+from kronygpt import checkpoint, compress, hugging_face
+from kronygpt.configurator import UserError
+from kronygpt.model_card import model_card
+from kronygpt.modeling_kronygpt import KronLinear, KronyGPTConfig, KronyGPTForCausalLM
 from prune import prune_matrix
 
 IDX = random_tokens(2, 32)

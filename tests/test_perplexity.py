@@ -19,8 +19,8 @@ from conftest import ROOT, run_here
 from test_bad_input import write_byte_level_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import hugging_face
 import perplexity
+from kronygpt import hugging_face
 
 CONTEXT = 32  # of the model in gpt2_dir
 

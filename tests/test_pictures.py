@@ -9,9 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 from test_train import log_of, run_train, write_dataset
 
-import device
-import pictures
-from run_dir import read_log
+from experiments import pictures
+from kronygpt import device
+from kronygpt.run_dir import read_log
 
 
 @pytest.fixture

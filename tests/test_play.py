@@ -17,8 +17,8 @@ from conftest import run_here
 from torch.nn import functional as F
 
 import play
-from checkpoint import load
-from tokenizer import UnknownTokenizer
+from kronygpt.checkpoint import load
+from kronygpt.tokenizer import UnknownTokenizer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TEXT = "Hä? 😀 A text that is longer than one context of 32 bytes, and ends within the third."

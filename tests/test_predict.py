@@ -9,10 +9,10 @@ import torch
 from conftest import randomize_vectors, run_here
 from torch.nn import functional as F
 
-import checkpoint
-from data import load_tokens
+from experiments.predict import rank_correlation
+from kronygpt import checkpoint
+from kronygpt.data import load_tokens
 from model import KronyGPT, KronyGPTConfig
-from predict import rank_correlation
 
 OPTIONS = ["--init_from=dense.pt", "--calibrate=pattern", "--calibration_tokens=2048", "--budgets=0.9,0.6", "--shares=0.3"]
 
@@ -42,7 +42,7 @@ def plain_loss(model):
 
 
 def test_what_is_measured_is_the_loss_of_the_models_that_are_written(dense):
-    said = run_here("predict.py", *OPTIONS)
+    said = run_here("experiments/predict.py", *OPTIONS)
     assert said.returncode == 0, said.stderr
     lines = Path("out/predict/table.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:] if line.startswith("|")]
@@ -71,6 +71,6 @@ def test_rank_correlation():
 
 @pytest.mark.parametrize("option", ["--budgets=1.5", "--budgets=x", "--shares=0", "--shares=,", "--eval_tokens=0"])
 def test_wrong_options_get_one_line(option, dense):
-    said = run_here("predict.py", *OPTIONS, option)
+    said = run_here("experiments/predict.py", *OPTIONS, option)
     assert said.returncode == 2 and said.stderr.count("\n") == 1 and option.partition("=")[0] in said.stderr
     assert not Path("out").exists()

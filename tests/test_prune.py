@@ -6,7 +6,7 @@ from conftest import run_here
 from test_train import write_dataset
 from transformers import GPT2LMHeadModel
 
-import checkpoint
+from kronygpt import checkpoint
 
 
 def pruned(W, axis, keep, offset, epsilon):

@@ -8,9 +8,9 @@ import torch
 from conftest import ROOT, run_here
 from test_train import write_dataset
 
-import checkpoint
 import train
-from configurator import configure, option_types
+from kronygpt import checkpoint
+from kronygpt.configurator import configure, option_types
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 RECIPES = sorted(path.stem for path in ROOT.glob("config/train_gpt2*.py"))

@@ -19,10 +19,9 @@ import torch
 from conftest import ROOT, StandIn, run_here
 from test_train import RUN, RUN_OF_A_CHECKPOINT, load, losses_of, run_train, same, timeless, write_dataset
 
-import checkpoint
-import files
-from configurator import UserError
-from files import atomic_write, lock
+from kronygpt import checkpoint, files
+from kronygpt.configurator import UserError
+from kronygpt.files import atomic_write, lock
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in Linux's /proc")
 LONG_RUN = [*RUN, "--dropout=0.2", "--max_iters=400", "--eval_interval=5", "--eval_iters=1", "--keep=2"]
@@ -212,7 +211,7 @@ def test_what_a_killed_save_left_is_removed_and_never_read_and_other_files_stay(
 def test_files_of_others_in_a_data_set_stay(tokens):
     Path("data/tiny/notes.tmp").write_text("mine")
     Path("data/tiny/.train.bin.0123456789ab.tmp").write_text("half")
-    assert run_here("prepare_pydocs.py", "--out=tiny").returncode == 0
+    assert run_here("experiments/prepare_pydocs.py", "--out=tiny").returncode == 0
     assert sorted(path.name for path in Path("data/tiny").iterdir()) == ["meta.json", "notes.tmp", "train.bin", "val.bin"]
 
 
@@ -334,7 +333,7 @@ def test_a_second_run_in_one_directory_is_turned_away(tokens):
 
 def test_a_second_preparation_of_one_name_is_turned_away(workdir, monkeypatch):
     with lock("data/mine"):
-        said = run_here("prepare_pydocs.py", "--out=mine")
+        said = run_here("experiments/prepare_pydocs.py", "--out=mine")
         assert said.returncode == 1 and "data/mine is in use by process" in said.stderr
         assert [p.name for p in Path("data/mine").iterdir()] == [".lock"]
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import run_here
 
-from configurator import UserError
+from kronygpt.configurator import UserError
+from kronygpt.texts import read_pieces, read_rows
 from perplexity import load_text_tokens
-from texts import read_pieces, read_rows
 
 ROWS = [f"Zeile {i}: naïve café." for i in range(40)]
 
@@ -22,7 +22,7 @@ def prepare(workdir, shared, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(workdir / "cache"))
 
     def prepare(pattern, *options):
-        from tokenizer import GPT2Tokenizer
+        from kronygpt.tokenizer import GPT2Tokenizer
 
         said = run_here("prepare_owt.py", f"--data_files={pattern}", "--out=mine", "--val_fraction=0.1", *options)
         if said.returncode:
@@ -108,7 +108,7 @@ def test_other_text_of_the_same_path_size_and_time_is_scored_anew(name, dataset,
 def test_a_pipe_is_not_waited_for(name, gpt2_dir, workdir, run_script):
     os.mkfifo(name)
     for command in (["perplexity.py", gpt2_dir, name], ["sample.py", gpt2_dir, f"--start=FILE:{name}"],
-                    ["prepare_owt.py", f"--data_files={name}"], ["compare.py", f"--train_config={name}"]):
+                    ["prepare_owt.py", f"--data_files={name}"], ["experiments/compare.py", f"--train_config={name}"]):
         said = run_script(*command, cwd=workdir, timeout=30)
         assert said.returncode == 2 and name in said.stderr and said.stderr.count("\n") == 1, said.stderr
     with pytest.raises(UserError, match=f"{name} is no regular file"):
@@ -223,7 +223,7 @@ def test_a_separator_ends_a_document(prepare):
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("separator", ["\n\n", "<|endoftext|>", "\n"])
 def test_pieces_do_not_depend_on_how_much_is_read_at_once(at_once, separator, workdir, monkeypatch):
-    monkeypatch.setattr("texts.CHARACTERS_AT_ONCE", at_once)
+    monkeypatch.setattr("kronygpt.texts.CHARACTERS_AT_ONCE", at_once)
     text = "\n\n\na\n\n\n\nb <|endoftext|>\n<|endoftext|><|endoftext|c\n\n"
     workdir.joinpath("a.txt").write_text(text)
     assert list(read_pieces("a.txt", separator)) == text.split(separator)

@@ -11,11 +11,10 @@ import torch
 from conftest import run_here
 from test_data import write_dataset
 
-import checkpoint
-from configurator import UserError
-from data import data_tokenizer, load_tokens
-from model import KronyGPT, KronyGPTConfig
-from tokenizer import (
+from kronygpt import checkpoint
+from kronygpt.configurator import UserError
+from kronygpt.data import data_tokenizer, load_tokens
+from kronygpt.tokenizer import (
     END_OF_TEXT,
     GPT2_FINGERPRINT,
     BytesTokenizer,
@@ -28,6 +27,7 @@ from tokenizer import (
     read_tokenizer,
     tokenizer_record,
 )
+from model import KronyGPT, KronyGPTConfig
 
 TEXT = "Das ist ein Satz über naïve Wörter; der nächste ist länger als der erste.\n" * 40
 MARK = "<|satz|>"

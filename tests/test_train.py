@@ -17,10 +17,9 @@ from conftest import ROOT, StandIn, kron_sum, run_here
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-import checkpoint
-import device
 import train
-from data import batch_starts
+from kronygpt import checkpoint, device
+from kronygpt.data import batch_starts
 
 SIZES = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--dim_1=16", "--dim_2=64", "--factors=2,3"]
 RUN = ["--dataset=tiny", *SIZES, "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2",
@@ -371,7 +370,7 @@ def overflow_above(scale, monkeypatch):
             optimizer.param_groups[0]["params"][0].grad.view(-1)[0] = math.inf
         return unscale(scaler, optimizer)
 
-    monkeypatch.setattr("device.torch", StandIn(torch, amp=StandIn(torch.amp, GradScaler=type(
+    monkeypatch.setattr("kronygpt.device.torch", StandIn(torch, amp=StandIn(torch.amp, GradScaler=type(
         "GradScaler", (torch.amp.GradScaler,), dict(unscale_=unscale_)))))
 
 
@@ -417,7 +416,7 @@ def test_a_float16_run_resumes_from_a_float32_one_and_refuses_a_damaged_scaler(t
 
 @pytest.mark.parametrize("options, message", [
     (["--dataset=mine"], "make it with: python prepare_owt.py --data_files='*.txt' --out=mine (there are: tiny)"),
-    (["--dataset=pydocs"], "make it with: python prepare_pydocs.py"),
+    (["--dataset=pydocs"], "make it with: python -m experiments.prepare_pydocs"),
     (["--dataset=openwebtext"], "make it with: python prepare_owt.py (there"),
     (["--block_size=5000"], "train.bin has 5000 tokens, and a block takes 5001"),
     (["--block_size=1000"], "val.bin has 500 tokens"),

@@ -8,7 +8,7 @@ from conftest import random_tokens, run_here
 from test_train import RUN, as_it_was, load, losses_of, run_train, same, write_dataset  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 
-from device import default_dtype
+from kronygpt.device import default_dtype
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: cuBLAS is deterministic with it
 DEVICE = "cuda"

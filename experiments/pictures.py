@@ -3,7 +3,7 @@ import math
 import re
 import statistics
 
-from files import atomic_write
+from kronygpt.files import atomic_write
 
 DPI = 120
 SAME_SIZE = 1.1  # starts whose MLPs differ by less than this factor share a panel

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import torch
 
-import checkpoint
-from configurator import UserError
-from kron import van_loan
-from least_squares import share
+from kronygpt import checkpoint
+from kronygpt.configurator import UserError
+from kronygpt.kron import van_loan
+from kronygpt.least_squares import share
+from kronygpt.tokenizer import GPT2_VOCAB_SIZE
 from model import KronyGPT
-from tokenizer import GPT2_VOCAB_SIZE
 
 
 def reshaped(config, shapes):

@@ -12,9 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configurator import UserError
-from files import atomic_write, lock, remove_leftovers
-from tokenizer import GPT2_VOCAB_SIZE, TOKEN_TYPE, BytesTokenizer, GPT2Tokenizer, UnknownTokenizer, is_same, name_for
+from kronygpt.configurator import UserError
+from kronygpt.files import atomic_write, lock, remove_leftovers
+from kronygpt.tokenizer import (
+    GPT2_VOCAB_SIZE,
+    TOKEN_TYPE,
+    BytesTokenizer,
+    GPT2Tokenizer,
+    UnknownTokenizer,
+    is_same,
+    name_for,
+)
 
 DATA_DIR = Path("data")
 SPLITS = ("train", "val")
@@ -106,7 +114,7 @@ def find_dataset(name):
     """
     directory = DATA_DIR / name
     if not any((directory / f"{split}.bin").exists() for split in SPLITS):
-        known = {"openwebtext": "python prepare_owt.py", "pydocs": "python prepare_pydocs.py"}
+        known = {"openwebtext": "python prepare_owt.py", "pydocs": "python -m experiments.prepare_pydocs"}
         command = known.get(name, f"python prepare_owt.py --data_files='*.txt' --out={name}")
         others = sorted(path.parent.name for path in DATA_DIR.glob("*/train.bin"))
         there = f" (there are: {', '.join(others)})" if others else ""

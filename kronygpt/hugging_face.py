@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from configurator import UserError
-from tokenizer import TOKENIZER_FILES, read_json
+from kronygpt.configurator import UserError
+from kronygpt.tokenizer import TOKENIZER_FILES, read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 COMPRESSED_TYPE = "kronygpt"  # model_type of modeling_kronygpt.py: factors that are not expanded
@@ -174,7 +174,7 @@ def to_compressed(model):
     """The KronyGPTForCausalLM of modeling_kronygpt.py with the tensors of a KronyGPT: factors stay factors."""
     import torch
 
-    from modeling_kronygpt import KronyGPTConfig, KronyGPTForCausalLM
+    from kronygpt.modeling_kronygpt import KronyGPTConfig, KronyGPTForCausalLM
 
     module = KronyGPTConfig.__module__
     auto_map = dict(AutoConfig=f"{module}.KronyGPTConfig", AutoModel=f"{module}.KronyGPTModel",
@@ -198,7 +198,7 @@ def gpt2_vocabulary():
 
     The pair whose merge made a token is what byte pair encoding with the tokens before it leaves of the token.
     """
-    from tokenizer import END_OF_TEXT, GPT2Tokenizer, bytes_to_unicode
+    from kronygpt.tokenizer import END_OF_TEXT, GPT2Tokenizer, bytes_to_unicode
 
     gpt2, characters = GPT2Tokenizer(), bytes_to_unicode()
     tokens = [gpt2.decode_bytes([number]) for number in range(gpt2.end_of_text)]
@@ -222,7 +222,7 @@ def write_built_in(directory, ours):
     """Write GPT-2's or the byte tokenizer's files; returns what tokenizer_config.json says of it."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    from tokenizer import END_OF_TEXT, GPT2Tokenizer, bytes_to_unicode
+    from kronygpt.tokenizer import END_OF_TEXT, GPT2Tokenizer, bytes_to_unicode
 
     is_gpt2 = ours.name == GPT2Tokenizer.name
     characters = bytes_to_unicode()
@@ -246,7 +246,7 @@ def write_built_in(directory, ours):
 
 def write_own(directory, ours):
     """Copy the files of a model's own tokenizer; returns what tokenizer_config.json says of it."""
-    from tokenizer import READABLE, special_token
+    from kronygpt.tokenizer import READABLE, special_token
 
     for name in READABLE:
         if (ours.directory / name).exists():

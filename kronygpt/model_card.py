@@ -3,9 +3,9 @@ checkpoint and those that it was made of say of themselves."""
 import math
 from pathlib import Path
 
-import checkpoint
-from configurator import UserError
-from tokenizer import read_json
+from kronygpt import checkpoint
+from kronygpt.configurator import UserError
+from kronygpt.tokenizer import read_json
 
 MARK = "<!-- Written by kron_to_gpt.py, which replaces this file; without this line it stays. -->"
 LONGEST_NAME = 100  # of a model on the hub

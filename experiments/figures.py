@@ -1,7 +1,7 @@
 """Make every picture and table of docs/report.md, and the tables of README.md, from runs of the repository.
 
-    python docs/figures.py                  # the runs that are missing, then all pictures and tables
-    python docs/figures.py compare_small    # ... and this run of the list below, again
+    python -m experiments.figures                  # the runs that are missing, then all pictures and tables
+    python -m experiments.figures compare_small    # ... and this run of the list below, again
 
 Runs are the commands that a person would give; one whose output is there is not repeated. Those that take long are made side
 by side, one core each, and their outputs go to out/figures/NAME.log. The pictures go to docs/*.png. A table stands in the
@@ -26,11 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-from configurator import UserError, run  # noqa: E402
-from files import atomic_write  # noqa: E402
-from pictures import draw_pareto, new_figure, save  # noqa: E402
+from experiments.pictures import draw_pareto, new_figure, save
+from kronygpt.configurator import UserError, run
+from kronygpt.files import atomic_write
 
 base = "out/demo/base/best.pt"  # the dense model of the spectra and errors
 dataset = "pydocs"  # data/<dataset>, for calibration and losses
@@ -43,25 +42,25 @@ documents = "docs/report.md,README.md,docs/learning_rates.md"  # comma list of t
 Run = namedtuple("Run", "command output feeds one_core reads automatic", defaults=(False, None, True))
 BYTES_BASE = "../shared/data/gpt2-bytes"  # as in config/compare_bytes.py
 RUNS = {
-    "pydocs": Run("prepare_pydocs.py", "data/pydocs/meta.json", "the text of all runs below"),
+    "pydocs": Run("-m experiments.prepare_pydocs", "data/pydocs/meta.json", "the text of all runs below"),
     "base": Run("train.py config/demo_base.py", base, "report: singular values, errors of the fits"),
-    "demo": Run("compare.py config/compare_demo.py", "out/demo/results.json", "README and report: the demo's table"),
-    "compare_bytes": Run("compare.py config/compare_bytes.py", "out/compare_bytes/results.json",
+    "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json", "README and report: the demo's table"),
+    "compare_bytes": Run("-m experiments.compare config/compare_bytes.py", "out/compare_bytes/results.json",
                          "README and report: results at width 256, ranks of each matrix", one_core=True, reads=BYTES_BASE),
-    "compare_small": Run("compare.py config/compare_small.py", "out/compare_small/results.json",
+    "compare_small": Run("-m experiments.compare config/compare_small.py", "out/compare_small/results.json",
                          "report: results at width 128, ranks of each matrix", one_core=True),
-    "predict": Run(f"predict.py --init_from={base} --calibrate=pydocs --out_dir=out/predict_small",
+    "predict": Run(f"-m experiments.predict --init_from={base} --calibrate=pydocs --out_dir=out/predict_small",
                    "out/predict_small/table.md", "report: predicted and measured loss", one_core=True),
-    "predict_bytes": Run(f"predict.py --init_from={BYTES_BASE} --calibrate=pydocs --shares=0.5,0.25 "
+    "predict_bytes": Run(f"-m experiments.predict --init_from={BYTES_BASE} --calibrate=pydocs --shares=0.5,0.25 "
                          "--calibration_tokens=32768 --out_dir=out/predict_bytes", "out/predict_bytes/table.md",
                          "report: predicted and measured loss at width 256", one_core=True, reads=BYTES_BASE),
-    "rates_small": Run("compare.py config/compare_small.py --seeds=1 --learning_rates=1e-4,3e-4,1e-3,3e-3,1e-2 "
+    "rates_small": Run("-m experiments.compare config/compare_small.py --seeds=1 --learning_rates=1e-4,3e-4,1e-3,3e-3,1e-2 "
                        "--out_dir=out/rates_small", "out/rates_small/results.json", "learning rates at width 128",
                        one_core=True, automatic=False),
-    "rates_bytes": Run("compare.py config/compare_bytes.py --seeds=1 --learning_rates=3e-5,1e-4,3e-4,6e-4,1e-3,2e-3 "
+    "rates_bytes": Run("-m experiments.compare config/compare_bytes.py --seeds=1 --learning_rates=3e-5,1e-4,3e-4,6e-4,1e-3,2e-3 "
                        "--out_dir=out/rates_bytes", "out/rates_bytes/results.json", "learning rates at width 256",
                        one_core=True, reads=BYTES_BASE, automatic=False),
-    "bench": Run("bench.py --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
+    "bench": Run("-m experiments.bench --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
                  "README and report: speed at GPT-2's sizes"),
 }
 COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_bytes", "predicted.png", "docs/predicted.png")]
@@ -99,7 +98,7 @@ def rewrite(text, tables, path="the text"):
         if end != "end":
             raise UserError(f"{path}: <!-- table: {name} --> has no <!-- end --> behind it")
         if name not in tables:
-            raise UserError(f"{path}: there is no table {name}: docs/figures.py makes {', '.join(tables)}")
+            raise UserError(f"{path}: there is no table {name}: experiments/figures.py makes {', '.join(tables)}")
         return match[0] if tables[name] is None else f"<!-- table: {name} -->\n\n{tables[name].strip()}\n\n"
 
     return TABLE.sub(replacement, text)
@@ -215,7 +214,7 @@ def parameters_table(config):
 
 def shapes_table(m, n, shapes):
     """What shapes (dim_1, dim_2, r) of a matrix [m, n] cost: parameters, rank, and multiply-adds per token over dense."""
-    from kron import contraction_order, multiply_adds
+    from kronygpt.kron import contraction_order, multiply_adds
 
     rows = []
     for dim_1, dim_2, r in shapes:
@@ -233,7 +232,7 @@ def shapes_table(m, n, shapes):
 
 def step_table(configs):
     """Multiply-adds per token of a forward pass on full blocks, by part, of {name: KronyGPTConfig}."""
-    from kron import multiply_adds
+    from kronygpt.kron import multiply_adds
 
     rows = []
     for name, config in configs.items():
@@ -264,7 +263,7 @@ def normalised_spectrum(W, dim_1, dim_2):
     """Singular values of the rearranged W over its norm, in descending order."""
     import torch
 
-    from kron import rearrange
+    from kronygpt.kron import rearrange
 
     sigma = torch.linalg.svdvals(rearrange(W.double().contiguous(), dim_1, dim_2))
     return sigma / sigma.norm()
@@ -293,9 +292,8 @@ def spectrum_table(spectra):
 def errors_table(dense, text, held_out, shapes):
     """Errors of weights and outputs, and losses, of Van Loan's sums and of the same shapes fitted to text, both with the
     hidden units in the order of calibration."""
-    import calibration
-    import compress
-    from kron import van_loan
+    from kronygpt import calibration, compress
+    from kronygpt.kron import van_loan
     from model import mlp_shapes
 
     config, kinds = dense.config, ["mlp.c_fc", "mlp.c_proj"]
@@ -319,7 +317,7 @@ def mean_loss(model, held_out):
     """Mean cross entropy in nats per token of (tokens, targets), each (windows, T)."""
     import torch
 
-    from calibration import batches
+    from kronygpt.calibration import batches
 
     model.eval()
     with torch.no_grad():
@@ -431,7 +429,7 @@ def runs_table(records):
         record = records.get(name, {})
         return [record.get(key, NOT_KNOWN) for key in ("commit", "machine", "minutes")]
 
-    rows = [("report: parameters of GPT-2, costs of shapes", "`python docs/figures.py`", "arithmetic", "", "")]
+    rows = [("report: parameters of GPT-2, costs of shapes", "`python -m experiments.figures`", "arithmetic", "", "")]
     rows += [(run.feeds, f"`python {run.command}`", *cells(name)) for name, run in RUNS.items()]
     return markdown(["figures", "command", "commit", "machine", "minutes"], rows, n_left=4)
 
@@ -523,10 +521,9 @@ def main(name=None):
     os.chdir(ROOT)
     make(missing_runs(name))
 
-    import calibration
-    import checkpoint
-    from budget import shapes_within
-    from data import load_tokens, windows
+    from kronygpt import calibration, checkpoint
+    from kronygpt.budget import shapes_within
+    from kronygpt.data import load_tokens, windows
     from model import KronyGPTConfig, Shape, mlp_shapes
 
     gpt2 = KronyGPTConfig()

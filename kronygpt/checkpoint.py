@@ -24,11 +24,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from configurator import UserError
-from files import atomic_write
-from hugging_face import COMPRESSED_TYPE, WEIGHTS, download, open_directory
+from kronygpt.configurator import UserError
+from kronygpt.files import atomic_write
+from kronygpt.hugging_face import COMPRESSED_TYPE, WEIGHTS, download, open_directory
+from kronygpt.tokenizer import tokenizer_record
 from model import KronyGPT
-from tokenizer import tokenizer_record
 
 MODELS_DIR = Path("models")
 GPT2_HEAD_DIM = 64  # n_embd / n_head in GPT-2 small, medium, large and xl

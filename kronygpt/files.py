@@ -10,7 +10,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from configurator import UserError
+from kronygpt.configurator import UserError
 
 try:
     import fcntl

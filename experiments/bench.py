@@ -1,10 +1,10 @@
 """Speed and memory of KronyGPT against the dense model and against a torch.kron loop.
 
-    python bench.py                                     # training, forward, generation, memory, file size
-    python bench.py layer                               # one layer: each order of contraction, and the one chosen
-    python bench.py --device=cuda --dtype=bfloat16
-    python bench.py tokenize books.jsonl                # prepare_owt.py against nanoGPT's script, on local documents
-    python bench.py score book.txt gpt2 VL_768_768_1.pt # perplexity.py against a loop over transformers' GPT-2
+    python -m experiments.bench                                     # training, forward, generation, memory, file size
+    python -m experiments.bench layer                               # one layer: each order of contraction, and the one chosen
+    python -m experiments.bench --device=cuda --dtype=bfloat16
+    python -m experiments.bench tokenize books.jsonl                # prepare_owt.py against nanoGPT's script, on local documents
+    python -m experiments.bench score book.txt gpt2 VL_768_768_1.pt # perplexity.py against a loop over transformers' GPT-2
 
 Models have GPT-2's sizes and random weights; the shapes are those of the MLPs, and a fourth number is the rank of attention
 matrices: with 768,1,288,288 the whole model has 82M parameters, as with 768,768,1. Candidates run in turns in one process,
@@ -27,9 +27,9 @@ from functools import partial
 from itertools import cycle, product
 from pathlib import Path
 
-import pictures
-from configurator import UserError, check_choice, check_range, run
-from files import atomic_write, check_is_file
+from experiments import pictures
+from kronygpt.configurator import UserError, check_choice, check_range, run
+from kronygpt.files import atomic_write, check_is_file
 
 n_layer = 12  # blocks
 n_head = 12  # attention heads
@@ -48,6 +48,7 @@ dtype = "float32"  # or bfloat16 or float16, by autocast
 out_dir = "out/bench"  # directory of the table and the picture
 
 CONTEXTS, SEQUENCES = (64, 900), (1, 8)  # of generation: tokens at the end, and sequences at once
+ROOT = Path(__file__).resolve().parent.parent
 LOOP_FACTORS = 16  # at most, of a torch.kron loop: it keeps as many whole matrices for the backward pass
 HOPELESS = 4  # an order of contraction with this many times the multiply-adds of the best is not timed
 NOTABLE = 1.15  # a chosen order that takes this many times the best is marked
@@ -82,7 +83,7 @@ def make_config(shape, layers):
 
 def run_script(script, *args):
     """Run a script of this directory and return what it prints; UserError if it fails."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), *args]
+    command = [sys.executable, str(ROOT / script), *args]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         message = done.stderr.strip().rpartition("\n")[2]
@@ -157,7 +158,7 @@ def measure(candidates, device):
     """Measure candidates in turns: {name: {measurement: seconds, or bytes}}."""
     import torch
 
-    from device import autocast_to, peak_memory
+    from kronygpt.device import autocast_to, peak_memory
 
     idx = torch.randint(vocab_size, (max(batch_size, memory_batch_size), block_size + 1),
                         generator=torch.Generator().manual_seed(0)).to(device)
@@ -202,7 +203,7 @@ def measure(candidates, device):
 
 def bench_models():
     """Measure the models of each shape against the dense one."""
-    from device import Speed, check_memory, pick_device
+    from kronygpt.device import Speed, check_memory, pick_device
 
     check_range(globals(), "new_tokens", below=min(*CONTEXTS, block_size))
     for name in OUTPUTS:
@@ -257,8 +258,8 @@ def time_orders(A_shape, B_shape, tokens, device):
     m1 m2), A_shape (r, m1, n1) and B_shape (r, m2, n2). Backward includes its forward."""
     import torch
 
-    from device import autocast_to
-    from kron import kron_linear, multiply_adds
+    from kronygpt.device import autocast_to
+    from kronygpt.kron import kron_linear, multiply_adds
 
     (r, m1, n1), (_, m2, n2) = A_shape, B_shape
     inputs = [torch.randn(shape, device=device, requires_grad=True)
@@ -281,8 +282,8 @@ def time_orders(A_shape, B_shape, tokens, device):
 
 def bench_layer():
     """Compare the order of contraction that is chosen with the fastest, for matrices of MLPs and numbers of tokens."""
-    from device import check_memory, pick_device
-    from kron import contraction_order
+    from kronygpt.device import check_memory, pick_device
+    from kronygpt.kron import contraction_order
 
     torch_device = pick_device(device)
     measured_shapes = list(dict.fromkeys(shape[:3] for shape in parse_numbers(f"{shapes} {layer_shapes}", 3, 1)))
@@ -351,9 +352,8 @@ def bench_score(path, dense, ckpt):
     """Compare tokens/s of perplexity.py, for a dense and a compressed model, with a plain loop over transformers' GPT-2."""
     import torch
 
-    import checkpoint
-    import hugging_face
-    from device import autocast_to, pick_device
+    from kronygpt import checkpoint, hugging_face
+    from kronygpt.device import autocast_to, pick_device
     from perplexity import load_text_tokens
 
     torch_device = pick_device(device)

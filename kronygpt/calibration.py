@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configurator import UserError
-from data import even_starts, load_tokens, windows
-from device import float64, float64_device, pick_device
-from least_squares import ROUNDING, Moments, Problem, check_size, fit, gram, metric, share
-from loss import ChunkedLinearLoss
+from kronygpt.configurator import UserError
+from kronygpt.data import even_starts, load_tokens, windows
+from kronygpt.device import float64, float64_device, pick_device
+from kronygpt.least_squares import ROUNDING, Moments, Problem, check_size, fit, gram, metric, share
+from kronygpt.loss import ChunkedLinearLoss
 
 TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
 GRADIENT_TOKENS = 1024  # in a batch of a backward pass

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from configurator import UserError
+from kronygpt.configurator import UserError
 
 ROWS = (".jsonl", ".json", ".parquet")
 CHARACTERS_AT_ONCE = 2**20  # of a text that is split

@@ -6,7 +6,7 @@ Low rank is the member with n1 = m2 = 1; the dense matrix is the member with m2 
 """
 import torch
 
-from device import float64
+from kronygpt.device import float64
 
 COPY = 64  # multiply-adds that take as long as writing one number to memory; 32 to 500 choose alike
 WIDE = 16  # columns from which a batch of small products beats one large product on a transposed copy

@@ -3,8 +3,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from configurator import UserError
-from kron import multiply_adds
+from kronygpt.configurator import UserError
+from kronygpt.kron import multiply_adds
 from model import KronyGPT, Shape
 
 SLACK = 0.99  # share of the budget that a shape in the table must use

@@ -5,9 +5,9 @@ import re
 import warnings
 from pathlib import Path
 
-import pictures
-from configurator import UserError
-from files import atomic_write, lock, remove_leftovers
+from experiments import pictures
+from kronygpt.configurator import UserError
+from kronygpt.files import atomic_write, lock, remove_leftovers
 
 
 class RunDir:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from configurator import UserError
+from kronygpt.configurator import UserError
 
 TOKEN_TYPE = np.uint16
 LARGEST_VOCABULARY = 2**16

@@ -1,6 +1,6 @@
 """Make data/pydocs from the documentation inside this Python: real English text, with no download.
 
-    python prepare_pydocs.py
+    python -m experiments.prepare_pydocs
 
 The documents are the topics of the language reference (`pydoc_data.topics`) and, one document per source file, the
 docstrings of the standard library, as UTF-8 bytes (a vocabulary of 256). They are shuffled by document, and one in
@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from configurator import UserError, check_range, run
+from kronygpt.configurator import UserError, check_range, run
 
 out = "pydocs"  # name of the data set, a directory under data/
 val_fraction = 0.05  # share of the documents in the validation split
@@ -46,8 +46,8 @@ def documents():
 
 
 def main():
-    from data import DatasetWriter
-    from tokenizer import BytesTokenizer
+    from kronygpt.data import DatasetWriter
+    from kronygpt.tokenizer import BytesTokenizer
 
     check_range(globals(), "val_fraction", above=0, below=1)
     check_range(globals(), "seed", at_least=0)

@@ -1,6 +1,6 @@
 """Check the prediction behind `kron_decompose.py --budget`: predicted against measured loss added, table and picture.
 
-    python predict.py --init_from=models/mine --calibrate=pydocs        # → out/predict/table.md and predicted.png
+    python -m experiments.predict --init_from=models/mine --calibrate=pydocs        # → out/predict/table.md and predicted.png
 
 Budgets from nearly all parameters to few of them are shared among all matrices, and each matrix is compressed alone to some
 shares of its parameters. Each model is calibrated as kron_decompose.py does it, without training, and scored on
@@ -8,9 +8,9 @@ held-out text.
 """
 from pathlib import Path
 
-import pictures
-from configurator import UserError, check_range, run
-from files import atomic_write
+from experiments import pictures
+from kronygpt.configurator import UserError, check_range, run
+from kronygpt.files import atomic_write
 
 init_from = "gpt2"  # the dense model: a hub name, a Hugging Face directory or a checkpoint
 calibrate = "openwebtext"  # data set under data/: its training split is calibrated on, its validation split scored
@@ -76,12 +76,11 @@ def main():
     import torch
     from tqdm import tqdm
 
-    import calibration
-    import checkpoint
-    from budget import allocate
-    from compress import factorize
-    from data import load_tokens, windows
-    from kron import van_loan
+    from kronygpt import calibration, checkpoint
+    from kronygpt.budget import allocate
+    from kronygpt.compress import factorize
+    from kronygpt.data import load_tokens, windows
+    from kronygpt.kron import van_loan
     from model import Shape
 
     check_range(globals(), "eval_tokens", at_least=1)

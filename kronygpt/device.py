@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, check_choice, is_out_of_memory
+from kronygpt.configurator import UserError, check_choice, is_out_of_memory
 
 LONG_ENOUGH = 0.02  # seconds of a matrix product that tell how fast a device is
 LARGEST_PRODUCT = {"cuda": 8192, "cpu": 2048}  # order of the matrices that measure it, at most

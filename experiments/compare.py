@@ -1,7 +1,7 @@
 """Compare ways to compress one model: start, train, export and score each, then one table and two pictures.
 
-    python compare.py config/compare_demo.py
-    python compare.py config/compare_bytes.py --seeds=1,2,3 --steps=300
+    python -m experiments.compare config/compare_demo.py
+    python -m experiments.compare config/compare_bytes.py --seeds=1,2,3 --steps=300
 
 A start is a compressed checkpoint: its name and the command that makes it, one start for each line of --starts. Options
 for its training follow a bar:
@@ -31,10 +31,10 @@ import sys
 import time
 from pathlib import Path
 
-import pictures
-from configurator import UserError, check_range, run
-from files import atomic_write, check_is_file
-from run_dir import RunDir, read_log
+from experiments import pictures
+from kronygpt.configurator import UserError, check_range, run
+from kronygpt.files import atomic_write, check_is_file
+from kronygpt.run_dir import RunDir, read_log
 
 base = "out/demo/base/best.pt"  # the dense model: a checkpoint, a Hugging Face directory or a hub name
 starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # for each line, a name and a command or a run's directory
@@ -45,6 +45,7 @@ learning_rates = ""  # comma list to try in turn until the loss rises, with the 
 dataset = "pydocs"  # data/<dataset>, for training and scores
 out_dir = "out/demo"  # directory of the results
 
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("kron_decompose.py", "prune.py")
 RESULT_FORMAT = 4  # of the kept results; those of another format are computed again
 OUTPUTS = ("table.md", "results.json", "pareto.png", "loss.png")
@@ -54,7 +55,7 @@ def call(script, *args):
     """Run one of the scripts, show its output, and return the seconds that it took; UserError if it fails."""
     print(f"\n$ python {script} {shlex.join(args)}", flush=True)
     begin = time.perf_counter()
-    if subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *args]).returncode:
+    if subprocess.run([sys.executable, str(ROOT / script), *args]).returncode:
         raise UserError(f"{script} failed; see above", status=1)
     return time.perf_counter() - begin
 
@@ -130,7 +131,7 @@ def score(source, path):
 
 def describe(source):
     """Parameters of a model, in total and in its MLPs, and {matrix: [[dim_1, dim_2, factors] of each block]}."""
-    import checkpoint
+    from kronygpt import checkpoint
 
     model, _ = checkpoint.load(str(source))
     counts, shapes = model.count_parameters(), model.config.shapes
@@ -158,7 +159,7 @@ def train_start(folder, start, options, seed, is_exported):
     Raises:
         UserError: a script failed, or the training was stopped before its end.
     """
-    import checkpoint
+    from kronygpt import checkpoint
 
     train_steps = [f"--max_iters={steps}"] if steps else []
     seconds = call("train.py", train_config, f"--init_from={start}", f"--dataset={dataset}", f"--out_dir={folder}",
@@ -263,7 +264,7 @@ def write_results(rows):
 
 
 def main():
-    from data import find_dataset
+    from kronygpt.data import find_dataset
 
     check_range(globals(), "steps", at_least=1, at_most=10**9)
     todo, numbers = parse_starts(), parse_numbers("seeds", int, -1, 2**63)
