@@ -95,7 +95,7 @@ def check_options(dim_1, n_factors):
 
 
 def main(dim_1=None, dim_2=None, n_factors=None):
-    from kronygpt import calibration, checkpoint, compress
+    from kronygpt import calibration, checkpoint, compress, data
     from kronygpt.budget import allocate, shapes_within
     from kronygpt.kron import van_loan
     from model import KronyGPTConfig, Shape, mlp_shapes
@@ -132,7 +132,7 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         options |= dict(budget=budget, matrices=matrices, ranks=ranks)
     if calibrate:
         options |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens, metric=metric, refine_steps=refine_steps)
-        text = calibration.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
+        text = data.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
         dense.to(text.device)
         if dim_1:  # the hidden units that contribute most get columns of A of their own
             hidden, _ = calibration.contributions(dense, text)

@@ -13,8 +13,6 @@ modeling_kronygpt.py, and transformers runs it where it is told to: from_pretrai
 
 --push=ORG/NAME uploads the finished directory, with whatever else lies in it, to the Hugging Face hub.
 """
-import os
-import re
 import shutil
 from pathlib import Path
 
@@ -29,8 +27,6 @@ tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 tolerance: float | None = None  # largest difference of a logit that counts as rounding; default: as largest_allowed() says
 seed = 1337  # of the random tokens for the comparison
 
-TOKENS_COMPARED = 256
-TOKENS_GENERATED = 8  # behind as many
 CODE = "modeling_kronygpt.py"
 CARD = "README.md"
 
@@ -66,75 +62,13 @@ def is_ours(name):
     return is_weights or name in ("config.json", "generation_config.json", CODE, *TOKENIZER_FILES)
 
 
-def save_weights(exported, directory):
-    """save_pretrained() of a transformers model, with the system's own error where the disk is full."""
-    from safetensors import SafetensorError
-
-    try:
-        exported.save_pretrained(directory)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if not number:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from None
-    for file in directory.glob("*.safetensors"):  # which only their owner may read
-        shutil.copymode(directory / "config.json", file)
-
-
-def verify(model, directory, ckpt):
-    """Compare a KronyGPT with the transformers model in a directory, whose code is run where it is ours.
-
-    Returns:
-        The largest absolute difference of a logit.
-
-    Raises:
-        UserError: it is too large, or a compressed export generates other tokens with its cache than without.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    generator = torch.Generator().manual_seed(seed)
-    context = model.config.block_size
-    idx = torch.randint(model.config.vocab_size, (2, min(TOKENS_COMPARED, context)), generator=generator)
-    with torch.no_grad():
-        exported = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=compressed,
-                                                        local_files_only=True).eval()
-        logits = model.eval()(idx)
-        difference = (logits - exported(idx).logits).abs().max().item()
-        limit = largest_allowed(logits) if tolerance is None else tolerance
-        if not difference < limit:
-            raise UserError(f"the converted model differs from {ckpt} by {difference:.1e} in a logit, more than "
-                            f"--tolerance={limit:.1e}; nothing was written", status=1)
-        if compressed and context > 1:
-            prompt = idx[:, :min(TOKENS_GENERATED, context // 2)]
-            with_cache, without = (exported.generate(prompt, do_sample=False, use_cache=use_cache, pad_token_id=0,
-                                                     max_new_tokens=prompt.shape[1]) for use_cache in (True, False))
-            if not torch.equal(with_cache, without):
-                raise UserError("the converted model generates other tokens with its cache than without; nothing was "
-                                "written", status=1)
-    return difference
-
-
-def largest_allowed(logits):
-    """The difference of a logit that counts as rounding, for the logits of the checkpoint's model.
-
-    It is 1e-3, or 1e-4 where no sum is expanded (and the largest logit is not above 10, as float32 is relative); in half
-    precision four units of the last place of the largest logit are more.
-    """
-    import torch
-
-    largest = logits.abs().max().item()
-    exact = 1e-4 * max(1.0, largest / 10) if compressed else 1e-3
-    return exact if dtype == "float32" else max(exact, 4 * torch.finfo(getattr(torch, dtype)).eps * largest)
-
-
 def main(ckpt, out_dir=None):
     import torch
     from transformers.utils import logging
 
-    from kronygpt import checkpoint, hugging_face
+    from kronygpt import checkpoint, export, hub
     from kronygpt.compress import without_dropped_units
-    from kronygpt.model_card import is_card, model_card, read_perplexities
+    from kronygpt.export import is_card, model_card, read_perplexities, save_weights, verify
     from kronygpt.tokenizer import BytesTokenizer, UnknownTokenizer
 
     check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
@@ -142,7 +76,7 @@ def main(ckpt, out_dir=None):
         raise UserError("--perplexities is for the model card of --compressed=True")
     scores = read_perplexities(perplexities) if perplexities else {}
     if push:
-        hugging_face.check_push(push)
+        hub.check_push(push)
     out_dir = Path(out_dir or checkpoint.MODELS_DIR / default_name(ckpt))
     if out_dir.exists() and not (out_dir / "config.json").exists():
         raise UserError(f"{out_dir} exists and is no Hugging Face model: name another directory")
@@ -151,13 +85,13 @@ def main(ckpt, out_dir=None):
     model, rest = checkpoint.load(ckpt)
     ours = find_tokenizer(rest.get("tokenizer"), model.config.vocab_size)
     narrow = without_dropped_units(model)
-    if compressed and all(matrix.is_dense for _, matrix in narrow.matrices()):
+    if compressed and all(matrix.is_dense for _, _, matrix in narrow.matrices()):
         raise UserError(f"every matrix of {ckpt} is dense: the plain export, without --compressed=True, is as small and "
                         "needs no code")
     has_card = is_card(out_dir / CARD)
     with atomic_directory(out_dir, lambda name: is_ours(name) or (name == CARD and has_card)) as aside, \
-            hugging_face.no_code_left():
-        exported = hugging_face.to_compressed(narrow) if compressed else hugging_face.to_transformers(narrow)
+            export.no_code_left():
+        exported = export.to_compressed(narrow) if compressed else export.to_transformers(narrow)
         exported.to(getattr(torch, dtype))
         # generation ends at GPT-2's <|endoftext|>, but not at the line end that ends a document of bytes
         end = None if ours.name in (BytesTokenizer.name, UnknownTokenizer.name) else ours.end_of_text
@@ -165,12 +99,12 @@ def main(ckpt, out_dir=None):
             config.bos_token_id = config.eos_token_id = end
         save_weights(exported, aside)
         if ours.name != UnknownTokenizer.name:
-            hugging_face.write_tokenizer(aside, ours, model.config.block_size)
+            export.write_tokenizer(aside, ours, model.config.block_size)
         if compressed:
             shutil.copyfile(Path(__file__).parent / "kronygpt" / CODE, aside / CODE)
             card = model_card(push or out_dir.resolve().name, narrow, rest, scores, dtype)
             (aside / CARD).write_text(card, encoding="utf-8")
-        difference = verify(model, aside, ckpt)
+        difference = verify(model, aside, ckpt, compressed, dtype, tolerance, seed)
     counts = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
     if narrow is not model:
         print(f"MLPs of {narrow.config.n_inner} hidden units: B drops the others of {model.config.n_inner}")
@@ -179,7 +113,7 @@ def main(ckpt, out_dir=None):
     print(f"wrote {out_dir}/ ({size:,.1f} MiB): {counts[0]:,} parameters{expanded}; logits differ by at most "
           f"{difference:.1e}")
     if push:
-        print(f"uploaded to {hugging_face.upload(out_dir, push)}")
+        print(f"uploaded to {hub.upload(out_dir, push)}")
 
 
 if __name__ == "__main__":

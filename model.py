@@ -1,12 +1,5 @@
-"""KronyGPT: GPT-2 whose weight matrices may be sums of Kronecker products.
-
-Each of the four matrices of a block, attn.c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj, computes
-
-    y = x W + b      W [m, n] = Σ_{f<r} A_f ⊗ B_f      A [r, dim_1, dim_2]      B [r, m/dim_1, n/dim_2]
-
-with a shape (dim_1, dim_2, r) of its own. Everything else is GPT-2: learned positions, pre-norm blocks, gelu_new, and one
-matrix for the embedding and the output. Dense GPT-2 is the member in which all shapes are (m, n, 1), with B = [[1]].
-"""
+"""KronyGPT: GPT-2 whose weight matrices may be sums of Kronecker products. Everything else is GPT-2: learned positions,
+pre-norm blocks, gelu_new, and one matrix for the embedding and the output."""
 import math
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -16,108 +9,26 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kronygpt.configurator import UserError, check_range
-from kronygpt.kron import kron_linear, kron_weight, multiply_adds
-from kronygpt.loss import linear_cross_entropy
-
-GPT2_STD = 0.02  # standard deviation of GPT-2's initial weights
-LOWEST_TEMPERATURE = 1e-6  # above 0; the highest is its inverse: quotients of logits stay finite in float32
-
-
-class Shape(NamedTuple):
-    """A matrix [m, n] as the sum of `factors` products A ⊗ B: A is [dim_1, dim_2], B is [m/dim_1, n/dim_2]."""
-
-    dim_1: int
-    dim_2: int
-    factors: int
-
-
-def mlp_shapes(dim_1, dim_2, factors):
-    """The shapes of Krony-PT: (dim_1, dim_2) for c_fc and its mirror image for c_proj, with factors[layer] products."""
-    return {"mlp.c_fc": [Shape(dim_1, dim_2, r) for r in factors], "mlp.c_proj": [Shape(dim_2, dim_1, r) for r in factors]}
-
-
-@dataclass
-class KronyGPTConfig:
-    """Sizes of a KronyGPT.
-
-    `shapes` holds a Shape for each block, {"mlp.c_fc": [Shape, ...], ...}; a matrix that it does not name is dense.
-
-    Raises:
-        UserError: sizes that do not fit each other.
-    """
-
-    block_size: int = 1024
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    n_inner: int | None = None  # width of the MLP's hidden layer; default: 4 n_embd
-    dropout: float = 0.0
-    recompute: bool = False  # compute the MLP's activation again in backward: less memory, more time
-    shapes: dict[str, list[Shape]] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.n_inner = 4 * self.n_embd if self.n_inner is None else self.n_inner
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_inner"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
-        if unknown := self.shapes.keys() - self.matrices.keys():
-            raise UserError(f"a block has no matrix {min(unknown)}")
-        self.shapes = {name: [Shape(*shape) for shape in self.shapes.get(name, [(m, n, 1)] * self.n_layer)]
-                       for name, (m, n) in self.matrices.items()}
-        for name, (m, n) in self.matrices.items():
-            if len(self.shapes[name]) != self.n_layer:
-                raise UserError(f"{name} has {len(self.shapes[name])} shapes for {self.n_layer} blocks: "
-                                "give one number of factors, or one for each block")
-            for dim_1, dim_2, factors in self.shapes[name]:
-                if min(dim_1, dim_2, factors) < 1:
-                    raise UserError(f"dim_1, dim_2 and factors must be at least 1, not {dim_1}, {dim_2}, {factors}")
-                if m % dim_1:
-                    raise UserError(f"dim_1={dim_1} does not divide the {m} rows of {name}")
-                if n % dim_2:
-                    raise UserError(f"dim_2={dim_2} does not divide the {n} columns of {name}")
-
-    @property
-    def matrices(self):
-        """{name: (m, n)} of the four matrices of a block, in the order in which a block applies them."""
-        C, hidden = self.n_embd, self.n_inner
-        return {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, hidden), "mlp.c_proj": (hidden, C)}
-
-    def size_and_shape(self, name, layer):  # m, n and Shape of a matrix of a block
-        return *self.matrices[name], self.shapes[name][layer]
-
-    def as_plain_types(self):
-        """The fields as a dict of plain types, which a checkpoint can hold."""
-        return dict(asdict(self), shapes={name: [tuple(s) for s in shapes] for name, shapes in self.shapes.items()})
-
-
-def check_sampling(options):
-    """Raise UserError unless a script's options max_new_tokens, temperature, top_k (0 for all) and seed fit generate()."""
-    check_range(options, "max_new_tokens", at_least=1, at_most=10**9)
-    check_range(options, "seed temperature top_k", at_least=0)
-    check_range(options, "temperature", at_most=1 / LOWEST_TEMPERATURE)
-    if 0 < options["temperature"] < LOWEST_TEMPERATURE:
-        raise UserError(f"--temperature is 0 or at least {LOWEST_TEMPERATURE}, not {options['temperature']}")
-
 
 class KronLinear(nn.Module):
-    """y = x W + bias with W [m, n] = Σ_f A_f ⊗ B_f."""
+    """y = x W + bias with W [m, n] = Σ_{f<r} A_f ⊗ B_f, of the shape (dim_1, dim_2, r): each A_f is [dim_1, dim_2], and each
+    B_f is [m/dim_1, n/dim_2]. Low rank is (m, 1, r). Dense is (m, n, 1), with B = [[1]], which is no parameter."""
 
     def __init__(self, m, n, shape):
         super().__init__()
         dim_1, dim_2, r = shape
-        self.is_dense = shape == (m, n, 1)
+        self.is_dense = tuple(shape) == (m, n, 1)
         self.A = nn.Parameter(torch.empty(r, dim_1, dim_2))
-        if self.is_dense:  # A ⊗ [[b]] is b A: a second name for A's scale, and no parameter, so that dense is GPT-2
+        if self.is_dense:
             self.register_buffer("B", torch.ones(1, 1, 1))
         else:
             self.B = nn.Parameter(torch.empty(r, m // dim_1, n // dim_2))
         self.bias = nn.Parameter(torch.zeros(n))
+
+    def forward(self, x):
+        if self.is_dense:
+            return torch.addmm(self.bias, x.flatten(0, -2), self.A.squeeze(0)).view(*x.shape[:-1], -1)
+        return kron_linear(x, self.A, self.B, self.bias)  # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
 
     @property
     def weight(self):  # W [m, n]
@@ -128,7 +39,7 @@ class KronLinear(nn.Module):
 
         It is Σ_f a_f b_f, of variance r var(a) var(b): both sides get the scale sqrt(std / sqrt(r)), so that their steps
         under Adam are alike. The smaller side is brought to that scale exactly, since the mean square of a few normal
-        numbers is far from its expectation; a side of one element is 1.
+        numbers is far from its expectation. A side of one element is 1.
         """
         if self.is_dense:
             nn.init.normal_(self.A, std=std)
@@ -139,29 +50,6 @@ class KronLinear(nn.Module):
         nn.init.normal_(large, std=std / scale)
         nn.init.normal_(small) if small[0].numel() > 1 else nn.init.ones_(small)
         small.mul_(scale / small.square().mean(dim=(1, 2), keepdim=True).sqrt())
-
-    def forward(self, x):
-        if self.is_dense:
-            return torch.addmm(self.bias, x.flatten(0, -2), self.A[0]).view(*x.shape[:-1], -1)
-        return kron_linear(x, self.A, self.B, self.bias)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, in every layer."""
-
-    def __init__(self, n_layer, length):
-        self.layers = [None] * n_layer  # of (2, B, n_head, length, C/n_head)
-        self.length = length
-        self.seen = 0
-
-    def extend(self, layer, k, v):
-        """Append k and v (B, n_head, T, C/n_head) of the newest tokens; returns those of all tokens."""
-        if self.layers[layer] is None:
-            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.length, k.shape[3])
-        store = self.layers[layer]
-        end = self.seen + k.shape[2]
-        store[0, :, :, self.seen:end], store[1, :, :, self.seen:end] = k, v
-        return store[:, :, :, :end].unbind()
 
 
 class CausalSelfAttention(nn.Module):
@@ -179,7 +67,7 @@ class CausalSelfAttention(nn.Module):
                    for part in self.c_attn(x).chunk(3, dim=-1))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        is_causal = q.shape[2] > 1  # a single token sees all of the cache; several come only when it is empty
+        is_causal = cache is None or q.shape[2] > 1  # a single token sees all of the cache; several come when it is empty
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout)
         y = y.transpose(1, 2).flatten(-2)  # (B, T, C)
@@ -219,11 +107,78 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Shape(NamedTuple):
+    """A matrix [m, n] as the sum of `factors` products A ⊗ B: A is [dim_1, dim_2], B is [m/dim_1, n/dim_2]."""
+
+    dim_1: int
+    dim_2: int
+    factors: int
+
+
+def mlp_shapes(dim_1, dim_2, factors):
+    """The shapes of Krony-PT: (dim_1, dim_2) for c_fc and its mirror image for c_proj, with factors[layer] products."""
+    return {"mlp.c_fc": [Shape(dim_1, dim_2, r) for r in factors], "mlp.c_proj": [Shape(dim_2, dim_1, r) for r in factors]}
+
+
+@dataclass
+class KronyGPTConfig:
+    """Sizes of a KronyGPT.
+
+    `shapes` holds a Shape for each block, {"mlp.c_fc": [Shape, ...], ...}; a matrix that it does not name is dense.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int | None = None  # width of the MLP's hidden layer; default: 4 n_embd
+    dropout: float = 0.0
+    recompute: bool = False  # compute the MLP's activation again in backward: less memory, more time
+    shapes: dict[str, list[Shape]] = field(default_factory=dict)
+    tokenizer: dict | None = None  # record of the model's tokenizer, as in tokenizer.py; default: vocab_size tells it
+
+    def __post_init__(self):
+        self.n_inner = 4 * self.n_embd if self.n_inner is None else self.n_inner
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
+        if unknown := self.shapes.keys() - self.matrices.keys():
+            raise ValueError(f"a block has no matrix {min(unknown)}")
+        self.shapes = {kind: [Shape(*shape) for shape in self.shapes.get(kind, [(m, n, 1)] * self.n_layer)]
+                       for kind, (m, n) in self.matrices.items()}
+        for kind, (m, n) in self.matrices.items():
+            if len(self.shapes[kind]) != self.n_layer:
+                raise ValueError(f"{kind} has {len(self.shapes[kind])} shapes for {self.n_layer} blocks: "
+                                 "give one number of factors, or one for each block")
+            for dim_1, dim_2, factors in self.shapes[kind]:
+                if min(dim_1, dim_2, factors) < 1 or m % dim_1 or n % dim_2:
+                    raise ValueError(f"{kind} [{m}, {n}] cannot have the shape ({dim_1}, {dim_2}, {factors}): dim_1 divides "
+                                     "its rows and dim_2 its columns")
+
+    @property
+    def matrices(self):
+        """{kind: (m, n)} of the four matrices of a block, in the order in which a block applies them."""
+        C, hidden = self.n_embd, self.n_inner
+        return {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, hidden), "mlp.c_proj": (hidden, C)}
+
+    def size_and_shape(self, kind, layer):  # m, n and Shape of a matrix of a block
+        return *self.matrices[kind], self.shapes[kind][layer]
+
+    def as_plain_types(self):
+        """The fields as a dict of plain types, which a checkpoint can hold."""
+        return dict(asdict(self), shapes={kind: [tuple(s) for s in shapes] for kind, shapes in self.shapes.items()})
+
+
 class KronyGPT(nn.Module):
     """GPT-2 with factored matrices.
 
     model(idx) gives logits (B, T, vocab_size); model(idx, targets) gives the mean cross entropy in nats, a scalar.
     """
+
+    INIT_STD = 0.02  # standard deviation of GPT-2's initial weights
 
     def __init__(self, config):
         super().__init__()
@@ -242,18 +197,19 @@ class KronyGPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's initialisation: a standard deviation of 0.02, and 0.02 / sqrt(2 n_layer) where a block writes to the
+        """GPT-2's initialization: a standard deviation of 0.02, and 0.02 / sqrt(2 n_layer) where a block writes to the
         residual stream."""
         for module in (self.transformer.wte, self.transformer.wpe):
-            nn.init.normal_(module.weight, std=GPT2_STD)
-        residual_std = GPT2_STD / math.sqrt(2 * self.config.n_layer)
-        for name, matrix in self.matrices():
-            matrix.init_weights(residual_std if name.endswith("c_proj") else GPT2_STD)
+            nn.init.normal_(module.weight, std=self.INIT_STD)
+        residual_std = self.INIT_STD / math.sqrt(2 * self.config.n_layer)
+        for _, kind, matrix in self.matrices():
+            matrix.init_weights(residual_std if kind.endswith("c_proj") else self.INIT_STD)
 
     def matrices(self):
-        """[(name, KronLinear)] of all blocks, in the order in which they are applied."""
-        return [(f"transformer.h.{layer}.{name}", block.get_submodule(name))
-                for layer, block in enumerate(self.transformer.h) for name in self.config.matrices]
+        """Yield (layer, kind, KronLinear) of all blocks, in the order in which they are applied: (0, "attn.c_attn", ...)."""
+        for layer, block in enumerate(self.transformer.h):
+            for kind in self.config.matrices:
+                yield layer, kind, block.get_submodule(kind)
 
     def hidden(self, idx, cache=None):
         """The final hidden state (B, T, C), after the last layer norm, of tokens idx (B, T).
@@ -261,12 +217,12 @@ class KronyGPT(nn.Module):
         With a KVCache, idx continues the tokens that it has seen: any number of them at first, then one at a time.
 
         Raises:
-            UserError: more than block_size tokens.
+            ValueError: more than block_size tokens.
         """
         start = 0 if cache is None else cache.seen
         end = start + idx.shape[1]
         if end > self.config.block_size:
-            raise UserError(f"{end} tokens do not fit into the context of {self.config.block_size}")
+            raise ValueError(f"{end} tokens do not fit into the context of {self.config.block_size}")
         position = torch.arange(start, end, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))  # (B, T, C)
         for block in self.transformer.h:
@@ -283,31 +239,21 @@ class KronyGPT(nn.Module):
             return self.lm_head(x)
         return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
+    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
-        """Continue token sequences.
+        """Yield the tokens (B, 1) that continue idx, as they come. The model is in eval mode from then on.
 
         Args:
             idx: (B, T) tokens to continue; the model sees the last block_size of them.
             max_new_tokens: number of tokens to add.
             temperature: divides the logits; 0 takes the most likely token.
             top_k: sample among this many most likely tokens only.
-            seed: of the sampling; default: torch's global generator.
-
-        Returns:
-            (B, T + max_new_tokens)
+            seed: seed for sampling; default: torch's global generator.
 
         Raises:
-            UserError: logits are not finite.
+            ValueError: logits are not finite.
         """
-        was_training = self.training
         self.eval()
-        new = list(self.stream(idx, max_new_tokens, temperature, top_k, seed))
-        self.train(was_training)
-        return torch.cat((idx, *new), dim=1)
-
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
-        """Yield the new tokens (B, 1) of generate(), as they come; of a model in eval mode."""
         block_size = self.config.block_size
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
         cache = None
@@ -321,7 +267,7 @@ class KronyGPT(nn.Module):
                 x = self.hidden(idx[:, -1:], cache)
             logits = self.lm_head(x[:, -1]).float()  # (B, vocab_size)
             if not logits.isfinite().all():
-                raise UserError("the model's logits are not finite", status=1)
+                raise ValueError("the model's logits are not finite")
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
@@ -335,7 +281,7 @@ class KronyGPT(nn.Module):
     def parameters_by_kind(self):
         """{kind: {name: parameter}}: "factors" (A and B of the matrices that are factored), other "matrices", and
         "vectors" (biases and layer norms)."""
-        factors = {id(p) for _, matrix in self.matrices() if not matrix.is_dense for p in (matrix.A, matrix.B)}
+        factors = {id(p) for _, _, matrix in self.matrices() if not matrix.is_dense for p in (matrix.A, matrix.B)}
         kinds = {"factors": {}, "matrices": {}, "vectors": {}}
         for name, p in self.named_parameters():  # tied parameters come once
             kinds["factors" if id(p) in factors else "vectors" if p.dim() == 1 else "matrices"][name] = p
@@ -347,15 +293,16 @@ class KronyGPT(nn.Module):
         mlp = sum(p.numel() for block in self.transformer.h for p in block.mlp.parameters())
         return {"total": sum(counts.values()), "mlp": mlp, **counts}
 
-    def flops_per_token(self):
-        """Floating point operations per token of a training step on full blocks, forward and backward.
+    def flops_per_token(self, context=None):
+        """Floating point operations per token of a training step, forward and backward, on windows of `context` tokens
+        (default: block_size).
 
         Two per multiply-add, and backward costs twice forward; attention is counted as in PaLM (arXiv 2204.02311,
         appendix B). A factored matrix counts its cheapest contraction, not the dense product.
         """
         config = self.config
-        matrices = sum(min(multiply_adds(matrix.A.shape, matrix.B.shape).values()) for _, matrix in self.matrices())
-        attention = 2 * config.n_layer * config.n_embd * config.block_size
+        matrices = sum(min(multiply_adds(matrix.A.shape, matrix.B.shape).values()) for _, _, matrix in self.matrices())
+        attention = 2 * config.n_layer * config.n_embd * (context or config.block_size)
         return 6 * (matrices + self.lm_head.weight.numel() + attention)
 
     def freeze_all_but_factors(self):
@@ -384,7 +331,7 @@ class KronyGPT(nn.Module):
         without a copy.
 
         Raises:
-            UserError: names or shapes that do not fit model_args.
+            ValueError: names or shapes that do not fit model_args.
         """
         with torch.device("meta"):
             model = cls(KronyGPTConfig(**model_args))
@@ -392,8 +339,205 @@ class KronyGPT(nn.Module):
         found = {name: tuple(p.shape) for name, p in state_dict.items()}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
-                raise UserError(f"weight {name} is {found.get(name, 'missing')}, where the model has "
-                                f"{expected.get(name, 'none')}")
+                raise ValueError(f"weight {name} is {found.get(name, 'missing')}, where the model has "
+                                 f"{expected.get(name, 'none')}")
         model.load_state_dict(state_dict, assign=True)
         model.lm_head.weight = model.transformer.wte.weight
         return model
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in every block."""
+
+    def __init__(self, n_layer, length):
+        self.layers = [None] * n_layer  # of (2, B, n_head, length, C/n_head)
+        self.length = length
+        self.seen = 0
+
+    def extend(self, layer, k, v):
+        """Append k and v (B, n_head, T, C/n_head) of the newest tokens; returns those of all tokens."""
+        if self.layers[layer] is None:
+            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.length, k.shape[3])
+        store = self.layers[layer]
+        end = self.seen + k.shape[2]
+        store[0, :, :, self.seen:end], store[1, :, :, self.seen:end] = k, v
+        return store[:, :, :, :end].unbind()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The contraction: x (Σ_f A_f ⊗ B_f) without the Kronecker products, for A [r, m1, n1] and B [r, m2, n2]
+
+COPY = 64  # multiply-adds that take as long as writing one number to memory; 32 to 500 choose alike
+
+
+def kron_weight(A, B):
+    """The dense matrix Σ_f A_f ⊗ B_f [m1 m2, n1 n2] of A [r, m1, n1] and B [r, m2, n2]."""
+    # sum(torch.kron(A[f], B[f]) for f in range(r))
+    (r, m1, n1), (_, m2, n2) = A.shape, B.shape
+    if r == 1:
+        W = A.squeeze(0)[:, None, :, None] * B.squeeze(0)[None, :, None, :]  # (m1, m2, n1, n2)
+    else:
+        W = (A.flatten(1).T @ B.flatten(1)).view(m1, n1, m2, n2).transpose(1, 2)  # the sum over f is one product
+    return W.reshape(m1 * m2, n1 * n2)
+
+
+def multiply_adds(A_shape, B_shape):
+    """Multiply-adds per token of x (Σ_f A_f ⊗ B_f) in each order of contraction: {"A": A first, "B": B first, "W": W built
+    once and multiplied}; building W is not counted."""
+    (r, m1, n1), (_, m2, n2) = A_shape, B_shape
+    return {"A": r * n1 * m2 * (m1 + n2), "B": r * m1 * n2 * (m2 + n1), "W": m1 * m2 * n1 * n2}
+
+
+def contraction_order(A_shape, B_shape, tokens):
+    """The cheapest order in which to contract x with A and B: "A" first, "B" first, or "W" built and multiplied.
+
+    The cost counts multiply-adds and, as COPY of them, each element of an intermediate that is written to memory:
+
+        A:  T r n1 m2 (m1 + n2)  +  COPY T (r n1 m2 + [m2 > 1] (m1 m2 + r n1 m2))
+        B:  T r m1 n2 (m2 + n1)  +  COPY T (r m1 n2 + [n2 > 1] (n1 n2 + r m1 n2))
+        W:  (T + r) m1 m2 n1 n2  +  COPY 2 m1 m2 n1 n2
+
+    with T tokens; the brackets are the transposed copies in `from_left`. Backward costs twice as much in every order.
+    """
+    (r, m1, n1), (_, m2, n2) = A_shape, B_shape
+    by_A, by_B, by_W = multiply_adds(A_shape, B_shape).values()
+    after_A, after_B = r * n1 * m2, r * m1 * n2
+    cost_A = tokens * (by_A + COPY * (after_A + (m2 > 1) * (m1 * m2 + after_A)))
+    cost_B = tokens * (by_B + COPY * (after_B + (n2 > 1) * (n1 * n2 + after_B)))
+    cost_W = (tokens + r + 2 * COPY) * by_W
+    if cost_A <= cost_B:  # two comparisons, which torch.compile follows where `tokens` is a symbol
+        return "A" if cost_A <= cost_W else "W"
+    return "B" if cost_B <= cost_W else "W"
+
+
+def from_left(L, X):
+    """L [p, q] @ X [T, q, s] -> (T, p, s), as one large product on a transposed copy; where s = 1 nothing is copied."""
+    return (X.transpose(1, 2) @ L.T).transpose(1, 2)
+
+
+def kron_linear(x, A, B, bias, order=None):
+    """x (Σ_f A_f ⊗ B_f) + bias, without the Kronecker products where that is cheaper.
+
+    Args:
+        x: (..., m1 m2).
+        A: [r, m1, n1].
+        B: [r, m2, n2].
+        bias: [n1 n2].
+        order: "A", "B" or "W", to force an order of contraction; default: contraction_order chooses.
+
+    Returns:
+        (..., n1 n2)
+    """
+    # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
+    if torch.is_autocast_enabled(x.device.type):  # for what autocast does not know: broadcast products
+        x, A, B, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, A, B, bias))
+    (r, m1, n1), (_, m2, n2) = A.shape, B.shape
+    rows = x.reshape(-1, m1 * m2)  # (T, m1 m2)
+    order = order or contraction_order(A.shape, B.shape, rows.shape[0])
+    if order == "W":
+        y = torch.addmm(bias, rows, kron_weight(A, B))
+    elif order == "A":
+        z = from_left(A.permute(2, 0, 1).reshape(n1 * r, m1), rows.reshape(-1, m1, m2)).reshape(-1, r * m2)  # (T n1, r m2)
+        if n1 == 1:  # low rank, and blocks of one column
+            y = torch.addmm(bias, z, B.reshape(r * m2, n2))
+        elif r * m2 == 1:  # a multiple of B for each element of z
+            y = torch.addcmul(bias.view(n1, n2), z.view(-1, n1, 1), B.view(1, n2))
+        else:
+            y = (z @ B.reshape(r * m2, n2)).view(-1, n1 * n2) + bias
+    else:
+        z = rows.reshape(-1, m2) @ B.transpose(0, 1).reshape(m2, r * n2)  # (T m1, r n2)
+        L = A.permute(2, 1, 0).reshape(n1, m1 * r)
+        if n2 == 1:
+            y = torch.addmm(bias, z.view(-1, m1 * r), L.T)
+        else:
+            y = from_left(L, z.view(-1, m1 * r, n2)).reshape(-1, n1 * n2) + bias
+    return y.reshape(*x.shape[:-1], n1 * n2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss: its logits are never whole in memory, but computed for a chunk of tokens at a time, so that memory does not grow
+# with tokens × vocabulary. Under torch.compile they are whole, and the compiler fuses what follows.
+# (F.linear_cross_entropy of torch 2.13 sums the loss in the dtype of its inputs: in bfloat16, 10.0 in place of 10.5 for
+# 12,288 tokens in 37 chunks.)
+
+IGNORE_INDEX = -100  # a target with this value is not scored (the default of F.cross_entropy)
+
+
+def chunk_rows(W, dtype):
+    """Tokens in a chunk of logits x Wᵀ.
+
+    In float32 on a CPU, 2^23 numbers: 32 MiB, which malloc reuses. In half precision each chunk adds its gradient of W to a
+    float32 sum, so fewer, larger chunks are faster. On a GPU they launch fewer kernels.
+    """
+    numbers = 2**27 if W.device.type == "cuda" else 2**23 if dtype == torch.float32 else 2**26
+    return max(1, numbers // W.shape[0])
+
+
+class ChunkedLinearLoss(torch.autograd.Function):
+    """The sum over chunks of tokens of chunk_loss(x Wᵀ, *per_token).
+
+    Forward computes the gradients as well, while it has the logits of a chunk: autograd that of the loss with respect to
+    the logits, and two products those of x and W. It can be differentiated once.
+    """
+
+    @staticmethod
+    def forward(ctx, chunk_loss, dtype, x, W, *per_token):
+        W_cast, total = W.to(dtype), x.new_zeros((), dtype=torch.float32)
+        grad_x, grad_W = (torch.zeros_like(t) if needed else None for t, needed in zip((x, W), ctx.needs_input_grad[2:]))
+        for begin in range(0, len(x), step := chunk_rows(W, dtype)):
+            rows = x[begin:begin + step].to(dtype)
+            logits = (rows @ W_cast.T).requires_grad_()  # (step, vocab_size)
+            with torch.enable_grad():
+                loss = chunk_loss(logits, *(t[begin:begin + step] for t in per_token))
+            grad, = torch.autograd.grad(loss, logits)
+            total += loss.detach()
+            if grad_x is not None:
+                grad_x[begin:begin + step] = grad @ W_cast
+            if grad_W is not None and dtype == W.dtype:
+                grad_W.addmm_(grad.T, rows)
+            elif grad_W is not None:
+                grad_W += grad.T @ rows
+        ctx.save_for_backward(grad_x, grad_W)
+        ctx.n_inputs = 4 + len(per_token)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        scaled = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)  # in place: they are as large as W
+        return None, None, *scaled, *[None] * (ctx.n_inputs - 4)
+
+
+def chunked_mean(chunk_loss, x, W, targets, *per_token):
+    """The sum of chunk_loss(logits, targets, *per_token) over chunks, divided by the number of tokens scored.
+
+    Under autocast the products are in its dtype; the loss is float32.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    per_token = (targets, *per_token)
+    with torch.autocast(device, enabled=False):
+        if torch.compiler.is_compiling():
+            total = chunk_loss(x.to(dtype) @ W.to(dtype).T, *per_token)
+        elif torch.is_grad_enabled():
+            total = ChunkedLinearLoss.apply(chunk_loss, dtype, x, W, *per_token)
+        else:
+            W = W.to(dtype)
+            chunks = zip(*(t.split(chunk_rows(W, dtype)) for t in (x, *per_token)))
+            total = sum(chunk_loss(rows.to(dtype) @ W.T, *rest) for rows, *rest in chunks)
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def summed_cross_entropy(logits, targets):
+    return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
+
+
+def linear_cross_entropy(x, W, targets):
+    """Mean cross entropy in nats of the logits x Wᵀ, a float32 scalar; 0 where nothing is scored.
+
+    Args:
+        x: (T, C).
+        W: [vocab_size, C].
+        targets: (T,), IGNORE_INDEX where not scored.
+    """
+    # F.cross_entropy(x @ W.T, targets)
+    return chunked_mean(summed_cross_entropy, x, W, targets)

@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 
 from kronygpt.configurator import UserError, check_range, run
+from kronygpt.data import ROWS, read_rows
 from kronygpt.files import atomic_write, check_is_file
-from kronygpt.texts import ROWS, read_rows
 
 stride: int | None = None  # tokens between the starts of two windows; default: the model's context
 wikitext = "Salesforce/wikitext"  # hub name, or a local directory with the same layout
@@ -56,7 +56,7 @@ def is_text(name):
 
 def load_rows(name):
     """The texts of a data set, None for a row without one: wiki103, wiki2, lambada, or the path of a file."""
-    from kronygpt.hugging_face import hub_dataset
+    from kronygpt.hub import hub_dataset
 
     path, config = {"wiki103": (wikitext, "wikitext-103-v1"), "wiki2": (wikitext, "wikitext-2-v1"),
                     "lambada": (lambada, None)}.get(name, (name, None))
@@ -138,7 +138,7 @@ def score(model, tokens, stride, batch_size, autocast):
     import torch
     from tqdm import tqdm
 
-    from kronygpt.loss import linear_cross_entropy
+    from model import linear_cross_entropy
 
     config = model.config
     windows = make_windows(len(tokens), config.block_size, stride)

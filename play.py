@@ -55,7 +55,7 @@ def load_player(ckpt):
     model, rest = checkpoint.load(ckpt)
     text_tokenizer = open_tokenizer(rest.get("tokenizer"), model.config.vocab_size, tokenizer)
     model.to(pick_device(device)).eval()
-    facts = dict(name=ckpt, kind="dense" if all(matrix.is_dense for _, matrix in model.matrices()) else "compressed",
+    facts = dict(name=ckpt, kind="dense" if all(matrix.is_dense for _, _, matrix in model.matrices()) else "compressed",
                  parameters=model.count_parameters()["total"], context=model.config.block_size,
                  bytes=sum(p.numel() * p.element_size() for p in model.parameters()))
     return Player(model, text_tokenizer, facts)
@@ -69,14 +69,12 @@ def generate(player, request):
 
     from kronygpt.data import check_tokens
     from kronygpt.tokenizer import TOKEN_TYPE
-    from model import check_sampling
 
     def to_bytes(tokens):  # an unknown tokenizer has no bytes, and writes numbers
         return player.tokenizer.decode_bytes(tokens) or player.tokenizer.decode(tokens).encode()
 
     types = option_types(globals())
     options = {name: checked_value(name, request.get(name, globals()[name]), types[name], MAY_BE_EMPTY) for name in CONTROLS}
-    check_sampling(options)
     tokens = player.tokenizer.encode_prompt(options["prompt"])
     if not tokens:
         raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: type one")
@@ -84,7 +82,7 @@ def generate(player, request):
     idx = torch.tensor([tokens], device=player.model.lm_head.weight.device)
     n, last, seconds, to_text = options["max_new_tokens"], tokens[-1], 0.0, codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
-    for done, token in enumerate(player.model.stream(idx, n, options["temperature"], options["top_k"] or None,
+    for done, token in enumerate(player.model.generate(idx, n, options["temperature"], options["top_k"] or None,
                                                      options["seed"]), 1):
         token = token.item()
         seconds += time.perf_counter() - start if done > 1 else 0
@@ -224,10 +222,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(dense, compressed=None):
-    from model import check_sampling
 
     check_range(globals(), "port", at_least=0, at_most=2**16 - 1)
-    check_sampling(globals())
     players = [load_player(ckpt) for ckpt in (dense, compressed) if ckpt]
     try:
         server = Server(players)

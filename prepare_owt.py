@@ -64,7 +64,7 @@ def find_files():
 
 def read_documents(file):
     """Yield the documents of a local file, None for a row whose text is null."""
-    from kronygpt.texts import read_pieces, read_rows
+    from kronygpt.data import read_pieces, read_rows
 
     if Path(file).suffix.lower() in ROW_KINDS:
         yield from read_rows(file, column)
@@ -86,7 +86,7 @@ def read_documents(file):
 
 def hub_rows(name):
     """Yield the rows of a data set of the hub while they are downloaded; OSError where that fails."""
-    from kronygpt.hugging_face import reach_hub
+    from kronygpt.hub import reach_hub
 
     reach_hub()
     from datasets import load_dataset
@@ -155,7 +155,7 @@ def gathered(texts):
 @contextmanager
 def openwebtext():
     """OpenWebText, as one datasets.Dataset with a column `text`, and no remark."""
-    from kronygpt.hugging_face import hub_dataset
+    from kronygpt.hub import hub_dataset
 
     try:
         try:

@@ -102,7 +102,7 @@ def check_options():
 
 
 def main():
-    from kronygpt import calibration, checkpoint, compress
+    from kronygpt import calibration, checkpoint, compress, data
     from model import mlp_shapes
 
     check_options()
@@ -131,7 +131,7 @@ def main():
         options |= dict(epsilon=epsilon, select=select, refit=refit, calibrate=calibrate,
                         calibration_tokens=calibration_tokens)
         if calibrate:
-            text = calibration.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
+            text = data.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
             dense.to(text.device)
         if select in ("norm", "contribution"):  # the strongest units take the places that are kept
             hidden, embd = calibration.contributions(dense, text) if select == "contribution" else calibration.norms(dense)

@@ -27,14 +27,11 @@ def main(ckpt):
     import torch
 
     from kronygpt import checkpoint
-    from kronygpt.data import check_tokens
+    from kronygpt.data import check_tokens, read_pieces
     from kronygpt.device import autocast_to, check_memory, pick_device
-    from kronygpt.texts import read_pieces
     from kronygpt.tokenizer import TOKEN_TYPE, open_tokenizer
-    from model import check_sampling
 
     check_range(globals(), "num_samples", at_least=1, at_most=10**9)
-    check_sampling(globals())
     prompt = "".join(read_pieces(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
     model, rest = checkpoint.load(ckpt)
     text_tokenizer = open_tokenizer(rest.get("tokenizer"), model.config.vocab_size, tokenizer)
@@ -49,8 +46,8 @@ def main(ckpt):
                  f"{num_samples:,} samples of {length:,} tokens")
     idx = torch.tensor([tokens] * num_samples, device=torch_device)
     with autocast_to(torch_device, dtype):
-        rows = model.to(torch_device).generate(idx, max_new_tokens, temperature, top_k or None, seed)
-    for row in rows.tolist():
+        new = list(model.to(torch_device).generate(idx, max_new_tokens, temperature, top_k or None, seed))
+    for row in torch.cat((idx, *new), dim=1).tolist():
         print(text_tokenizer.decode(row))
         print("-" * 80)
 

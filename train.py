@@ -183,7 +183,7 @@ def wrap(model, tokenizer, context, processes):
     from torch.nn.parallel import DistributedDataParallel
 
     from kronygpt import checkpoint
-    from kronygpt.loss import Distillation
+    from kronygpt.distillation import Distillation
     from kronygpt.tokenizer import is_same, name_for
 
     if teacher:

@@ -139,7 +139,7 @@ def make_candidates(shape, is_first):
     candidates = {"dense": ours((n_embd, 4 * n_embd, 1)), f"ours {shape}": ours(shape)}
     if max(shape[2:]) <= LOOP_FACTORS:
         loop = ours(shape, whole_logits=True)
-        for _, matrix in loop.model.matrices():
+        for _, _, matrix in loop.model.matrices():
             if not matrix.is_dense:
                 matrix.forward = partial(multiply_by_kron_loop, matrix)
         generate = partial(generate_without_cache, loop.model)
@@ -259,7 +259,7 @@ def time_orders(A_shape, B_shape, tokens, device):
     import torch
 
     from kronygpt.device import autocast_to
-    from kronygpt.kron import kron_linear, multiply_adds
+    from model import kron_linear, multiply_adds
 
     (r, m1, n1), (_, m2, n2) = A_shape, B_shape
     inputs = [torch.randn(shape, device=device, requires_grad=True)
@@ -283,7 +283,7 @@ def time_orders(A_shape, B_shape, tokens, device):
 def bench_layer():
     """Compare the order of contraction that is chosen with the fastest, for matrices of MLPs and numbers of tokens."""
     from kronygpt.device import check_memory, pick_device
-    from kronygpt.kron import contraction_order
+    from model import contraction_order
 
     torch_device = pick_device(device)
     measured_shapes = list(dict.fromkeys(shape[:3] for shape in parse_numbers(f"{shapes} {layer_shapes}", 3, 1)))
@@ -352,7 +352,7 @@ def bench_score(path, dense, ckpt):
     """Compare tokens/s of perplexity.py, for a dense and a compressed model, with a plain loop over transformers' GPT-2."""
     import torch
 
-    from kronygpt import checkpoint, hugging_face
+    from kronygpt import checkpoint, export
     from kronygpt.device import autocast_to, pick_device
     from perplexity import load_text_tokens
 
@@ -368,7 +368,7 @@ def bench_score(path, dense, ckpt):
     model, rest = checkpoint.load(dense)
     tokens, _ = load_text_tokens(path, model.config.vocab_size, rest["tokenizer"])
     tokens = torch.tensor(tokens.astype("int64"))
-    model = hugging_face.to_transformers(model).to(torch_device)
+    model = export.to_transformers(model).to(torch_device)
 
     def loop():
         start = time.perf_counter()

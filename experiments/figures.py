@@ -25,12 +25,11 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
 from experiments.pictures import draw_pareto, new_figure, save
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
 
+ROOT = Path(__file__).resolve().parent.parent
 base = "out/demo/base/best.pt"  # the dense model of the spectra and errors
 dataset = "pydocs"  # data/<dataset>, for calibration and losses
 calibration_tokens = 131072  # number of its tokens
@@ -214,7 +213,7 @@ def parameters_table(config):
 
 def shapes_table(m, n, shapes):
     """What shapes (dim_1, dim_2, r) of a matrix [m, n] cost: parameters, rank, and multiply-adds per token over dense."""
-    from kronygpt.kron import contraction_order, multiply_adds
+    from model import contraction_order, multiply_adds
 
     rows = []
     for dim_1, dim_2, r in shapes:
@@ -232,14 +231,14 @@ def shapes_table(m, n, shapes):
 
 def step_table(configs):
     """Multiply-adds per token of a forward pass on full blocks, by part, of {name: KronyGPTConfig}."""
-    from kronygpt.kron import multiply_adds
+    from model import multiply_adds
 
     rows = []
     for name, config in configs.items():
         model = empty_model(config)
         parts = {"attn": 0, "mlp": 0}
-        for matrix_name, matrix in model.matrices():
-            parts[matrix_name.split(".")[3]] += min(multiply_adds(matrix.A.shape, matrix.B.shape).values())
+        for _, kind, matrix in model.matrices():
+            parts[kind.partition(".")[0]] += min(multiply_adds(matrix.A.shape, matrix.B.shape).values())
         numbers = *parts.values(), 2 * config.n_layer * config.n_embd * config.block_size, model.lm_head.weight.numel()
         rows.append((name, *(f"{number / 1e6:.1f}" for number in (*numbers, sum(numbers)))))
     return markdown(["million multiply-adds per token", "attention matrices", "MLP matrices", "scores and values",
@@ -521,7 +520,7 @@ def main(name=None):
     os.chdir(ROOT)
     make(missing_runs(name))
 
-    from kronygpt import calibration, checkpoint
+    from kronygpt import checkpoint, data
     from kronygpt.budget import shapes_within
     from kronygpt.data import load_tokens, windows
     from model import KronyGPTConfig, Shape, mlp_shapes
@@ -532,7 +531,7 @@ def main(name=None):
               f"all matrices of rank {GPT2_RANK}": KronyGPTConfig(shapes=low_rank)}
     dense, rest = checkpoint.load(base)
     config = dense.config
-    text = calibration.calibration_text(dataset, calibration_tokens, config, "cpu", tokenizer=rest["tokenizer"])
+    text = data.calibration_text(dataset, calibration_tokens, config, "cpu", tokenizer=rest["tokenizer"])
     tokens = load_tokens(dataset, "val", config.vocab_size, config.block_size, rest["tokenizer"])
     starts = range(0, len(tokens) - config.block_size, config.block_size)
     held_out = windows(tokens, starts, config.block_size, config.vocab_size)

@@ -76,7 +76,7 @@ def main():
     import torch
     from tqdm import tqdm
 
-    from kronygpt import calibration, checkpoint
+    from kronygpt import calibration, checkpoint, data
     from kronygpt.budget import allocate
     from kronygpt.compress import factorize
     from kronygpt.data import load_tokens, windows
@@ -87,7 +87,7 @@ def main():
     budget_shares, matrix_shares = parse_shares("budgets"), parse_shares("shares")
     dense, rest = checkpoint.load(init_from)
     config = dense.config
-    text = calibration.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
+    text = data.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
     tokens = load_tokens(calibrate, "val", config.vocab_size, config.block_size, rest["tokenizer"])
     starts = range(0, min(eval_tokens, len(tokens) - 1) - config.block_size + 1, config.block_size)
     held_out = windows(tokens, starts or [0], config.block_size, config.vocab_size, text.device)

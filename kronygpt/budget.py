@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kronygpt.configurator import UserError
-from kronygpt.kron import multiply_adds
-from model import KronyGPT, Shape
+from model import KronyGPT, Shape, multiply_adds
 
 SLACK = 0.99  # share of the budget that a shape in the table must use
 HALVINGS = 100  # of the interval in which the price of a parameter is searched

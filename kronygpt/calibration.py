@@ -13,11 +13,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from kronygpt.configurator import UserError
-from kronygpt.data import even_starts, load_tokens, windows
-from kronygpt.device import float64, float64_device, pick_device
+from kronygpt.device import float64, float64_device
 from kronygpt.least_squares import ROUNDING, Moments, Problem, check_size, fit, gram, metric, share
-from kronygpt.loss import ChunkedLinearLoss
+from model import ChunkedLinearLoss
 
 TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
 GRADIENT_TOKENS = 1024  # in a batch of a backward pass
@@ -101,7 +99,7 @@ def statistics(model, tokens, kinds, seed=0):
         {name of a matrix: F [n, n]} and {name: σ², [min(m, n)], descending}, in float64.
     """
     device = float64_device(tokens.device)
-    matrices = {matrix: name for name, matrix in model.matrices() if name.split(".", 3)[3] in kinds}
+    matrices = {matrix: f"transformer.h.{layer}.{kind}" for layer, kind, matrix in model.matrices() if kind in kinds}
     fisher = {name: torch.zeros(len(matrix.bias), len(matrix.bias), dtype=torch.float64, device=device)
               for matrix, name in matrices.items()}
     moments = {name: Moments() for name in fisher}
@@ -267,7 +265,7 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, refine_step
         UserError: a shape whose normal matrix is too large.
     """
     fisher = fisher or {}
-    for _, matrix in compressed.matrices():
+    for _, _, matrix in compressed.matrices():
         if not matrix.is_dense:
             check_size(matrix.A.shape, matrix.B.shape)
     teacher, student, fits = ResidualStream(dense, tokens), ResidualStream(compressed, tokens), []
@@ -315,27 +313,3 @@ def refine(teacher, student, layer, fisher, steps):
     optimizer.zero_grad()
 
 
-def calibration_text(dataset, n_tokens, config, device, tokenizer=None):
-    """Windows spread evenly over the training split of a data set.
-
-    Args:
-        dataset: its name under data/.
-        n_tokens: number of tokens; all there are, where they are fewer.
-        config: the KronyGPTConfig of the model that reads them.
-        device: its name, or "" for the default.
-        tokenizer: the model's record of its tokenizer, or None where its vocabulary tells it.
-
-    Returns:
-        (windows, block_size) tokens.
-
-    Raises:
-        UserError: fewer tokens than a window has, or than a matrix has inputs.
-    """
-    context, hidden = config.block_size, config.n_inner
-    tokens = load_tokens(dataset, "train", config.vocab_size, context, tokenizer)
-    n_tokens = min(n_tokens, len(tokens))
-    if n_tokens < max(context, hidden):
-        raise UserError(f"{n_tokens} calibration tokens are too few: a window has {context}, and a matrix up to {hidden} "
-                        "inputs, which fewer tokens cannot tell apart")
-    starts = even_starts(len(tokens), context, n_tokens // context)
-    return windows(tokens, starts, context, config.vocab_size, pick_device(device))[0]

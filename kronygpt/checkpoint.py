@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 
 from kronygpt.configurator import UserError
 from kronygpt.files import atomic_write
-from kronygpt.hugging_face import COMPRESSED_TYPE, WEIGHTS, download, open_directory
-from kronygpt.tokenizer import tokenizer_record
+from kronygpt.hub import WEIGHTS, download
+from kronygpt.tokenizer import read_json, tokenizer_record
 from model import KronyGPT
 
 MODELS_DIR = Path("models")
@@ -46,6 +46,12 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older file
 TIED_RTOL, TIED_ATOL = 2**-8, 1e-6  # the rounding of half precision: an output matrix nearer to the embedding is tied
 SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer",
          "n_inner": "n_inner"}
+COMPRESSED_TYPE = "kronygpt"  # model_type of modeling_kronygpt.py: factors that are not expanded
+FUNCTION = {  # fields of a GPT-2's config.json that change its function, with the values of the one computed here
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    "quantization_config": (None,),
+}
 
 
 class ErrorKeeper:
@@ -181,6 +187,44 @@ def read_file(path):
     if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise UserError(f"{path} is no checkpoint: its `{key}` is no dict of tensors")
     return {name: p for name, p in tensors.items() if isinstance(p, torch.Tensor)}, content if key else {}
+
+
+def open_directory(path, weights=None):
+    """Look into a Hugging Face GPT-2 directory.
+
+    Args:
+        path: of the directory.
+        weights: path of the file in it to read; default: the first of WEIGHTS that is there.
+
+    Returns:
+        config, the fields of config.json, and the paths of the files with the tensors.
+
+    Raises:
+        UserError: it holds no GPT-2 that a KronyGPT can be equal to.
+    """
+    if not (path / "config.json").exists():
+        raise UserError(f"directory {path} holds no model: neither config.json (Hugging Face) nor ckpt.pt")
+    config = read_json(path / "config.json")
+    check_is_gpt2(config, path)
+    weights = weights or next((path / name for name in WEIGHTS if (path / name).exists()), None)
+    if weights is None:
+        raise UserError(f"directory {path} has no weights: none of {', '.join(WEIGHTS)}")
+    shards = [weights.name]
+    if weights.suffix == ".json":
+        index = read_json(weights).get("weight_map")
+        shards = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
+        if not shards or any(Path(shard).name != shard for shard in shards):  # which could lead out of the directory
+            raise UserError(f"{weights} is damaged: its weight_map does not name files of {path}")
+    return config, [path / shard for shard in shards]
+
+
+def check_is_gpt2(config, source):
+    """Raise UserError unless the content of a config.json describes the function that KronyGPT computes."""
+    if config.get("model_type") not in ("gpt2", COMPRESSED_TYPE):
+        raise UserError(f"{source} is a {config.get('model_type', 'nameless')} model, not a GPT-2")
+    for name, values in FUNCTION.items():
+        if config.get(name, values[0]) not in values:
+            raise UserError(f"{source} is a GPT-2 with {name}={config[name]}, where {values[0]} is needed")
 
 
 def check_tensors(tensors, path):

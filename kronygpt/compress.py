@@ -51,10 +51,10 @@ def factorize(model, shapes, method):
     """
     config = reshaped(model.config, shapes)
     state_dict = {name: p.clone() for name, p in model.state_dict().items()}
-    for name, matrix in model.matrices():
-        _, _, layer, kind = name.split(".", 3)
+    for layer, kind, matrix in model.matrices():
         if kind in shapes:
-            state_dict[f"{name}.A"], state_dict[f"{name}.B"] = method(matrix.weight, *config.shapes[kind][int(layer)])
+            name = f"transformer.h.{layer}.{kind}"
+            state_dict[f"{name}.A"], state_dict[f"{name}.B"] = method(matrix.weight, *config.shapes[kind][layer])
     state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
     return KronyGPT.from_state_dict(config.as_plain_types(), state_dict)
 
@@ -107,11 +107,10 @@ def print_errors(dense, new, fits=None):
                   f"{fit.output_error_before:>7.4f} → {fit.output_error:>7.4f}")
         return
     print(f"{'layer':>5}  {'matrix':<11}  {'factors':>7}  {'error ‖W - Ŵ‖/‖W‖':>18}  {'energy kept':>11}")
-    for (name, old), (_, matrix) in zip(dense.matrices(), new.matrices()):
-        if ".attn." in name and torch.equal(old.weight, matrix.weight):  # left as it was
+    for (layer, kind, old), (_, _, matrix) in zip(dense.matrices(), new.matrices()):
+        if kind.startswith("attn.") and torch.equal(old.weight, matrix.weight):  # left as it was
             continue
         error = share((old.weight - matrix.weight).norm(), old.weight.norm())
-        _, _, layer, kind = name.split(".", 3)
         print(f"{layer:>5}  {kind:<11}  {len(matrix.A):>7}  {error:>18.4f}  {1 - error**2:>11.1%}")
 
 

@@ -16,7 +16,8 @@ from torch.linalg import cholesky, solve_triangular
 
 from kronygpt.configurator import UserError
 from kronygpt.device import float64, float64_device
-from kronygpt.kron import balanced, kron_weight, rearrange, van_loan
+from kronygpt.kron import balanced, rearrange, van_loan
+from model import kron_weight
 
 RIDGE = 1e-3  # pull towards the trained weights, as a share of the mean second moment of an input
 BLEND = 0.1  # share of the identity in a metric; 0.02 to 0.5 do the same

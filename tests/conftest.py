@@ -104,7 +104,7 @@ def mixed_model():
     model = KronyGPT(KronyGPTConfig(**sizes, shapes=shapes))
     randomize_vectors(model)
     with torch.no_grad():  # at 0.02 the logits hardly depend on the blocks
-        for _, matrix in model.matrices():
+        for _, _, matrix in model.matrices():
             matrix.A.mul_(4)
     return model.eval()
 
@@ -172,6 +172,16 @@ def load_gpt2(directory):
     from transformers import GPT2LMHeadModel
 
     return GPT2LMHeadModel.from_pretrained(directory).eval()
+
+
+def named_matrices(model):
+    """[(name in the state dict, KronLinear)] of a KronyGPT."""
+    return [(f"transformer.h.{layer}.{kind}", matrix) for layer, kind, matrix in model.matrices()]
+
+
+def continuation(model, idx, *args, **options):
+    """idx (B, T) and what a KronyGPT generates behind it."""
+    return torch.cat((idx, *model.generate(idx, *args, **options)), dim=1)
 
 
 def random_tokens(*shape, vocab_size=256):

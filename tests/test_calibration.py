@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import kron_sum, randomize_vectors, run_here
+from conftest import kron_sum, named_matrices, randomize_vectors, run_here
 
 from kronygpt import calibration, checkpoint, least_squares
 from kronygpt.calibration import contributions, interleave
@@ -51,7 +51,7 @@ def test_fisher_moments_and_spectra_are_those_of_a_plain_loop(monkeypatch):
     inputs, outputs = {}, {}
     hooks = [matrix.register_forward_hook(lambda matrix, x, y, name=name: (inputs.update({name: x[0]}),
                                                                            outputs.update({name: y}))[:0] or None)
-             for name, matrix in model.matrices()]
+             for name, matrix in named_matrices(model)]
     logp = model(tokens).log_softmax(-1)
     for hook in hooks:
         hook.remove()
@@ -65,7 +65,7 @@ def test_fisher_moments_and_spectra_are_those_of_a_plain_loop(monkeypatch):
         values, vectors = np.linalg.eigh(S)
         return vectors * np.sqrt(values.clip(0)) @ vectors.T
 
-    for name, matrix in model.matrices():
+    for name, matrix in named_matrices(model):
         assert np.linalg.norm(fisher[name].numpy() - expected[name]) < 0.04 * np.linalg.norm(expected[name]), name
         covariance = np.cov(inputs[name].detach().flatten(0, 1).double().T.numpy(), bias=True)
         W = matrix.weight.detach().double().numpy()
@@ -147,7 +147,7 @@ def test_matrices_that_are_dense_stay_as_they_are(trained):
     new = factorize(model, {"attn.c_attn": [(32, 1, 8), (32, 96, 1)], "mlp.c_proj": [(128, 32, 1), (128, 1, 8)]}, van_loan)
     fits = calibration.calibrate(model, new, tokens[:, :-1], refine_steps=2)
     assert [(f.layer, f.name) for f in fits] == [(0, "attn.c_attn"), (1, "mlp.c_proj")]
-    for (name, old), (_, matrix) in zip(model.matrices(), new.matrices()):
+    for (name, old), (_, matrix) in zip(named_matrices(model), named_matrices(new)):
         is_same = torch.equal(old.weight, matrix.weight) and torch.equal(old.bias, matrix.bias)
         assert is_same == matrix.is_dense, name
 
@@ -248,7 +248,7 @@ def test_zeros_are_fitted_to_zeros(trained, what):
             assert all(p.isfinite().all() for p in new.parameters()), (shape, options)
             assert all(math.isfinite(number) for f in fits for number in (
                 f.weight_error_before, f.weight_error, f.output_error_before, f.output_error)), (shape, options, fits)
-            for (name, old), (_, matrix) in zip(model.matrices(), new.matrices()):
+            for (name, old), (_, matrix) in zip(named_matrices(model), named_matrices(new)):
                 if "c_fc" in name and not old.weight.any() and "refine_steps" not in options:
                     assert matrix.weight.abs().max() < 1e-6
             assert math.isfinite(loss(new, tokens))
@@ -369,7 +369,7 @@ def test_script_calibrates(trained, workdir):
     text = calibration.calibration_text("pattern", 1024, model.config, "cpu")
     order = [interleave(units, 32, 4) for units in contributions(model, text)[0]]  # the strongest units share no column
     expected = in_the_metric(reorder_units(model, hidden=order), text)
-    for (_, matrix), (_, other) in zip(new.matrices(), expected.matrices()):
+    for (_, _, matrix), (_, _, other) in zip(new.matrices(), expected.matrices()):
         assert torch.equal(matrix.A, other.A) and torch.equal(matrix.bias, other.bias)
 
 
@@ -403,7 +403,7 @@ def test_script_compresses_the_whole_model_to_a_budget(trained, workdir):
         assert 19_000 < sum(p.numel() for p in new.parameters()) <= 20_000
         assert rest["config"]["metric"] == ("none" if name in ("none", "even") else "fisher")
         assert rest["config"]["budget"] == "20K" and rest["config"]["ranks"] == ("even" if name == "even" else "loss")
-        assert all(matrix.is_dense for place, matrix in new.matrices() if ".attn." in place) == (name == "mlp")
+        assert all(matrix.is_dense for _, kind, matrix in new.matrices() if "attn." in kind) == (name == "mlp")
         rows = re.findall(r"^ +(\d)  ([a-z_.]+) +(\d+|dense) +([\d,]+)(?: +(\d\.\d+))?$", done.stdout, re.M)
         assert len(rows) == (4 if name == "mlp" else 8)
         for layer, kind, rank, size, predicted in rows:
@@ -436,7 +436,7 @@ def test_even_ranks_without_text_are_the_plain_svd(trained, workdir):
     done = run_here("kron_decompose.py", "--init_from=dense.pt", "--budget=20K", "--ranks=even", "--out=a.pt")
     assert done.returncode == 0, done.stderr
     new = checkpoint.load("a.pt")[0]
-    for (_, old), (name, matrix) in zip(trained[0].matrices(), new.matrices()):
+    for (_, _, old), (_, name, matrix) in zip(trained[0].matrices(), new.matrices()):
         W = old.weight.detach().numpy()
         U, sigma, V = np.linalg.svd(W)
         r = len(matrix.A)

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from kronygpt import checkpoint, files
-from kronygpt.checkpoint import from_file_names, load_optimizer_state, load_to_resume, to_file_names
+from kronygpt.checkpoint import check_is_gpt2, from_file_names, load_optimizer_state, load_to_resume, to_file_names
 from kronygpt.configurator import UserError
-from kronygpt.hugging_face import check_is_gpt2
 
 FILES = Path(__file__).parent / "files"
 IDX = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -180,8 +179,9 @@ def test_a_factor_of_one_number_counts(small_model, tmp_path):
         for matrix in block.mlp.c_fc, block.mlp.c_proj:
             matrix.A.data[1:] = matrix.B.data[1:] = 0
     dense = {}
-    for name, matrix in small_model.matrices():
-        if ".mlp." in name:
+    for layer, kind, matrix in small_model.matrices():
+        if kind.startswith("mlp."):
+            name = f"transformer.h.{layer}.{kind}"
             W = matrix.weight.detach()
             dense |= {f"{name}_0": W[None] / 2, f"{name}_1": torch.full((1, 1, 1), 2.0)}
     torch.save(published(small_model) | dense, tmp_path / "a.pt")

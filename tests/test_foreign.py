@@ -214,7 +214,7 @@ class Pickled:
 
 def save_compressed(directory):
     """Write the model of a directory with factored MLPs, as kron_to_gpt.py --compressed=True does."""
-    from kronygpt.hugging_face import to_compressed
+    from kronygpt.export import to_compressed
 
     model, _ = checkpoint.load(str(directory))
     shapes = mlp_shapes(32, 64, [2] * model.config.n_layer)

@@ -21,9 +21,9 @@ from test_train import write_dataset
 
 from kronygpt import checkpoint, data
 from kronygpt.configurator import UserError, option_types
-from kronygpt.kron import kron_linear, kron_weight, rearrange, van_loan
-from kronygpt.texts import read_rows
-from model import KronyGPT, KronyGPTConfig, mlp_shapes
+from kronygpt.data import read_rows
+from kronygpt.kron import rearrange, van_loan
+from model import KronyGPT, KronyGPTConfig, kron_linear, kron_weight, mlp_shapes
 from prune import prune_matrix
 
 CASES = int(os.environ.get("FUZZ_CASES", 40))

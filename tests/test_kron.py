@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from kronygpt.kron import (
-    balanced,
-    contraction_order,
-    kron_linear,
-    kron_weight,
-    leading_singular_vectors,
-    multiply_adds,
-    rearrange,
-    van_loan,
-)
+from kronygpt.kron import balanced, leading_singular_vectors, rearrange, van_loan
+from model import contraction_order, kron_linear, kron_weight, multiply_adds
 
 # Sides m1, n1, m2, n2 of A and B: each equal to 1 in turn and together, then narrow and wide ones.
 SIDES = [*product((1, 3), (1, 4), (1, 2), (1, 5)), (2, 2, 2, 2), (8, 32, 1, 1), (1, 1, 8, 32), (4, 32, 2, 1), (16, 2, 2, 16),

@@ -12,12 +12,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, StandIn, run_here
+from conftest import ROOT, StandIn, continuation, run_here
 from safetensors.torch import load_file
 
 from kron_to_gpt import default_name
-from kronygpt import checkpoint, files, hugging_face
-from kronygpt.hugging_face import gpt2_vocabulary, write_tokenizer
+from kronygpt import checkpoint, files
+from kronygpt.export import gpt2_vocabulary, write_tokenizer
 from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer
 from model import KronyGPT, KronyGPTConfig
 
@@ -62,7 +62,7 @@ def test_transformers_alone_computes_the_same(exported, small_model, tmp_path_fa
     found = json.loads(said.stdout)
     with torch.no_grad():
         np.testing.assert_allclose(found["logits"], small_model(idx).numpy(), rtol=0, atol=1e-4)
-    assert found["greedy"] == small_model.generate(idx[:, :4], 5, temperature=0).tolist()
+    assert found["greedy"] == continuation(small_model, idx[:, :4], 5, temperature=0).tolist()
     assert found["ids"] == [list(text.encode()) for text in TEXTS]
     assert found["texts"] == TEXTS
 
@@ -310,7 +310,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hugging_face, "reach_hub", lambda: None)
+    monkeypatch.setattr(export, "reach_hub", lambda: None)
     return hub
 
 

@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from kronygpt import loss
-from kronygpt.loss import IGNORE_INDEX, Distillation, distillation_loss, linear_cross_entropy
-from model import KronyGPT, KronyGPTConfig, mlp_shapes
+import model as model_module
+from kronygpt.distillation import Distillation, distillation_loss
+from model import IGNORE_INDEX, KronyGPT, KronyGPTConfig, linear_cross_entropy, mlp_shapes
 
 T, C, VOCAB_SIZE = 32, 8, 64
 
@@ -17,7 +17,7 @@ T, C, VOCAB_SIZE = 32, 8, 64
 @pytest.fixture
 def in_chunks(monkeypatch):
     """The losses take three tokens at once."""
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 3 * VOCAB_SIZE + 8)
+    monkeypatch.setattr(model_module, "chunk_rows", lambda W, dtype: max(1, (3 * VOCAB_SIZE + 8) // len(W)))
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_cross_entropy_is_numpys(chunked, problem, request):
 
 @pytest.mark.parametrize("logits_at_once", [1, 64, 200, 1000, 10**9])
 def test_gradients_do_not_depend_on_the_chunks(logits_at_once, problem, monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr(model_module, "chunk_rows", lambda W, dtype: max(1, (logits_at_once) // len(W)))
     x, W, targets = problem
     expected = F.cross_entropy(x @ W.T, targets)
     found = linear_cross_entropy(x, W, targets)
@@ -138,7 +138,7 @@ def test_training_under_autocast_is_close_to_float32(problem, teacher, in_chunks
 def test_the_sum_over_chunks_under_autocast_is_not_rounded(monkeypatch):
     """37 chunks, as of 12,288 tokens at GPT-2's vocabulary: a sum in bfloat16 is 5 % off."""
     n_tokens, vocab_size = 37 * 16, 256
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 16 * vocab_size)
+    monkeypatch.setattr(model_module, "chunk_rows", lambda W, dtype: max(1, (16 * vocab_size) // len(W)))
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randn(*size, generator=generator).requires_grad_() for size in ((n_tokens, C), (vocab_size, C)))
     targets = random_tokens(n_tokens)
@@ -190,7 +190,7 @@ def test_a_student_learns_from_a_teacher_of_another_width(in_chunks):
 
 def test_logits_are_never_whole_in_memory(monkeypatch):
     n_tokens, vocab_size = 64, 512
-    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * vocab_size)
+    monkeypatch.setattr(model_module, "chunk_rows", lambda W, dtype: max(1, (4 * vocab_size) // len(W)))
     x, W = torch.randn(n_tokens, C, requires_grad=True), torch.randn(vocab_size, C, requires_grad=True)
     targets, teacher_x, teacher_W = random_tokens(n_tokens), torch.randn(n_tokens, 5), torch.randn(vocab_size, 5)
     whole = n_tokens * vocab_size

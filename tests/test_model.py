@@ -5,7 +5,16 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import gpt2_weights, kinds_of_shape, kron_sum, load_gpt2, random_tokens, randomize_vectors, to_gpt2
+from conftest import (
+    continuation,
+    gpt2_weights,
+    kinds_of_shape,
+    kron_sum,
+    load_gpt2,
+    random_tokens,
+    randomize_vectors,
+    to_gpt2,
+)
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,8 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kronygpt import checkpoint
 from kronygpt.configurator import UserError
-from kronygpt.loss import IGNORE_INDEX
-from model import KronLinear, KronyGPT, KronyGPTConfig, Shape, mlp_shapes
+from model import IGNORE_INDEX, KronLinear, KronyGPT, KronyGPTConfig, Shape, mlp_shapes
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -80,7 +88,7 @@ def test_every_matrix_of_the_mixed_model_counts(mixed_model):
     """Else the test above would say little."""
     idx = random_tokens(3, 32)
     expected = mixed_model(idx)
-    for name, matrix in mixed_model.matrices():
+    for _, name, matrix in mixed_model.matrices():
         before = matrix.A.clone()
         matrix.A.mul_(1.01)
         assert (mixed_model(idx) - expected).abs().max() > 1e-4, name
@@ -97,8 +105,8 @@ def test_gradients_of_a_dense_gpt2_are_those_of_transformers(gpt2_dir):
     idx = random_tokens(3, 33)
     (0.5 * ours(idx[:, :-1], idx[:, 1:])).backward()
     (0.5 * F.cross_entropy(theirs(idx[:, :-1]).logits.flatten(0, 1), idx[:, 1:].flatten())).backward()
-    for name, matrix in ours.matrices():
-        their_matrix = theirs.get_submodule(name)
+    for layer, kind, matrix in ours.matrices():
+        their_matrix = theirs.get_submodule(f"transformer.h.{layer}.{kind}")
         torch.testing.assert_close(matrix.A.grad[0], their_matrix.weight.grad, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(matrix.bias.grad, their_matrix.bias.grad, rtol=1e-4, atol=1e-6)
     for name in "wte", "wpe":
@@ -230,7 +238,7 @@ def test_config_refuses_sizes_that_do_not_fit(changes, message):
 # the initial weights
 
 def check_standard_deviations(model, rel):
-    for name, matrix in model.matrices():
+    for _, name, matrix in model.matrices():
         std = 0.02 / math.sqrt(2 * model.config.n_layer) if name.endswith("c_proj") else 0.02
         assert kron_sum(matrix.A, matrix.B).std().item() == pytest.approx(std, rel=rel), name
         assert not matrix.bias.any()
@@ -272,7 +280,7 @@ def test_an_initial_side_of_one_element_is_1(shape, side):
 def test_initial_weights_of_the_dense_model_are_gpt2s():
     model = tiny(n_layer=3, n_embd=128, n_head=4)
     check_standard_deviations(model, rel=0.02)
-    assert all(matrix.B.tolist() == [[[1.0]]] and not matrix.B.requires_grad for _, matrix in model.matrices())
+    assert all(matrix.B.tolist() == [[[1.0]]] and not matrix.B.requires_grad for _, _, matrix in model.matrices())
     assert all(not p.any() for name, p in model.named_parameters() if name.endswith("bias"))
     assert model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.transformer.wpe.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -407,14 +415,14 @@ def test_greedy_generation_is_the_loop_over_transformers_logits(source, batch, n
     is_dense = not isinstance(source, KronyGPT)
     model, theirs = (checkpoint.load(str(source))[0], load_gpt2(source)) if is_dense else (source, to_gpt2(source))
     expected = greedy_by_transformers(theirs, idx, n, block_size=32)
-    assert torch.equal(model.generate(idx, n, temperature=0), expected)
-    assert torch.equal(model.generate(idx, n, top_k=1), expected)
+    assert torch.equal(continuation(model, idx, n, temperature=0), expected)
+    assert torch.equal(continuation(model, idx, n, top_k=1), expected)
 
 
 @torch.no_grad()
 def test_generation_with_the_cache_is_generation_without(mixed_model):
     idx, generator = random_tokens(3, 5), torch.Generator().manual_seed(7)
-    found = mixed_model.generate(idx, 20, seed=7)
+    found = continuation(mixed_model, idx, 20, seed=7)
     for _ in range(20):
         idx = torch.cat((idx, torch.multinomial(mixed_model(idx)[:, -1].softmax(-1), 1, generator=generator)), dim=1)
     assert torch.equal(found, idx)
@@ -422,10 +430,10 @@ def test_generation_with_the_cache_is_generation_without(mixed_model):
 
 def test_generation_with_a_seed_repeats_itself(small_model):
     idx = random_tokens(2, 4)
-    first = small_model.generate(idx, 40, seed=1)
+    first = continuation(small_model, idx, 40, seed=1)
     torch.manual_seed(5)
-    assert torch.equal(first, small_model.generate(idx, 40, seed=1))
-    assert not torch.equal(first, small_model.generate(idx, 40, seed=2))
+    assert torch.equal(first, continuation(small_model, idx, 40, seed=1))
+    assert not torch.equal(first, continuation(small_model, idx, 40, seed=2))
     assert torch.equal(first[:, :4], idx)
 
 
@@ -433,7 +441,7 @@ def test_generation_samples_the_softmax_of_the_scaled_logits(small_model):
     idx = random_tokens(1, 4).expand(4000, -1)
     logits = to_gpt2(small_model)(idx[:1]).logits[0, -1].detach() / 0.25
     top = logits.topk(5)
-    tokens = small_model.generate(idx, 1, temperature=0.25, top_k=5, seed=0)[:, -1]
+    tokens = continuation(small_model, idx, 1, temperature=0.25, top_k=5, seed=0)[:, -1]
     shares = torch.stack([(tokens == token).float().mean() for token in top.indices])
     assert shares.sum() == 1
     torch.testing.assert_close(shares, F.softmax(top.values, dim=0), rtol=0, atol=0.03)
@@ -443,6 +451,6 @@ def test_generation_leaves_the_mode_as_it_was_and_uses_no_dropout():
     model = tiny(dropout=0.9)
     idx = random_tokens(1, 3, vocab_size=64)
     model.train()
-    text = model.generate(idx, 8, temperature=0)
+    text = continuation(model, idx, 8, temperature=0)
     assert model.training
-    assert torch.equal(text, model.eval().generate(idx, 8, temperature=0)) and not model.training
+    assert torch.equal(text, continuation(model.eval(), idx, 8, temperature=0)) and not model.training

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import kinds_of_shape, kron_sum, load_gpt2, random_tokens, run_here
+from conftest import continuation, kinds_of_shape, kron_sum, load_gpt2, random_tokens, run_here
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kronygpt import checkpoint, compress, hugging_face
+from kronygpt import checkpoint, compress, export
 from kronygpt.configurator import UserError
-from kronygpt.model_card import model_card
+from kronygpt.export import model_card
 from kronygpt.modeling_kronygpt import KronLinear, KronyGPTConfig, KronyGPTForCausalLM
 from prune import prune_matrix
 
@@ -73,7 +73,7 @@ print(json.dumps(found))
 """
 
 
-def export(model, *options, name="made"):
+def export_to(model, *options, name="made"):
     checkpoint.save("made.pt", model)
     return run_here("kron_to_gpt.py", "made.pt", name, "--compressed=True", *options)
 
@@ -81,14 +81,14 @@ def export(model, *options, name="made"):
 @pytest.fixture
 def made(mixed_model, workdir):
     """made/, the compressed export of a model with each kind of shape."""
-    said = export(mixed_model)
+    said = export_to(mixed_model)
     assert said.returncode == 0, said.stderr
     return Path("made").resolve()
 
 
 @pytest.fixture
 def config(mixed_model):
-    return KronyGPTConfig(shapes=as_lists(mixed_model.config.shapes), **hugging_face.sizes(mixed_model.config),
+    return KronyGPTConfig(shapes=as_lists(mixed_model.config.shapes), **export.sizes(mixed_model.config),
                           bos_token_id=None, eos_token_id=None)
 
 
@@ -111,7 +111,7 @@ def assert_scales(stds):
 def load(directory, **options):
     from transformers import AutoModelForCausalLM
 
-    with hugging_face.no_code_left():
+    with export.no_code_left():
         return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options).eval()
 
 
@@ -161,13 +161,13 @@ def test_transformers_alone_computes_the_same(made, mixed_model, tmp_path_factor
     for difference, dtype in zip(found["half"], (torch.bfloat16, torch.float16)):
         assert 0 < difference < 8 * torch.finfo(dtype).eps * np.abs(found["logits"]).max()
     assert_scales(found["scales"])
-    expected = mixed_model.generate(IDX[:, :4], 8, temperature=0).tolist()
+    expected = continuation(mixed_model, IDX[:, :4], 8, temperature=0).tolist()
     assert found["cached"] == found["uncached"] == found["padded"] == expected
     assert {file.name for file in elsewhere.joinpath("again").iterdir()} >= {"modeling_kronygpt.py", "model.safetensors"}
 
 
 def test_the_compressed_model_is_tied(mixed_model):
-    exported = hugging_face.to_compressed(mixed_model)
+    exported = export.to_compressed(mixed_model)
     assert exported.lm_head.weight is exported.transformer.wte.weight
     assert sum(p.numel() for p in exported.parameters()) == mixed_model.count_parameters()["total"]
 
@@ -188,7 +188,7 @@ def test_the_export_runs_its_own_code_and_leaves_no_copy(mixed_model, workdir, m
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(workdir / "cache"))
     modules, path = set(sys.modules), list(sys.path)
-    assert export(mixed_model).returncode == 0
+    assert export_to(mixed_model).returncode == 0
     assert not Path("cache").exists() and sys.path == path and sorted(os.listdir()) == ["made", "made.pt"]
     assert not [name for name in sys.modules.keys() - modules if name.startswith("transformers_modules")]
 
@@ -197,13 +197,13 @@ def test_a_cache_that_is_wrong_is_found(mixed_model, workdir, monkeypatch):
     from transformers import GPT2LMHeadModel
 
     monkeypatch.setattr(GPT2LMHeadModel, "generate", lambda self, idx, use_cache, **options: idx + use_cache)
-    said = export(mixed_model)
+    said = export_to(mixed_model)
     assert said.returncode == 1 and "generates other tokens with its cache than without; nothing was" in said.stderr
     assert not Path("made").exists()
 
 
 def test_a_function_that_differs_is_found(mixed_model, workdir, monkeypatch):
-    whole = hugging_face.to_compressed
+    whole = export.to_compressed
 
     def broken(model):
         exported = whole(model)
@@ -211,8 +211,8 @@ def test_a_function_that_differs_is_found(mixed_model, workdir, monkeypatch):
         bias.data = bias + 1e-2 * torch.randn_like(bias)  # a copy: the others are the checkpoint's own
         return exported
 
-    monkeypatch.setattr(hugging_face, "to_compressed", broken)
-    said = export(mixed_model)
+    monkeypatch.setattr(export, "to_compressed", broken)
+    said = export_to(mixed_model)
     assert said.returncode == 1 and "more than --tolerance=1.0e-04; nothing was written" in said.stderr
     assert not Path("made").exists()
 
@@ -240,7 +240,7 @@ def test_weights_in_half_precision(dtype, compressed, mixed_model, workdir):
 ])
 def test_wrong_options_are_one_line(options, message, mixed_model, workdir):
     Path("made.json").write_text('{"a": {"perplexity": "NaN"}}')
-    said = export(mixed_model, *options)
+    said = export_to(mixed_model, *options)
     assert said.returncode == 2 and message in said.stderr and said.stderr.count("\n") == 1
     assert not Path("made").exists()
 
@@ -260,7 +260,7 @@ def test_a_directory_is_read_back_bit_for_bit(made, mixed_model):
         model, rest = checkpoint.load(str(source))
         assert_same(model, mixed_model)
         assert rest["tokenizer"] is None  # bytes, as the size of the vocabulary tells
-    with hugging_face.no_code_left():
+    with export.no_code_left():
         AutoModel.from_pretrained(made, trust_remote_code=True).save_pretrained("base")
         load(made).save_pretrained("shards", max_shard_size="200KB")
     assert "h.0.mlp.c_fc.A" in load_file("base/model.safetensors")  # without the prefix of the whole model
@@ -357,7 +357,7 @@ def test_our_loss_is_its_loss(made, mixed_model):
 
 
 def test_torch_export_takes_it(small_model):
-    model = hugging_face.to_compressed(small_model)
+    model = export.to_compressed(small_model)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=32)}
     program = torch.export.export(model, (), dict(input_ids=IDX, use_cache=False),
                                   dynamic_shapes=dict(input_ids=sizes, use_cache=None))
@@ -389,7 +389,7 @@ def test_the_trainer_of_transformers(mixed_model, workdir):
     before = {name: p.clone() for name, p in mixed_model.named_parameters()}
     options = TrainingArguments("run", max_steps=3, save_steps=3, learning_rate=1e-2, use_cpu=True, report_to=[])
     rows = [dict(input_ids=row, labels=row) for row in IDX.repeat(4, 1)]
-    Trainer(hugging_face.to_compressed(mixed_model), options, train_dataset=rows).train()  # the tensors of mixed_model
+    Trainer(export.to_compressed(mixed_model), options, train_dataset=rows).train()  # the tensors of mixed_model
     assert not any(torch.equal(p, before[name]) for name, p in mixed_model.named_parameters())
     assert_same(checkpoint.load("run/checkpoint-3")[0], mixed_model)
 
@@ -402,7 +402,7 @@ def test_lora(targets, mixed_model):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     options = peft.LoraConfig(task_type="CAUSAL_LM", r=2, **targets)
-    model = peft.get_peft_model(hugging_face.to_compressed(mixed_model), options)
+    model = peft.get_peft_model(export.to_compressed(mixed_model), options)
     trained = [p for p in model.parameters() if p.requires_grad]
     before = {name: p.clone() for name, p in mixed_model.state_dict().items()}
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
@@ -422,7 +422,7 @@ def test_lora(targets, mixed_model):
 def test_lora_refuses_a_factored_matrix_by_its_name(mixed_model):
     peft = pytest.importorskip("peft")
     with pytest.raises(ValueError, match=r"KronLinear.* is not supported"):
-        peft.get_peft_model(hugging_face.to_compressed(mixed_model), peft.LoraConfig(target_modules=["c_fc"]))
+        peft.get_peft_model(export.to_compressed(mixed_model), peft.LoraConfig(target_modules=["c_fc"]))
 
 
 def test_lm_eval_scores_as_the_model_does(made, mixed_model):
@@ -438,13 +438,13 @@ def test_lm_eval_scores_as_the_model_does(made, mixed_model):
 
     end, text = b"\n", bytes(range(40, 115))
     pairs = [("The cat", " sat"), ("", "over\n"), ("naïve", "é\n\nx"), ("a" * 40, "b" * 10)]  # the last exceeds the context
-    with hugging_face.no_code_left():
+    with export.no_code_left():
         theirs = HFLM(str(made), trust_remote_code=True, device="cpu", dtype="float32", batch_size=2)
         scores = theirs.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
         request = Instance("loglikelihood_rolling", {}, (text.decode(),), 0)
         rolling, = theirs.loglikelihood_rolling([request], disable_tqdm=True)
-    for (score, is_greedy), (context, continuation) in zip(scores, pairs):
-        expected = logprobs(context.encode() or end, continuation.encode())
+    for (score, is_greedy), (context, ending) in zip(scores, pairs):
+        expected = logprobs(context.encode() or end, ending.encode())
         assert abs(score - expected[0]) < 1e-3 and is_greedy == expected[1]
     # windows that score 32 bytes each, the first token of the text included; the last one scores 11, with a longer context
     windows = (end, text[:32]), (text[31:32], text[32:64]), (text[42:64], text[64:])
@@ -469,7 +469,7 @@ def test_the_card_tells_the_history(mixed_model, workdir):
     assert "1. Compressed from `gpt2`: `budget=82M, calibrate=openwebtext, calibration_tokens=32768`" in text
     assert "2. Trained from `start.pt` for 100 steps, 24,000 tokens: `dataset=own, " in text and "teacher=teacher.pt" in text
     assert "| wiki103 | 41.24 |" in text and 'from_pretrained("mine", trust_remote_code=True)' in text
-    dense = sum(p.numel() for p in hugging_face.to_transformers(mixed_model).parameters())
+    dense = sum(p.numel() for p in export.to_transformers(mixed_model).parameters())
     assert f"{mixed_model.count_parameters()['total']:,} parameters ({dense:,} with" in text
     assert str(workdir) not in text
 

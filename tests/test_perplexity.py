@@ -20,7 +20,7 @@ from test_bad_input import write_byte_level_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import perplexity
-from kronygpt import hugging_face
+from kronygpt import hub
 
 CONTEXT = 32  # of the model in gpt2_dir
 
@@ -273,12 +273,12 @@ def test_a_hub_that_does_not_answer_is_tried_once_and_quietly(script, args, word
 
 
 def test_a_hub_that_keeps_silent_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(hugging_face, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr(hub, "HUB_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         start = time.monotonic()
-        hugging_face.reach_hub()
+        hub.reach_hub()
         assert huggingface_hub.constants.HF_HUB_OFFLINE and 0.1 < time.monotonic() - start < 5
 
 
@@ -295,7 +295,7 @@ def test_a_hub_that_answers_is_used(answer, is_offline, monkeypatch):
         thread.start()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        hugging_face.reach_hub()
+        hub.reach_hub()
         assert huggingface_hub.constants.HF_HUB_OFFLINE == is_offline
         thread.join()
 

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
+from conftest import continuation, run_here
 from torch.nn import functional as F
 
 import play
@@ -65,7 +65,7 @@ def refusal(server, path, body):
 def expected(player, prompt, n, seed):
     """The text that generate() adds to the bytes of a prompt."""
     tokens = list(prompt.encode())
-    row = player.model.generate(torch.tensor([tokens]), n, 0.8, 50, seed)[0]
+    row = continuation(player.model, torch.tensor([tokens]), n, 0.8, 50, seed)[0]
     return bytes(row[len(tokens):].tolist()).decode(errors="replace")
 
 
@@ -94,7 +94,7 @@ def test_characters_come_whole(served, monkeypatch):
 
 def test_tokens_of_nobodys_tokenizer_are_numbers(small_model):
     player = play.Player(small_model, UnknownTokenizer(256), {})
-    tokens = small_model.generate(torch.tensor([[0]]), 5, 0.0)[0, 1:].tolist()
+    tokens = continuation(small_model, torch.tensor([[0]]), 5, 0.0)[0, 1:].tolist()
     events = list(play.generate(player, dict(prompt="", max_new_tokens=5, temperature=0)))
     assert "".join(event["text"] for event in events) == "".join(f" {token}" for token in tokens)
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import run_here
 
 from kronygpt.configurator import UserError
-from kronygpt.texts import read_pieces, read_rows
+from kronygpt.data import read_pieces, read_rows
 from perplexity import load_text_tokens
 
 ROWS = [f"Zeile {i}: naïve café." for i in range(40)]
@@ -223,7 +223,7 @@ def test_a_separator_ends_a_document(prepare):
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("separator", ["\n\n", "<|endoftext|>", "\n"])
 def test_pieces_do_not_depend_on_how_much_is_read_at_once(at_once, separator, workdir, monkeypatch):
-    monkeypatch.setattr("kronygpt.texts.CHARACTERS_AT_ONCE", at_once)
+    monkeypatch.setattr("kronygpt.data.CHARACTERS_AT_ONCE", at_once)
     text = "\n\n\na\n\n\n\nb <|endoftext|>\n<|endoftext|><|endoftext|c\n\n"
     workdir.joinpath("a.txt").write_text(text)
     assert list(read_pieces("a.txt", separator)) == text.split(separator)

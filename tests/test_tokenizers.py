@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
+from conftest import continuation, run_here
 from test_data import write_dataset
 
 from kronygpt import checkpoint
@@ -216,7 +216,7 @@ def test_a_model_speaks_with_its_own_tokenizer(german, workdir):
     said = run_here("sample.py", "german", "--start=über", "--max_new_tokens=5", "--temperature=0")
     assert said.returncode == 0, said.stderr
     model, rest = checkpoint.load("german")
-    ids = model.generate(torch.tensor([german.encode("über").ids]), 5, temperature=0)[0].tolist()
+    ids = continuation(model, torch.tensor([german.encode("über").ids]), 5, temperature=0)[0].tolist()
     assert rest["tokenizer"]["name"].startswith("german-")
     assert said.stdout.split("\n", 1)[1].startswith(read_tokenizer("german").decode(ids))
 
@@ -345,7 +345,7 @@ def test_a_model_without_a_tokenizer_prints_numbers_and_takes_no_text(workdir):
     checkpoint.save("char.pt", model)
     said = run_here("sample.py", "char.pt", "--start=", "--max_new_tokens=5", "--temperature=0")
     assert said.returncode == 0, said.stderr
-    ids = model.generate(torch.tensor([[0]]), 5, temperature=0)[0].tolist()
+    ids = continuation(model, torch.tensor([[0]]), 5, temperature=0)[0].tolist()
     assert said.stdout.split("\n")[1] == " ".join(map(str, ids))
     said = run_here("sample.py", "char.pt", "--start=to be")
     assert said.returncode == 2 and "no tokenizer has the model's vocabulary of 65" in said.stderr

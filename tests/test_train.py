@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, StandIn, kron_sum, run_here
+from conftest import ROOT, StandIn, continuation, kron_sum, run_here
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
@@ -516,7 +516,7 @@ def test_attention_and_mlps_in_shapes_of_their_own_train_resume_and_generate(mix
     with torch.no_grad():
         for _ in range(6):
             plain = torch.cat((plain, model.eval()(plain)[:, -1].argmax(-1, keepdim=True)), 1)
-    assert torch.equal(model.generate(idx, 6, temperature=0), plain)
+    assert torch.equal(continuation(model, idx, 6, temperature=0), plain)
 
 
 def test_attention_and_mlps_in_shapes_of_their_own_train_on_two_processes_and_compiled(mixed_start):

@@ -1,0 +1,96 @@
+"""All that touches the network: models and data sets of the Hugging Face hub, and uploads to it."""
+from pathlib import Path
+
+from kronygpt.configurator import UserError
+from kronygpt.tokenizer import TOKENIZER_FILES
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+HUB_SECONDS = 5  # that the hub has for its first answer
+
+
+def reach_hub():
+    """Ask the Hugging Face hub for an answer, once. Where there is none, use its local caches from now on, without minutes
+    of retries. It is called before `datasets` is imported."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        answers = get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS).status_code < 500
+    except Exception:  # the errors of its HTTP clients have no class in common
+        answers = False
+    if not answers:
+        constants.HF_HUB_OFFLINE = True
+
+
+def hub_dataset(name, config=None, split="train", revision=None):
+    """A data set of the hub, or from its local cache, as a datasets.Dataset."""
+    reach_hub()
+    from datasets import load_dataset
+
+    return load_dataset(name, config, split=split, revision=revision)
+
+
+def download(name):
+    """Fetch a model from the Hugging Face hub, or find it in the hub's local cache; only its data files.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileNotFoundError: there is no such model, or no network.
+    """
+    from huggingface_hub import snapshot_download
+
+    reach_hub()
+    try:
+        for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
+            directory = Path(snapshot_download(name, allow_patterns=["config.json", weights, *TOKENIZER_FILES]))
+            if any((directory / file).exists() for file in WEIGHTS):
+                break
+        return directory
+    except Exception as error:  # the hub's errors have no class in common
+        places = name if name.startswith("models/") else f"{name}, nor models/{name}"
+        raise FileNotFoundError(f"no file or directory {places}, and no such model could be fetched from the Hugging Face "
+                                f"hub ({type(error).__name__}): is there a network?") from None
+
+
+def check_push(name):
+    """Raise UserError where it is plain before an upload that the hub will not take it: a name that is no ORG/NAME, no
+    network, no token."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push={name} is no name for the hub: {error}") from None
+    if "/" not in name:
+        raise UserError(f"--push={name} does not say whose model it is: give ORG/NAME")
+    reach_hub()
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"--push={name} needs a network: the Hugging Face hub does not answer, or HF_HUB_OFFLINE is set",
+                        status=1)
+    if not get_token():
+        raise UserError(f"--push={name} needs a token of the Hugging Face hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(directory, name):
+    """Upload a directory to a model repository of the hub, which is made where there is none.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: the hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi()
+        address = hub.create_repo(name, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=directory)
+        return address
+    except Exception as error:  # the hub's errors have no class in common
+        raise UserError(f"{directory} is written, but not uploaded to {name} ({type(error).__name__}: {error})",
+                        status=1) from None
