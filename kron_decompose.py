@@ -108,7 +108,7 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         n_layer, n_embd = GPT2_SIZES[init_from]
         config = KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // checkpoint.GPT2_HEAD_DIM)
         return print_table(shapes_within(config, limit, largest))
-    dense, rest = checkpoint.load(init_from)
+    dense, _ = checkpoint.load(init_from)
     config = dense.config
     if wants_table:
         return print_table(shapes_within(config, limit, largest))
@@ -127,12 +127,12 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     else:
         allocations = allocate(config, kinds, limit)
 
-    start, options, fits, fisher = time.perf_counter(), dict(init_from=init_from, tokenizer=rest["tokenizer"]), None, None
+    start, options, fits, fisher = time.perf_counter(), dict(init_from=init_from), None, None
     if not dim_1:
         options |= dict(budget=budget, matrices=matrices, ranks=ranks)
     if calibrate:
         options |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens, metric=metric, refine_steps=refine_steps)
-        text = data.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
+        text = data.calibration_text(calibrate, calibration_tokens, config, device)
         dense.to(text.device)
         if dim_1:  # the hidden units that contribute most get columns of A of their own
             hidden, _ = calibration.contributions(dense, text)

@@ -31,21 +31,21 @@ CODE = "modeling_kronygpt.py"
 CARD = "README.md"
 
 
-def find_tokenizer(record, vocab_size):
+def find_tokenizer(config):
     """The model's tokenizer; where it cannot be had, a line is printed, since the weights do not need it."""
     from kronygpt.tokenizer import UnknownTokenizer, open_tokenizer
 
     try:
-        ours = open_tokenizer(record, vocab_size, tokenizer)
+        ours = open_tokenizer(config, tokenizer)
         if ours.name != UnknownTokenizer.name:
             return ours
-        why = f"no tokenizer is known for the vocabulary of {vocab_size} (--tokenizer=DIRECTORY names one)"
+        why = f"no tokenizer is known for the vocabulary of {config.vocab_size} (--tokenizer=DIRECTORY names one)"
     except UserError as error:
         if tokenizer:
             raise
         why = error
     print(f"{why}: only the weights are written")
-    return UnknownTokenizer(vocab_size)
+    return UnknownTokenizer(config.vocab_size)
 
 
 def default_name(path):
@@ -83,7 +83,7 @@ def main(ckpt, out_dir=None):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     model, rest = checkpoint.load(ckpt)
-    ours = find_tokenizer(rest.get("tokenizer"), model.config.vocab_size)
+    ours = find_tokenizer(model.config)
     narrow = without_dropped_units(model)
     if compressed and all(matrix.is_dense for _, _, matrix in narrow.matrices()):
         raise UserError(f"every matrix of {ckpt} is dense: the plain export, without --compressed=True, is as small and "

@@ -75,13 +75,13 @@ def load_rows(name):
                       f"with no network, {local} reads a local copy") from None
 
 
-def load_text_tokens(name, vocab_size, record=None):
+def load_text_tokens(name, config, directory=None):
     """The tokens of a text data set, and its length in bytes.
 
     Args:
         name: of the data set.
-        vocab_size: of the model.
-        record: of the model's tokenizer, or None where vocab_size tells it.
+        config: the KronyGPTConfig of the model.
+        directory: of another tokenizer than the model's, or None.
     """
     from kronygpt.data import check_tokens
     from kronygpt.tokenizer import open_tokenizer, well_formed
@@ -91,23 +91,23 @@ def load_text_tokens(name, vocab_size, record=None):
     if len(texts) < len(rows):
         print(f"{name}: {len(rows) - len(texts):,} rows with a null for a text are skipped")
     text = well_formed("\n\n".join(texts))
-    tokens = open_tokenizer(record, vocab_size).encode(text)
-    check_tokens(tokens, vocab_size)
+    tokens = open_tokenizer(config, directory).encode(text)
+    check_tokens(tokens, config.vocab_size)
     return tokens, len(text.encode())
 
 
-def load_bin_tokens(name, n_windows, config, record=None):
+def load_bin_tokens(name, n_windows, config):
     """The tokens of data/<name>/val.bin, or the first n_windows contexts of them, and their length in bytes, None where
     nobody knows their text."""
     from kronygpt.data import check_tokens, load_tokens
     from kronygpt.tokenizer import open_tokenizer
 
-    tokens = load_tokens(name, "val", config.vocab_size, tokenizer=record)
+    tokens = load_tokens(name, "val", config)
     if n_windows:
         tokens = tokens[:n_windows * config.block_size]
     check_tokens(tokens, config.vocab_size)
     try:
-        text = open_tokenizer(record, config.vocab_size).decode_bytes(tokens.tolist())
+        text = open_tokenizer(config).decode_bytes(tokens.tolist())
     except UserError:  # the loss does not need the tokenizer
         return tokens, None
     return tokens, None if text is None else len(text)
@@ -177,14 +177,9 @@ def check_arguments(dataset, n_batches):
 def main(ckpt, dataset=None, n_batches=None):
     from kronygpt import checkpoint
     from kronygpt.device import autocast_to, pick_device
-    from kronygpt.tokenizer import open_tokenizer, tokenizer_record
 
     check_arguments(dataset, n_batches)
-    model, rest = checkpoint.load(ckpt)
-    vocab_size, record = model.config.vocab_size, rest.get("tokenizer")
-    if tokenizer:
-        open_tokenizer(None, vocab_size, tokenizer)  # which says what is wrong with it
-        record = tokenizer_record(tokenizer)
+    model, _ = checkpoint.load(ckpt)
     model.to(pick_device(device)).eval()
     step = model.config.block_size if stride is None else stride
     if not 1 <= step <= model.config.block_size:
@@ -193,10 +188,10 @@ def main(ckpt, dataset=None, n_batches=None):
     head = f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13} {'tokens/s':>9}"
     for name in [dataset] if dataset else PUBLISHED:
         if is_text(name):
-            tokens, n_bytes = load_text_tokens(name, vocab_size, record)
+            tokens, n_bytes = load_text_tokens(name, model.config, tokenizer)
         else:
             n_windows = int(n_batches or OWT_BATCHES if name == "owt" else n_batches or 0) * batch_size
-            tokens, n_bytes = load_bin_tokens("openwebtext" if name == "owt" else name, n_windows, model.config, record)
+            tokens, n_bytes = load_bin_tokens("openwebtext" if name == "owt" else name, n_windows, model.config)
         if len(tokens) < 2:
             raise UserError(f"{name} has {len(tokens)} tokens, and one is scored by those before it: give more text")
         start = time.perf_counter()

@@ -52,8 +52,8 @@ def load_player(ckpt):
     from kronygpt.device import pick_device
     from kronygpt.tokenizer import open_tokenizer
 
-    model, rest = checkpoint.load(ckpt)
-    text_tokenizer = open_tokenizer(rest.get("tokenizer"), model.config.vocab_size, tokenizer)
+    model, _ = checkpoint.load(ckpt)
+    text_tokenizer = open_tokenizer(model.config, tokenizer)
     model.to(pick_device(device)).eval()
     facts = dict(name=ckpt, kind="dense" if all(matrix.is_dense for _, _, matrix in model.matrices()) else "compressed",
                  parameters=model.count_parameters()["total"], context=model.config.block_size,

@@ -197,7 +197,7 @@ def write(dataset, ours, dataset_writer):
 
 def main():
     from kronygpt.data import DatasetWriter
-    from kronygpt.tokenizer import GPT2_VOCAB_SIZE, LARGEST_VOCABULARY, open_tokenizer
+    from kronygpt.tokenizer import GPT2Tokenizer, read_tokenizer
 
     check_range(globals(), "val_fraction", above=0, below=1)
     check_range(globals(), "seed", at_least=0)
@@ -215,7 +215,7 @@ def main():
         source = ", ".join(filter(None, [hub or OPENWEBTEXT, hub_config]))
     if documents:
         source += f", the first {documents:,} documents"
-    ours = open_tokenizer(None, LARGEST_VOCABULARY if tokenizer else GPT2_VOCAB_SIZE, tokenizer)
+    ours = read_tokenizer(tokenizer) if tokenizer else GPT2Tokenizer()
     ours.encode("")  # which says what is wrong with it now
     is_whole = data_files is None and documents is None
     with openwebtext() if is_whole else gathered(texts) as (dataset, remark):

@@ -106,7 +106,7 @@ def main():
     from model import mlp_shapes
 
     check_options()
-    dense, rest = checkpoint.load(init_from)
+    dense, _ = checkpoint.load(init_from)
     config = dense.config
     n_units = {"embd": config.n_embd, "hidden": config.n_inner}.get(dim)
     if dim == "layer" and offset >= config.n_layer:
@@ -120,7 +120,7 @@ def main():
     name = "_".join(("prune" if not plain else "plain", str(dim_1), str(dim_2), *filter(None, remarks)))
     path = out or f"checkpoints/{name if n_units else f'layers_{keep}_{offset}'}.pt"
     check_is_file(path)
-    options = dict(init_from=init_from, tokenizer=rest["tokenizer"], dim=dim, keep=keep, offset=kept, plain=plain)
+    options = dict(init_from=init_from, dim=dim, keep=keep, offset=kept, plain=plain)
 
     fits = None
     if dim == "layer":
@@ -131,7 +131,7 @@ def main():
         options |= dict(epsilon=epsilon, select=select, refit=refit, calibrate=calibrate,
                         calibration_tokens=calibration_tokens)
         if calibrate:
-            text = data.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
+            text = data.calibration_text(calibrate, calibration_tokens, config, device)
             dense.to(text.device)
         if select in ("norm", "contribution"):  # the strongest units take the places that are kept
             hidden, embd = calibration.contributions(dense, text) if select == "contribution" else calibration.norms(dense)

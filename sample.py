@@ -33,8 +33,8 @@ def main(ckpt):
 
     check_range(globals(), "num_samples", at_least=1, at_most=10**9)
     prompt = "".join(read_pieces(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
-    model, rest = checkpoint.load(ckpt)
-    text_tokenizer = open_tokenizer(rest.get("tokenizer"), model.config.vocab_size, tokenizer)
+    model, _ = checkpoint.load(ckpt)
+    text_tokenizer = open_tokenizer(model.config, tokenizer)
     tokens = text_tokenizer.encode_prompt(prompt)
     if not tokens:
         raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: give --start")

@@ -162,8 +162,8 @@ def make_model(vocab_size):
         torch.manual_seed(seed)
         model = KronyGPT(KronyGPTConfig(block_size=block_size or DEFAULT_CONTEXT, vocab_size=vocab_size, n_layer=n_layer,
                                         n_head=n_head, n_embd=n_embd, dropout=dropout,
-                                        shapes=shapes_from_scratch(vocab_size)))
-        rest = dict(tokenizer=data_tokenizer(dataset))
+                                        shapes=shapes_from_scratch(vocab_size), tokenizer=data_tokenizer(dataset)))
+        rest = {}
     else:
         is_resume = init_from == "resume"
         load, source = (checkpoint.load_to_resume, Path(out_dir, "ckpt.pt")) if is_resume else (checkpoint.load, init_from)
@@ -174,25 +174,25 @@ def make_model(vocab_size):
     model.config.recompute = recompute
     if factors_only:
         model.freeze_all_but_factors()
-    return model, rest["tokenizer"], rest if init_from == "resume" else {}
+    return model, rest if init_from == "resume" else {}
 
 
-def wrap(model, tokenizer, context, processes):
+def wrap(model, context, processes):
     """The module that computes the loss of a batch: with a teacher, compiled, on several processes, as the options say."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
     from kronygpt import checkpoint
     from kronygpt.distillation import Distillation
-    from kronygpt.tokenizer import is_same, name_for
+    from kronygpt.tokenizer import is_same, tokenizer_name
 
     if teacher:
-        teacher_model, teacher_rest = checkpoint.load(teacher)
+        teacher_model, _ = checkpoint.load(teacher)
         ours, theirs = model.config, teacher_model.config
         if theirs.vocab_size != ours.vocab_size or theirs.block_size < context:
             raise UserError(f"--teacher={teacher} has a vocabulary of {theirs.vocab_size} and a context of "
                             f"{theirs.block_size}, and the run needs {ours.vocab_size} and at least {context}")
-        names = [name_for(record, ours.vocab_size) for record in (teacher_rest["tokenizer"], tokenizer)]
+        names = [tokenizer_name(config) for config in (theirs, ours)]
         if not is_same(*names):
             raise UserError(f"--teacher={teacher} has the tokenizer {names[0]}, and the model {names[1]}")
         model = Distillation(model, teacher_model.to(processes.device), distill, temperature)
@@ -232,9 +232,9 @@ def main():
     autocast = autocast_to(torch_device, dtype_name)
 
     # data, model, optimizer
-    model, tokenizer, rest = make_model(load_meta(dataset)["vocab_size"])
+    model, rest = make_model(load_meta(dataset)["vocab_size"])
     context, vocab_size = block_size or model.config.block_size, model.config.vocab_size
-    tokens = {split: load_tokens(dataset, split, vocab_size, context, tokenizer) for split in ("train", "val")}
+    tokens = {split: load_tokens(dataset, split, model.config, context) for split in ("train", "val")}
     check_memory(HALF * batch_size * context * model.config.n_layer * model.config.n_embd, torch_device,
                  f"a micro-step of {batch_size:,} sequences")
     check_memory(INDEX * batch_size * max(eval_iters, gradient_accumulation_steps), torch.device("cpu"),
@@ -244,14 +244,14 @@ def main():
     if is_resume:
         checkpoint.load_optimizer_state(optimizer, rest["optimizer"], run_dir.last)
     scaler = gradient_scaler(torch_device, dtype_name, rest.get("scaler"))
-    ddp_model = wrap(model, tokenizer, context, processes)
+    ddp_model = wrap(model, context, processes)
     step = rest.get("iter_num", 0)
     best_val_loss = rest.get("best_val_loss", math.inf) if run_dir.best.exists() else math.inf
     micro_steps = gradient_accumulation_steps // world_size
     tokens_per_step = batch_size * gradient_accumulation_steps * context
 
     # logs and files are written by one process
-    options = {name: globals()[name] for name in option_types(globals())} | dict(tokenizer=tokenizer)
+    options = {name: globals()[name] for name in option_types(globals())}
     if processes.is_main:
         run_dir.start_wandb(options, rest.get("config", {}).get("wandb_run_id"))
         run_dir.claim(is_resume, overwrite)

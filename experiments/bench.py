@@ -365,8 +365,8 @@ def bench_score(path, dense, ckpt):
             return json.loads(result.read_text())[path]["tokens_per_second"]
 
     script(dense), script(ckpt)  # a warm-up, which also reads the text and the models, and says what is wrong with them
-    model, rest = checkpoint.load(dense)
-    tokens, _ = load_text_tokens(path, model.config.vocab_size, rest["tokenizer"])
+    model, _ = checkpoint.load(dense)
+    tokens, _ = load_text_tokens(path, model.config)
     tokens = torch.tensor(tokens.astype("int64"))
     model = export.to_transformers(model).to(torch_device)
 

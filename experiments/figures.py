@@ -531,8 +531,8 @@ def main(name=None):
               f"all matrices of rank {GPT2_RANK}": KronyGPTConfig(shapes=low_rank)}
     dense, rest = checkpoint.load(base)
     config = dense.config
-    text = data.calibration_text(dataset, calibration_tokens, config, "cpu", tokenizer=rest["tokenizer"])
-    tokens = load_tokens(dataset, "val", config.vocab_size, config.block_size, rest["tokenizer"])
+    text = data.calibration_text(dataset, calibration_tokens, config, "cpu")
+    tokens = load_tokens(dataset, "val", config, config.block_size)
     starts = range(0, len(tokens) - config.block_size, config.block_size)
     held_out = windows(tokens, starts, config.block_size, config.vocab_size)
     results = {n: read_results(n) for n in ("demo", "compare_small", "compare_bytes", "rates_small", "rates_bytes", "bench")}

@@ -85,10 +85,10 @@ def main():
 
     check_range(globals(), "eval_tokens", at_least=1)
     budget_shares, matrix_shares = parse_shares("budgets"), parse_shares("shares")
-    dense, rest = checkpoint.load(init_from)
+    dense, _ = checkpoint.load(init_from)
     config = dense.config
-    text = data.calibration_text(calibrate, calibration_tokens, config, device, tokenizer=rest["tokenizer"])
-    tokens = load_tokens(calibrate, "val", config.vocab_size, config.block_size, rest["tokenizer"])
+    text = data.calibration_text(calibrate, calibration_tokens, config, device)
+    tokens = load_tokens(calibrate, "val", config, config.block_size)
     starts = range(0, min(eval_tokens, len(tokens) - 1) - config.block_size + 1, config.block_size)
     held_out = windows(tokens, starts or [0], config.block_size, config.vocab_size, text.device)
     dense.to(text.device).eval()

@@ -34,7 +34,7 @@ MODELS_DIR = Path("models")
 GPT2_HEAD_DIM = 64  # n_embd / n_head in GPT-2 small, medium, large and xl
 GPT2_WIDTHS = (768, 1024, 1280, 1600)
 # what a file may hold beside a model
-DEFAULTS = dict(optimizer=None, scaler=None, iter_num=0, best_val_loss=float("inf"), config={}, tokenizer=None)
+DEFAULTS = dict(optimizer=None, scaler=None, iter_num=0, best_val_loss=float("inf"), config={})
 PLAIN_TYPES = (bool, int, float, str, dict, type(None))  # of the options in a config, and of its tokenizer's record
 RESUME_TYPES = dict(optimizer=(dict,), iter_num=(int,), best_val_loss=(int, float), config=(dict,))
 WRAPPERS = {"module", "model", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -105,8 +105,7 @@ def load(source, dropout=0.0):
 
     Returns:
         (model, rest): a KronyGPT in float32 on the CPU, and what else the file held, as it is there: `optimizer`,
-        `scaler`, `iter_num`, `best_val_loss` and `config` (None, None, 0, inf and {} where it held none), and
-        `tokenizer`, the tokenizer record of data.py.
+        `scaler`, `iter_num`, `best_val_loss` and `config` (None, None, 0, inf and {} where it held none).
 
     Raises:
         FileNotFoundError: there is nothing of this name.
@@ -147,9 +146,14 @@ def load(source, dropout=0.0):
     rest = {name: content.get(name, default) for name, default in DEFAULTS.items()}
     if isinstance(rest["best_val_loss"], torch.Tensor) and rest["best_val_loss"].numel() == 1:  # as nanoGPT keeps it
         rest["best_val_loss"] = rest["best_val_loss"].item()
-    if rest["tokenizer"] is None and isinstance(rest["config"], dict):
-        rest["tokenizer"] = rest["config"].get("tokenizer")
+    model.config.tokenizer = find_record(content)
     return model, rest
+
+
+def find_record(content):
+    """The record of a model's tokenizer: beside it in a directory, in its model_args, or where the second edition kept it."""
+    model_args, config = (content.get(key) if isinstance(content.get(key), dict) else {} for key in ("model_args", "config"))
+    return content.get("tokenizer") or model_args.get("tokenizer") or config.get("tokenizer")
 
 
 def looks_like_hub_name(source):

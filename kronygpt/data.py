@@ -22,7 +22,7 @@ from kronygpt.tokenizer import (
     GPT2Tokenizer,
     UnknownTokenizer,
     is_same,
-    name_for,
+    tokenizer_name,
 )
 
 DATA_DIR = Path("data")
@@ -210,15 +210,14 @@ def is_text(head):
     return all(character >= " " or character in "\t\n\r" for character in text)
 
 
-def load_tokens(name, split, vocab_size, block_size=1, tokenizer=None):
+def load_tokens(name, split, config, block_size=1):
     """The tokens of a split, memory-mapped.
 
     Args:
         name: of the data set, a directory under data/.
         split: "train" or "val".
-        vocab_size: of the model that is to read them.
+        config: the KronyGPTConfig of the model that is to read them.
         block_size: the context that must fit into the split, with the target of its last token.
-        tokenizer: the model's record of its tokenizer, or None where vocab_size tells it.
 
     Raises:
         FileNotFoundError: no such data set or split.
@@ -228,7 +227,8 @@ def load_tokens(name, split, vocab_size, block_size=1, tokenizer=None):
     if not path.exists():
         raise FileNotFoundError(f"no {path}: prepare the data set again")
     meta = load_meta(name)
-    check_tokenizer(path, meta, vocab_size, tokenizer)
+    check_tokenizer(path, meta, config)
+    vocab_size = config.vocab_size
     check_format(path)
     n_bytes = path.stat().st_size
     n_tokens = n_bytes // np.dtype(TOKEN_TYPE).itemsize
@@ -246,9 +246,9 @@ def load_tokens(name, split, vocab_size, block_size=1, tokenizer=None):
     return tokens
 
 
-def check_tokenizer(path, meta, vocab_size, tokenizer):
+def check_tokenizer(path, meta, config):
     """Raise UserError unless a data set and a model have the same tokenizer."""
-    ours = name_for(tokenizer, vocab_size)
+    ours, vocab_size, tokenizer = tokenizer_name(config), config.vocab_size, config.tokenizer
     fits = meta["vocab_size"] <= vocab_size
     if ours == UnknownTokenizer.name:
         fits = (tokenizer is not None and fits) or meta["vocab_size"] == vocab_size  # the size is all that is known
@@ -304,7 +304,7 @@ def even_starts(n_tokens, block_size, n_windows):
     return np.linspace(0, n_tokens - block_size - 1, n_windows).astype(np.int64)
 
 
-def calibration_text(dataset, n_tokens, config, device, tokenizer=None):
+def calibration_text(dataset, n_tokens, config, device):
     """Windows spread evenly over the training split of a data set.
 
     Args:
@@ -312,7 +312,6 @@ def calibration_text(dataset, n_tokens, config, device, tokenizer=None):
         n_tokens: number of tokens; all there are, where they are fewer.
         config: the KronyGPTConfig of the model that reads them.
         device: its name, or "" for the default.
-        tokenizer: the model's record of its tokenizer, or None where its vocabulary tells it.
 
     Returns:
         (windows, block_size) tokens.
@@ -321,7 +320,7 @@ def calibration_text(dataset, n_tokens, config, device, tokenizer=None):
         UserError: fewer tokens than a window has, or than a matrix has inputs.
     """
     context, hidden = config.block_size, config.n_inner
-    tokens = load_tokens(dataset, "train", config.vocab_size, context, tokenizer)
+    tokens = load_tokens(dataset, "train", config, context)
     n_tokens = min(n_tokens, len(tokens))
     if n_tokens < max(context, hidden):
         raise UserError(f"{n_tokens} calibration tokens are too few: a window has {context}, and a matrix up to {hidden} "

@@ -306,12 +306,11 @@ def tokenizer_record(directory):
     return dict(name=found[1], path=str(Path(directory).resolve()))
 
 
-def open_tokenizer(record, vocab_size, directory=None):
+def open_tokenizer(config, directory=None):
     """The tokenizer of a model.
 
     Args:
-        record: the model's, or None.
-        vocab_size: of the model.
+        config: the model's: its `tokenizer`, a record or None, and its vocab_size.
         directory: of another tokenizer, which a person has named, or None.
 
     Returns:
@@ -320,7 +319,7 @@ def open_tokenizer(record, vocab_size, directory=None):
     Raises:
         UserError: it is not where it was, has changed, or has more tokens than the model.
     """
-    record = checked(record)
+    record, vocab_size = checked(config.tokenizer), config.vocab_size
     path = directory or (record["path"] if record else None)
     if path is None:
         cls = None if record else class_for(vocab_size)
@@ -357,7 +356,7 @@ def no_tokenizer(vocab_size):
                      f"BPE has {GPT2_VOCAB_SIZE}; --tokenizer=DIRECTORY names another")
 
 
-def name_for(record, vocab_size):
+def tokenizer_name(config):
     """The name of a model's tokenizer, "unknown" where nobody knows it."""
-    record = checked(record)
-    return record["name"] if record else (class_for(vocab_size) or UnknownTokenizer).name
+    record = checked(config.tokenizer)
+    return record["name"] if record else (class_for(config.vocab_size) or UnknownTokenizer).name
