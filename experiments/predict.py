@@ -1,6 +1,6 @@
 """Check the prediction behind `kron_decompose.py --budget`: predicted against measured loss added, table and picture.
 
-    python -m experiments.predict --init_from=models/mine --calibrate=pydocs        # → out/predict/table.md and predicted.png
+    python -m experiments.predict --init_from=models/mine --calibrate=pydocs     # → out/predict/table.md, predicted.png
 
 Budgets from nearly all parameters to few of them are shared among all matrices, and each matrix is compressed alone to some
 shares of its parameters. Each model is calibrated as kron_decompose.py does it, without training, and scored on
@@ -21,6 +21,7 @@ shares = "0.5,0.25,0.1"  # comma list: shares of its parameters that a matrix ke
 device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
 out_dir = "out/predict"  # directory of the results
 
+BATCH_SIZE = 8  # windows that are scored together
 COLORS = {"attn.c_attn": "C0", "attn.c_proj": "C1", "mlp.c_fc": "C2", "mlp.c_proj": "C3"}
 
 
@@ -37,7 +38,7 @@ def feasible(budget_shares, config, n_parameters):
     saved = config.n_layer * sum(max(0, m * n - m - n) for m, n in config.matrices.values())
     least = (n_parameters - saved) / n_parameters
     if left_out := [share for share in budget_shares if share <= least]:
-        print(f"budgets {', '.join(map(str, left_out))} are left out: with rank 1 in all matrices the model keeps {least:.3f}")
+        print(f"budgets {', '.join(map(str, left_out))} are left out: with rank 1 in all matrices it is {least:.3f}")
     return [share for share in budget_shares if share > least]
 
 
@@ -53,11 +54,11 @@ def draw(rows, path):
     """Predicted against measured loss added on logarithmic axes, with the line on which they are equal."""
     figure = pictures.new_figure(7, 6)
     axes = figure.subplots()
-    for end, style, label in ((*((kind, dict(color=c, marker="o", alpha=0.7, linestyle=""), f"{kind}, alone")
-                                 for kind, c in COLORS.items())),
-                              ("budget", dict(color="k", marker="*", markersize=10), "all matrices, by budget")):
+    for end, style in [*((kind, dict(color=color, marker="o", alpha=0.7, linestyle="", label=f"{kind}, alone"))
+                         for kind, color in COLORS.items()),
+                       ("budget", dict(color="k", marker="*", markersize=10, label="all matrices, by budget"))]:
         points = [row[3:] for row in rows if row[0].endswith(end)]
-        axes.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
+        axes.plot([x for x, _ in points], [y for _, y in points], **style)
     ends = [min(min(row[3:]) for row in rows if min(row[3:]) > 0), max(max(row[3:]) for row in rows)]
     axes.plot(ends, ends, "k:", label="predicted = measured")
     axes.set(xscale="log", yscale="log", xlabel="predicted loss added (nats per token)",
@@ -88,7 +89,6 @@ def main():
     from kronygpt import calibration, checkpoint, data
     from kronygpt.budget import allocate
     from kronygpt.compress import factorize
-    from kronygpt.data import load_tokens, windows
     from kronygpt.kron import van_loan
     from model import Shape
 
@@ -97,16 +97,14 @@ def main():
     config, n_parameters = dense.config, dense.count_parameters()["total"]
     budget_shares = feasible(budget_shares, config, n_parameters)
     text = data.calibration_text(calibrate, calibration_tokens, config, device)
-    tokens = load_tokens(calibrate, "val", config, config.block_size)
-    starts = range(0, min(eval_tokens, len(tokens) - 1) - config.block_size + 1, config.block_size)
-    held_out = windows(tokens, starts or [0], config.block_size, config.vocab_size, text.device)
+    tokens, context = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens], config.block_size
+    held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
     dense.to(text.device).eval()
     fisher, spectra = calibration.statistics(dense, text, [*config.matrices])
 
     @torch.no_grad()
     def loss(model):
-        rows = calibration.batches(held_out[0])
-        return sum(model(*(side[r] for side in held_out)).item() * len(held_out[0][r]) for r in rows) / len(held_out[0])
+        return data.mean_loss(model, tokens, held_out, BATCH_SIZE)
 
     rows, base = [], loss(dense)
 
@@ -119,7 +117,7 @@ def main():
         print(row_cells(*rows[-1]), flush=True)
         write_table(rows)
 
-    print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {held_out[0].numel():,} tokens", flush=True)
+    print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out) * (context - 1):,} tokens", flush=True)
     for share in budget_shares:
         allocations = allocate(config, [*config.matrices], int(share * n_parameters), spectra)
         measure("budget", {kind: [a.shape for a in allocations if a.kind == kind] for kind in config.matrices},
