@@ -24,7 +24,7 @@ from pathlib import Path
 from experiments import pictures
 from experiments.compare import markdown
 from kronygpt.configurator import UserError, check_choice, run
-from kronygpt.files import atomic_write, check_is_file
+from kronygpt.files import atomic_write, output_file
 
 n_layer = 12  # blocks
 n_head = 12  # attention heads
@@ -217,7 +217,7 @@ def main():
     if new_tokens >= min(*CONTEXTS, block_size):
         raise UserError(f"--new_tokens={new_tokens} leaves no prompt in a context of {min(*CONTEXTS, block_size)}")
     for name in OUTPUTS:
-        check_is_file(Path(out_dir, name))
+        output_file(Path(out_dir, name))
     results = {}
     for shape in measured_shapes:
         candidates = make_candidates(shape, is_first=not results)

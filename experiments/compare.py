@@ -30,7 +30,7 @@ from pathlib import Path
 
 from experiments import pictures
 from kronygpt.configurator import UserError, run
-from kronygpt.files import atomic_write, check_is_file
+from kronygpt.files import atomic_write, output_file
 
 base = "out/demo/base/best.pt"  # the dense model: a checkpoint, a Hugging Face directory or a hub name
 starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # one start a line: name: command | options of its training
@@ -215,7 +215,7 @@ def main():
 
     todo, folder, numbers = parse_starts(), Path(out_dir), list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     for name in OUTPUTS:
-        check_is_file(folder / name)
+        output_file(folder / name)
     find_dataset(dataset)
     settings = dict(format=RESULT_FORMAT, base=[base, modification_time(base)],
                     dataset=[dataset, modification_time(Path("data", dataset))])
