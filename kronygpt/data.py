@@ -306,39 +306,6 @@ def even_starts(n_tokens, block_size, n_windows):
     return np.linspace(0, n_tokens - block_size - 1, n_windows).astype(np.int64)
 
 
-def score(model, tokens, windows, batch_size):
-    """Score tokens window by window; yields (sum of the losses in nats, tokens scored) so far, after each batch.
-
-    The mode of the model, training or eval, and autocast are the caller's.
-
-    Args:
-        model: a KronyGPT, on its device.
-        tokens: array of the whole text.
-        windows: [(begin, first, end)]: the model reads tokens[begin:end], and the losses of tokens[first:end] count, where
-            first > begin.
-        batch_size: windows in a batch.
-
-    Raises:
-        UserError: a token that the vocabulary does not have.
-    """
-    device = model.lm_head.weight.device
-    total, n_scored = 0.0, 0
-    for i in range(0, len(windows), batch_size):
-        batch = windows[i:i + batch_size]
-        length = max(end - begin for begin, _, end in batch)
-        idx = torch.zeros(len(batch), length, dtype=torch.long)  # shorter windows are padded behind their end
-        counts = torch.zeros(len(batch), length, dtype=torch.bool)
-        for row, (begin, first, end) in enumerate(batch):
-            check_tokens(tokens[begin:end], model.config.vocab_size)
-            idx[row, :end - begin] = torch.from_numpy(tokens[begin:end].astype(np.int64))
-            counts[row, first - begin:end - begin] = True
-        idx, counts = idx.to(device), counts[:, 1:].to(device)
-        x = model.hidden(idx[:, :-1])[counts]  # (tokens scored, C)
-        total += linear_cross_entropy(x, model.lm_head.weight, idx[:, 1:][counts]).item() * len(x)
-        n_scored += len(x)
-        yield total, n_scored
-
-
 def calibration_text(dataset, n_tokens, config, device):
     """Windows spread evenly over the training split of a data set.
 
@@ -395,7 +362,7 @@ def score(model, tokens, windows, batch_size):
             idx[row, :end - begin] = torch.from_numpy(tokens[begin:end].astype(np.int64))
             counts[row, first - begin:end - begin] = True
         idx, counts = idx.to(device), counts[:, 1:].to(device)
-        x = model.hidden(idx)[:, :-1][counts]  # (tokens scored, C)
+        x = model.hidden(idx[:, :-1])[counts]  # (tokens scored, C)
         total += linear_cross_entropy(x, model.lm_head.weight, idx[:, 1:][counts]).item() * len(x)
         n_scored += len(x)
         yield total, n_scored

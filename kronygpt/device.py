@@ -10,13 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kronygpt.configurator import UserError, check_choice
+from kronygpt.configurator import ENDING, SIGNALLED, UserError, check_choice
 
 NO_FLOAT64 = ("mps",)  # types of devices without float64
 TORCHRUN_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# They ask a run to stop. Slurm sends USR1, USR2 or XCPU ahead of its time limit, and a lost ssh connection HUP.
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
-SIGNALLED = 128  # plus the number of the signal: the exit status of a process that a signal stopped
+STOP_SIGNALS = ("SIGINT", "SIGBREAK", *ENDING)  # they ask a run to stop; SIGBREAK is Windows'
 DATA_SHEETS = (  # (words of a GPU's name, dense TFLOP/s in bfloat16 or float16, in float32 by TF32 where it has that)
     ("B200", 2250, 1100), ("H200", 989, 494), ("GH200", 989, 494), ("H100 PCIe", 756, 378), ("H100 NVL", 835, 417),
     ("H100", 989, 494), ("H800", 989, 494), ("A100", 312, 156), ("A800", 312, 156), ("A40", 149.7, 74.8), ("A30", 165, 82),

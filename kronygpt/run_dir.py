@@ -3,13 +3,12 @@ import json
 import math
 import os
 import re
-import shutil
 import warnings
 from pathlib import Path
 
 from kronygpt import checkpoint
 from kronygpt.configurator import UserError
-from kronygpt.files import atomic_write, lock, remove_leftovers
+from kronygpt.files import atomic_write, link_or_copy, lock, remove_leftovers
 
 DPI = 120
 TICKS = 8  # of an axis of losses, about
@@ -55,7 +54,7 @@ class RunDir:
         self.lock = lock(self.path)
         self.check(bool(rest), overwrite)  # again: another run may have ended here since the first time
         names = [re.escape(path.name) for path in (self.last, self.best, self.log_path, self.picture)]
-        remove_leftovers(self.path, "|".join([*names, self.OLDER.pattern]), is_locked=True)
+        remove_leftovers(self.path, "|".join([*names, self.OLDER.pattern]))
         if rest:
             self.open_log(rest["iter_num"])
         self.best_val_loss = rest["best_val_loss"] if rest and self.best.exists() else math.inf
@@ -137,12 +136,7 @@ class RunDir:
         """Give ckpt.pt, which is going to be replaced, its second name."""
         path = self.path / f"ckpt_{self.saved_step:07d}.pt"
         try:
-            path.unlink(missing_ok=True)
-            try:
-                os.link(self.last, path)
-            except OSError:  # no hard links here
-                with open(self.last, "rb") as last, atomic_write(path) as file:
-                    shutil.copyfileobj(last, file)
+            link_or_copy(self.last, path)
         except OSError as error:  # the new checkpoint is worth more than the old one
             warnings.warn(f"{self.last} is not kept as {path}: {error.strerror}", stacklevel=2)
 
