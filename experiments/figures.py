@@ -292,18 +292,15 @@ def errors_table(dense, text, held_out, shapes):
     """Errors of weights and outputs, and losses, of Van Loan's sums and of the same shapes fitted to text, both with the
     hidden units in the order of calibration."""
     from kronygpt import calibration, compress
-    from kronygpt.kron import van_loan
     from model import mlp_shapes
 
     config, kinds = dense.config, ["mlp.c_fc", "mlp.c_proj"]
-    hidden, _ = calibration.contributions(dense, text)
     rows = [("dense", "", "", f"{mean_loss(dense, held_out):.3f}")]
     for dim_1, dim_2, r in shapes:
         matrices = mlp_shapes(dim_1, dim_2, [r] * config.n_layer)
-        order = [calibration.interleave(scores, dim_2, config.n_inner // dim_2) for scores in hidden]
-        ordered = compress.reorder_units(dense, hidden=order)
-        fisher, _ = calibration.statistics(ordered, text, kinds)
-        fitted = compress.factorize(ordered, matrices, van_loan)
+        ordered = compress.spread_units(dense, text, dim_2)
+        fisher = calibration.statistics(ordered, text, kinds).fisher
+        fitted = compress.factorize(ordered, matrices)
         before = mean_loss(fitted, held_out)
         fits = calibration.calibrate(ordered, fitted, text, fisher)
         cells = [f"{statistics.mean(getattr(f, f'{what}_error_before') for f in fits):.3f} → "

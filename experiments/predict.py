@@ -77,10 +77,9 @@ def main():
     from tqdm import tqdm
 
     from kronygpt import calibration, checkpoint, data
-    from kronygpt.budget import allocate
-    from kronygpt.compress import factorize
+    from kronygpt.budget import Plan, plan_ranks
+    from kronygpt.compress import apply
     from kronygpt.data import load_tokens, windows
-    from kronygpt.kron import van_loan
     from model import Shape
 
     check_range(globals(), "eval_tokens", at_least=1)
@@ -92,27 +91,25 @@ def main():
     starts = range(0, min(eval_tokens, len(tokens) - 1) - config.block_size + 1, config.block_size)
     held_out = windows(tokens, starts or [0], config.block_size, config.vocab_size, text.device)
     dense.to(text.device).eval()
-    fisher, spectra = calibration.statistics(dense, text, [*config.matrices])
+    statistics = calibration.statistics(dense, text, [*config.matrices])
 
     @torch.no_grad()
     def loss(model):
         rows = calibration.batches(held_out[0])
         return sum(model(*(side[r] for side in held_out)).item() * len(held_out[0][r]) for r in rows) / len(held_out[0])
 
-    def measured(shapes):
-        new = factorize(dense, shapes, van_loan).eval()
-        calibration.calibrate(dense, new, text, fisher)
+    def measured(plan):
+        new, _ = apply(dense, plan, text)
         return new.count_parameters()["total"], loss(new) - base
 
     base, n_parameters, rows = loss(dense), dense.count_parameters()["total"], []
     print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {held_out[0].numel():,} tokens")
     bar = dict(unit="model", leave=False, disable=None)
     for share in tqdm(budget_shares, "budgets", **bar):
-        allocations = allocate(config, [*config.matrices], int(share * n_parameters), spectra)
-        shapes = {kind: [a.shape for a in allocations if a.kind == kind] for kind in config.matrices}
-        total, added = measured(shapes)
-        rows.append(("budget", total, total / n_parameters, sum(a.loss for a in allocations), added))
-    for name, sigma in tqdm(spectra.items(), "matrices", **bar):
+        plan = plan_ranks(config, [*config.matrices], int(share * n_parameters), statistics)
+        total, added = measured(plan)
+        rows.append(("budget", total, total / n_parameters, plan.loss, added))
+    for name, sigma in tqdm(statistics.spectra.items(), "matrices", **bar):
         _, _, layer, kind = name.split(".", 3)
         m, n = config.matrices[kind]
         for share in matrix_shares:
@@ -120,7 +117,7 @@ def main():
             shapes = [Shape(m, n, 1)] * config.n_layer
             shapes[int(layer)] = Shape(m, 1, rank)
             rows.append((f"block {layer} {kind}", rank * (m + n), rank * (m + n) / (m * n), sigma[rank:].sum().item() / 2,
-                         measured({kind: shapes})[1]))
+                         measured(Plan("one matrix alone", {kind: shapes}, fisher=statistics.fisher))[1]))
     with atomic_write(Path(out_dir, "table.md"), "w") as file:
         file.write(table(rows))
     draw(rows, Path(out_dir, "predicted.png"))

@@ -39,6 +39,11 @@ def check_is_file(path):
         raise UserError(f"{path} cannot be written: {folder} is a file")
 
 
+def output_file(path):
+    check_is_file(path)
+    return Path(path)
+
+
 def claim(aside):
     """Lock a file or directory that was just made, which tells others that its writer lives.
 
