@@ -16,6 +16,7 @@ to the text of a data set, one matrix after the other, and errors that raise the
 of what the model has learnt. It takes minutes, and a GPU helps.
 """
 import time
+from dataclasses import replace
 
 from kronygpt.configurator import UserError, check_choice, run
 
@@ -32,16 +33,18 @@ SHOWN = 20  # rows that are printed
 
 
 def parse_shapes(dim_1, dim_2, n_factors, config):
-    """The positional arguments as the shapes of the MLPs."""
-    from kronygpt.compress import reshaped
+    """The positional arguments as the shapes of the MLPs, which fit a KronyGPTConfig."""
     from model import mlp_shapes
 
     try:
         factors = [int(n) for n in n_factors.split(",")]
         shapes = mlp_shapes(int(dim_1), int(dim_2), factors * config.n_layer if len(factors) == 1 else factors)
-        reshaped(config, shapes)  # an error comes before the work
+        replace(config, shapes=shapes)  # which checks them
     except ValueError as error:
         raise UserError(f"dim_1, dim_2 and n_factors (perhaps a comma list): {error}") from None
+    a, b = int(dim_1) * int(dim_2), config.n_embd * config.n_inner // (int(dim_1) * int(dim_2))
+    if (most := max(factors)) > min(a, b):
+        raise UserError(f"{most} factors of ({dim_1}, {dim_2}), where a sum of {min(a, b)} reaches every matrix")
     return shapes
 
 

@@ -9,9 +9,9 @@
     python prune.py --dim=layer         # whole blocks, every other one, as DistilGPT2 began → checkpoints/layers_2_0.pt
     python prune.py --dim=hidden --select=contribution --refit=True --calibrate=openwebtext
 
-By default every second unit is kept. --select=contribution keeps the units that add most on real text: they are first moved
-to the even places, which leaves the model's function unchanged. --refit fits the kept units by least squares to the output
-of all units on real text.
+By default every second unit is kept. --select=contribution keeps the hidden units that add most on real text. They are
+first moved to the even places, which leaves the model's function unchanged. --refit fits the kept units by least squares
+to the output of all units on real text.
 
 A holds the kept rows, and B = [1, 0]ᵀ puts them into the even places: the model starts as the pruned one and is trained
 further as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 4 n_embd / N) along the hidden side.
@@ -28,7 +28,7 @@ out: str | None = None  # file to write; default: checkpoints/prune_....pt, plai
 dim = "embd"  # units to drop: embd or hidden (a side of the MLPs), or layer (whole blocks)
 keep = 2  # keep one in N
 offset = 0  # position of the kept one among N: 0 for even, 1 for odd
-select = "even"  # units to keep: even (those at the offset), or the largest by contribution
+select = "even"  # units to keep: even (those at the offset), or by contribution, with --dim=hidden
 refit = False  # fit the kept units to real text, by least squares
 calibrate: str | None = None  # data set under data/ for --refit and --select=contribution
 calibration_tokens = 131072  # number of its tokens
@@ -74,17 +74,16 @@ def check_options(config):
     check_choice(globals(), "dim", "embd", "hidden", "layer")
     check_choice(globals(), "select", "even", "contribution")
     n_units = {"embd": config.n_embd, "hidden": config.n_inner, "layer": config.n_layer}[dim]
-    if dim == "layer" and (select != "even" or refit or epsilon):
-        raise UserError("--dim=layer drops whole blocks: it goes with --keep and --offset, not with --select, --refit or "
-                        "--epsilon")
+    if dim == "layer" and (refit or epsilon):
+        raise UserError("--dim=layer drops whole blocks: it goes with --keep and --offset, not with --refit or --epsilon")
     if plain and (dim != "hidden" or epsilon):
         raise UserError("--plain=True goes with --dim=hidden, and not with --epsilon")
     if keep < 2 or not 0 <= offset < min(keep, n_units):
         raise UserError(f"--keep is at least 2 and --offset from 0 to keep - 1, not {keep} and {offset}")
     if dim != "layer" and n_units % keep:
         raise UserError(f"--keep={keep} does not divide the {n_units} units of --dim={dim}")
-    if offset and select != "even":
-        raise UserError(f"--offset goes with --select=even, not {select}")
+    if select == "contribution" and (offset or dim != "hidden"):
+        raise UserError("--select=contribution goes with --dim=hidden, and not with --offset")
     if bool(calibrate) != (refit or select == "contribution"):
         raise UserError("--refit and --select=contribution need text, and nothing else does: they go with --calibrate")
 
@@ -113,7 +112,7 @@ def main():
         text = data.calibration_text(calibrate, calibration_tokens, config, device)
         dense.to(text.device)
     if select == "contribution":  # the strongest units take the places that are kept
-        dense = compress.spread_units(dense, text, (config.n_inner if dim == "hidden" else config.n_embd) // keep, dim)
+        dense = compress.spread_units(dense, text, dim_2)
     new = compress.with_factors(dense, {
         (layer, kind): prune_matrix(matrix.weight.detach(), *sides[kind], offset, epsilon)
         for layer, kind, matrix in dense.matrices() if kind in sides})

@@ -184,27 +184,15 @@ def interleave(contribution, n_groups):
 
 @torch.no_grad()
 def contributions(model, tokens):
-    """How much hidden units and dimensions of the residual stream contribute on real text.
-
-    Returns:
-        hidden [n_layer, n_inner], the variance that each unit adds to the residual stream: that of its activation times the
-        squared norm of its row in c_proj; and embd [C], the variance that each dimension gives to the pre-activations of
-        all MLPs: that of the MLP's input times the squared norm of its row in c_fc.
-    """
-    def variance(sums):
-        mean, square = sums / tokens.numel()
-        return square - mean.square()
-
-    stream, hidden, embd = ResidualStream(model, tokens), [], 0
+    """How much each hidden unit contributes on real text, [n_layer, n_inner]: the variance that it adds to the residual
+    stream, which is that of its activation times the squared norm of its row in c_proj."""
+    stream, result = ResidualStream(model, tokens), []
     for layer, block in enumerate(model.transformer.h):
         stream.move(layer, "attn")
-        x_sums = h_sums = 0
-        for _, x, _, h, _ in stream.through(layer, "mlp"):
-            x_sums, h_sums = (sums + float64(torch.stack((v.sum(0), v.square().sum(0))))
-                              for sums, v in ((x_sums, x), (h_sums, h)))
-        hidden.append(variance(h_sums) * float64(block.mlp.c_proj.weight.square().sum(1)))
-        embd = embd + variance(x_sums) * float64(block.mlp.c_fc.weight.square().sum(1))
-    return torch.stack(hidden), embd
+        sums = sum(float64(torch.stack((h.sum(0), h.square().sum(0)))) for *_, h, _ in stream.through(layer, "mlp"))
+        mean, square = sums / tokens.numel()
+        result.append((square - mean.square()) * float64(block.mlp.c_proj.weight.square().sum(1)))
+    return torch.stack(result)
 
 
 @dataclass

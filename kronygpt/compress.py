@@ -5,7 +5,6 @@
     write(path, dense, new, options, recipe)
 """
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from kronygpt.configurator import UserError
 from kronygpt.kron import van_loan
 from kronygpt.least_squares import share
 from kronygpt.tokenizer import GPT2_VOCAB_SIZE
-from model import KronyGPT, Shape
+from model import KronyGPT, Shape, mlp_shapes
 
 HELD_OUT_TOKENS = 32768  # of the validation split, at most, that tell the loss before and after
 BATCH_TOKENS = 8192  # in a batch of them
@@ -48,31 +47,9 @@ def apply(dense, plan, text=None):
     return new, calibrate(dense, new, text, fisher)
 
 
-def reshaped(config, shapes):
-    """A KronyGPTConfig with other shapes of some matrices, {kind: [Shape of each block]}.
-
-    Raises:
-        UserError: more factors than a matrix can use.
-        ValueError: shapes that do not fit.
-    """
-    config = replace(config, shapes=config.shapes | shapes)
-    for kind in shapes:
-        m, n = config.matrices[kind]
-        for dim_1, dim_2, r in config.shapes[kind]:
-            most = min(dim_1 * dim_2, m * n // (dim_1 * dim_2))
-            if r > most:
-                raise UserError(f"{kind}: {r} factors of ({dim_1}, {dim_2}), where a sum of {most} reaches every matrix")
-    return config
-
-
 def factorize(model, shapes):
-    """A KronyGPT in other shapes, {kind: [Shape of each block]}, by Van Loan's decomposition, with copies of other tensors.
-
-    Raises:
-        UserError, ValueError: as in reshaped().
-    """
-    config = reshaped(model.config, shapes)
-    return with_factors(model, {(layer, kind): van_loan(matrix.weight.detach(), *config.shapes[kind][layer])
+    """A KronyGPT in other shapes, {kind: [Shape of each block]}, by Van Loan's decomposition, with copies of the rest."""
+    return with_factors(model, {(layer, kind): van_loan(matrix.weight.detach(), *shapes[kind][layer])
                                 for layer, kind, matrix in model.matrices() if kind in shapes})
 
 
@@ -87,47 +64,14 @@ def with_factors(model, factors):
     return KronyGPT.from_state_dict(dict(model.config.as_plain_types(), shapes=shapes), state_dict)
 
 
-def spread_units(model, text, n_groups, side="hidden"):
-    """The same function with its units in an order in which the strongest on a text are in different groups.
-
-    Args:
-        side: "hidden" or "embd", the units of the MLPs or the dimensions of the residual stream.
-        n_groups: the units at j (number of units / n_groups) and behind are group j. The n_groups strongest come first
-            in their groups.
-    """
-    hidden, embd = contributions(model, text)
-    order = [interleave(scores, n_groups) for scores in (hidden if side == "hidden" else [embd])]
-    return reorder_units(model, hidden=order) if side == "hidden" else reorder_units(model, embd=order[0])
-
-
 @torch.no_grad()
-def reorder_units(model, hidden=None, embd=None):
-    """The same function as a KronyGPT with its units in another order, in which their matrices are dense.
-
-    Args:
-        model: a KronyGPT.
-        hidden: [n_layer, n_inner], the old index of each hidden unit in its new place, or None.
-        embd: [C], that of each dimension of the residual stream, or None.
-    """
-    config = model.config
-    dense_shapes = {name: [(m, n, 1)] * config.n_layer for name, (m, n) in config.matrices.items()
-                    if embd is not None or name.startswith("mlp.")}
-    new = factorize(model, dense_shapes)
-    for layer, block in enumerate(new.transformer.h):
-        fc, proj, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn
-        if hidden is not None:
-            order = hidden[layer]
-            fc.A.data, fc.bias.data, proj.A.data = fc.A[:, :, order], fc.bias[order], proj.A[:, order]
-        if embd is not None:
-            for reader in attention.c_attn, fc:
-                reader.A.data = reader.A[:, embd]
-            for writer in attention.c_proj, proj:
-                writer.A.data, writer.bias.data = writer.A[:, :, embd], writer.bias[embd]
-    if embd is not None:
-        norms = [norm for block in new.transformer.h for norm in (block.ln_1, block.ln_2)]
-        for module in (*norms, new.transformer.ln_f, new.transformer.wte, new.transformer.wpe):
-            for p in module.parameters():
-                p.data = p[..., embd]
+def spread_units(model, text, n_groups):
+    """The same function as a KronyGPT with dense MLPs whose n_groups strongest hidden units on a text stand apart: each is
+    the first of n_inner / n_groups units."""
+    new = factorize(model, mlp_shapes(model.config.n_embd, model.config.n_inner, [1] * model.config.n_layer))
+    for block, scores in zip(new.transformer.h, contributions(model, text)):
+        fc, proj, order = block.mlp.c_fc, block.mlp.c_proj, interleave(scores, n_groups)
+        fc.A.data, fc.bias.data, proj.A.data = fc.A[:, :, order], fc.bias[order], proj.A[:, order]
     return new
 
 
