@@ -101,20 +101,13 @@ def report(dense, new, fits=()):
         print(f"{layer:>5}  {kind:<11}  {len(matrix.A):>7}  {error:>18.4f}  {1 - error**2:>11.1%}")
 
 
-@torch.no_grad()
-def mean_loss(model, tokens, windows, batch_size):  # stand-in for data.mean_loss
-    rows = torch.stack([torch.from_numpy(tokens[begin:end].astype("int64")) for begin, _, end in windows])
-    rows = rows.to(model.lm_head.weight.device)
-    return sum(model(part[:, :-1], part[:, 1:]).item() * len(part) for part in rows.split(batch_size)) / len(rows)
-
-
 def report_loss(dense, new, tokens, plan):
     """Print the losses of two KronyGPTs on windows that are spread evenly over an array of tokens, beside what a budget.Plan
     predicts."""
     T = dense.config.block_size
     starts = data.even_starts(len(tokens), T, max(1, min(len(tokens), HELD_OUT_TOKENS) // T))
     windows = [(start, start + 1, start + T) for start in starts]
-    before, after = (mean_loss(model.eval(), tokens, windows, max(1, BATCH_TOKENS // T)) for model in (dense, new))
+    before, after = (data.mean_loss(model.eval(), tokens, windows, max(1, BATCH_TOKENS // T)) for model in (dense, new))
     predicted = f" (predicted, order only: {plan.loss:.4f})" if plan.losses else ""
     print(f"loss on {len(windows) * (T - 1):,} held-out tokens: {before:.4f} → {after:.4f} nats per token, "
           f"{after - before:.4f} added{predicted}")

@@ -57,6 +57,7 @@ def test_everything_but_the_mlp_weights_is_kept(gpt2_dir, workdir):
     ((64, 64, "many"), "dim_1, dim_2 and n_factors (perhaps a comma list): invalid literal"),
     ((64, 64), "all three"),
     ((64, 64, 1, "--init_from=nothing.pt"), "no checkpoint nothing.pt"),
+    ((64, 64, 1, "--out=q9/"), "q9/ names a directory"),
     (("--matrices=attn",), "matrices is all or mlp"),
     ((64, 64, 1, "--calibrate=nothing"), "data/nothing"),
 ])

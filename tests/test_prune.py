@@ -102,6 +102,7 @@ def test_error_and_energy_are_printed_as_numpy_counts_them(gpt2_dir, workdir):
     ("--dim=hidden --select=contribution", "they go with --calibrate"),
     ("--calibrate=tiny", "they go with --calibrate"),
     ("--refit=True --calibrate=nothing", "data/nothing"),
+    ("--out=q9/", "q9/ names a directory"),
     ("--init_from=nothing.pt", "no checkpoint nothing.pt"),
 ])
 def test_wrong_options_get_one_line_and_write_nothing(options, message, gpt2_dir, workdir):
