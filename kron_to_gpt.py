@@ -56,7 +56,7 @@ def main(ckpt, out_dir=None):
 
     from kronygpt import checkpoint, export, hub
     from kronygpt.compress import without_dropped_units
-    from kronygpt.files import atomic_directory
+    from kronygpt.files import atomic_directory, output_directory
     from kronygpt.tokenizer import TOKENIZER_FILES, BytesTokenizer
 
     # what can be refused before the work
@@ -66,7 +66,7 @@ def main(ckpt, out_dir=None):
     scores = export.read_perplexities(perplexities) if perplexities else {}
     if push:
         hub.check_push(push)
-    out_dir = Path(out_dir or default_directory(ckpt, checkpoint.MODELS_DIR))
+    out_dir = output_directory(out_dir or default_directory(ckpt, checkpoint.MODELS_DIR), is_replaced=True)
     if out_dir.exists() and not (out_dir / "config.json").exists():
         raise UserError(f"{out_dir} exists and is no Hugging Face model: name another directory")
     logging.disable_progress_bar()

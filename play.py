@@ -74,7 +74,7 @@ def generate(player, request):
         return player.tokenizer.decode_bytes(tokens) or player.tokenizer.decode(tokens).encode()
 
     types = option_types(globals())
-    options = {name: checked_value(name, request.get(name, globals()[name]), types[name], MAY_BE_EMPTY) for name in CONTROLS}
+    options = {name: checked_value(name, request.get(name, globals()[name]), types[name]) for name in CONTROLS}
     tokens = player.tokenizer.encode_prompt(options["prompt"])
     if not tokens:
         raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: type one")
@@ -99,7 +99,7 @@ def score(player, request):
 
     from kronygpt.data import check_tokens
 
-    tokens = player.tokenizer.encode(checked_value("text", request.get("text"), str, ("text",)))
+    tokens = player.tokenizer.encode(checked_value("text", request.get("text"), str))
     check_tokens(tokens, player.model.config.vocab_size)
     tokens = torch.from_numpy(tokens.astype("int64")).to(player.model.lm_head.weight.device)
     windows = [window for window in tokens[None].split(player.model.config.block_size, dim=1) if window.shape[1] > 1]

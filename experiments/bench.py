@@ -368,7 +368,7 @@ def bench_score(path, dense, ckpt):
     model, _ = checkpoint.load(dense)
     tokens, _ = load_text_tokens(path, model.config)
     tokens = torch.tensor(tokens.astype("int64"))
-    model = export.to_transformers(model).to(torch_device)
+    model = export.to_dense(model).to(torch_device)
 
     def loop():
         start = time.perf_counter()

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from kronygpt.configurator import UserError
-from kronygpt.files import atomic_write
+from kronygpt.files import atomic_write, link_or_copy
 from kronygpt.hub import WEIGHTS, download
 from kronygpt.tokenizer import read_json, tokenizer_record
 from model import KronyGPT
@@ -74,7 +74,9 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
     content = dict(model=to_file_names(model.state_dict()), model_args=model.config.as_plain_types(),
                    optimizer=optimizer.state_dict() if optimizer else None, iter_num=iter_num, best_val_loss=best_val_loss,
                    config=config or {}, **({"scaler": scaler.state_dict()} if scaler else {}))
-    with atomic_write(path, keep_as=keep_as) as file:
+    if keep_as and Path(path).exists():
+        link_or_copy(path, keep_as)
+    with atomic_write(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # where a disk is full; the system's own error is behind it
