@@ -42,7 +42,7 @@ def parse_shapes(dim_1, dim_2, n_factors, config):
         replace(config, shapes=shapes)  # which checks them
     except ValueError as error:
         raise UserError(f"dim_1, dim_2 and n_factors (perhaps a comma list): {error}") from None
-    a, b = int(dim_1) * int(dim_2), config.n_embd * config.n_inner // (int(dim_1) * int(dim_2))
+    a, b = int(dim_1) * int(dim_2), config.n_embd * config.n_inner[0] // (int(dim_1) * int(dim_2))
     if (most := max(factors)) > min(a, b):
         raise UserError(f"{most} factors of ({dim_1}, {dim_2}), where a sum of {min(a, b)} reaches every matrix")
     return shapes
@@ -83,6 +83,7 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     from kronygpt import calibration, checkpoint, compress, data
     from kronygpt.budget import Plan, parse_budget, plan_ranks, room, shapes_within
     from kronygpt.files import output_file
+    from model import KINDS
 
     limit, largest = parse_budget(budget)
     check_choice(globals(), "matrices", "all", "mlp")
@@ -97,7 +98,7 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         name = f"{'calibrated' if calibrate else 'VL'}_{dim_1}_{dim_2}_{n_factors.replace(',', '-')}"
         plan = Plan("one shape for all MLPs", parse_shapes(dim_1, dim_2, n_factors, config))
     else:
-        name, kinds = f"best_{budget}", [kind for kind in config.matrices if matrices == "all" or kind.startswith("mlp.")]
+        name, kinds = f"best_{budget}", [kind for kind in KINDS if matrices == "all" or kind.startswith("mlp.")]
         room(config, kinds, limit)  # an error comes before the work
         options |= dict(budget=budget, matrices=matrices)
     path = output_file(out or f"checkpoints/{name}.pt")

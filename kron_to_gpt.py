@@ -77,7 +77,7 @@ def main(ckpt, out_dir=None):
     found = find_tokenizer(model.config)
     narrow = without_dropped_units(model)
     if narrow is not model:
-        print(f"MLPs of {narrow.config.n_inner} hidden units: B drops the others of {model.config.n_inner}")
+        print(f"MLPs of {narrow.config.n_inner[0]} hidden units: B drops the others of {model.config.n_inner[0]}")
     if compressed and all(matrix.is_dense for _, _, matrix in narrow.matrices()):
         raise UserError(f"every matrix of {ckpt} is dense: the plain export, without --compressed=True, is as small and "
                         "needs no code")

@@ -22,13 +22,13 @@ device = ""  # where to calibrate; default: CUDA if available, else the CPU
 def even_ranks(config, limit):
     """The shapes {kind: [Shape of each block]} with which all matrices keep the same share of their parameters."""
     from kronygpt.budget import room
-    from model import Shape
+    from model import KINDS, Shape
 
-    sizes = config.matrices.values()
-    dense, least = (config.n_layer * sum(numbers) for numbers in ([m * n for m, n in sizes], [m + n for m, n in sizes]))
-    share = (room(config, [*config.matrices], limit) - least) / (dense - least)
-    return {kind: [Shape(m, 1, 1 + int(share * (m * n / (m + n) - 1)))] * config.n_layer
-            for kind, (m, n) in config.matrices.items()}
+    sizes = [config.sizes(layer) for layer in range(config.n_layer)]
+    dense, least = map(sum, zip(*((m * n, m + n) for of_block in sizes for m, n in of_block.values())))
+    share = (room(config, KINDS, limit) - least) / (dense - least)
+    return {kind: [Shape(m, 1, 1 + int(share * (m * n / (m + n) - 1))) for m, n in (of_block[kind] for of_block in sizes)]
+            for kind in KINDS}
 
 
 def main(method, budget):

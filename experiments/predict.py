@@ -35,7 +35,7 @@ def parse_shares(name):
 
 def feasible(budget_shares, config, n_parameters):
     """The shares that leave each matrix a rank of 1 or more; the embeddings and vectors keep all of theirs."""
-    saved = config.n_layer * sum(max(0, m * n - m - n) for m, n in config.matrices.values())
+    saved = sum(max(0, m * n - m - n) for layer in range(config.n_layer) for m, n in config.sizes(layer).values())
     least = (n_parameters - saved) / n_parameters
     if left_out := [share for share in budget_shares if share <= least]:
         print(f"budgets {', '.join(map(str, left_out))} are left out: with rank 1 in all matrices it is {least:.3f}")
@@ -89,7 +89,7 @@ def main():
     from kronygpt import calibration, checkpoint, data
     from kronygpt.budget import Plan, plan_ranks
     from kronygpt.compress import apply
-    from model import Shape
+    from model import KINDS, Shape
 
     budget_shares, matrix_shares = parse_shares("budgets"), parse_shares("shares")
     dense, _ = checkpoint.load(init_from)
@@ -99,7 +99,7 @@ def main():
     tokens, context = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens], config.block_size
     held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
     dense.to(text.device).eval()
-    statistics = calibration.statistics(dense, text, [*config.matrices])
+    statistics = calibration.statistics(dense, text, KINDS)
 
     @torch.no_grad()
     def loss(model):
@@ -117,7 +117,7 @@ def main():
 
     print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out) * (context - 1):,} tokens", flush=True)
     for share in budget_shares:
-        plan = plan_ranks(config, [*config.matrices], int(share * n_parameters), statistics)
+        plan = plan_ranks(config, KINDS, int(share * n_parameters), statistics)
         measure("budget", plan, plan.loss)
     for layer, kind, matrix in dense.matrices():
         m, n = matrix.weight.shape

@@ -5,7 +5,7 @@ from decimal import Decimal
 import torch
 
 from kronygpt.configurator import UserError
-from model import KronyGPT, Shape, multiply_adds
+from model import KINDS, KronyGPT, Shape, multiply_adds
 
 SLACK = 0.99  # share of the budget that a shape in the table must use
 HALVINGS = 100  # of the interval in which the price of a parameter is searched
@@ -79,8 +79,8 @@ def shapes_within(config, limit, largest=None):
     Raises:
         UserError: there is none; names the nearest number of parameters that can be had.
     """
-    C, hidden, largest = config.n_embd, config.n_inner, largest or limit
-    total = count_parameters(config, config.matrices)
+    C, hidden, largest = config.n_embd, config.n_inner[0], largest or limit
+    total = count_parameters(config, KINDS)
     rest = total - 2 * config.n_layer * C * hidden
     shapes = []
     for dim_1 in (d for d in range(1, C + 1) if C % d == 0):
@@ -111,9 +111,9 @@ def room(config, kinds, limit):
     Raises:
         UserError: too few for rank 1, or enough for the dense matrices.
     """
-    total, sizes = count_parameters(config, kinds), [config.matrices[kind] for kind in kinds]
-    dense, least = (config.n_layer * sum(numbers) for numbers in (
-        [m * n for m, n in sizes], [min(m + n, m * n) for m, n in sizes]))
+    total = count_parameters(config, kinds)
+    sizes = [config.sizes(layer)[kind] for layer in range(config.n_layer) for kind in kinds]
+    dense, least = sum(m * n for m, n in sizes), sum(min(m + n, m * n) for m, n in sizes)
     if not least <= limit - (total - dense) < dense:
         raise UserError(f"a budget of {limit:,} parameters is not between {total - dense + least:,}, with rank 1 in all "
                         f"matrices, and {total:,}, which the dense model has")
@@ -139,8 +139,8 @@ def plan_ranks(config, kinds, limit, statistics):
     Raises:
         UserError: the budget is too small for any rank, or large enough for the dense model.
     """
-    spare, kinds = room(config, kinds, limit), [kind for kind in config.matrices if kind in kinds]
-    places = [(layer, kind, *config.matrices[kind]) for layer in range(config.n_layer) for kind in kinds]
+    spare, kinds = room(config, kinds, limit), [kind for kind in KINDS if kind in kinds]
+    places = [(layer, kind, *config.sizes(layer)[kind]) for layer in range(config.n_layer) for kind in kinds]
     sizes, losses = [], []  # of the choices of each matrix: rank 1, 2, ..., dense
     for layer, kind, m, n in places:
         ranks = torch.arange(1, 1 + (m * n - 1) // (m + n))

@@ -68,7 +68,7 @@ def with_factors(model, factors):
 def spread_units(model, text, n_groups):
     """The same function as a KronyGPT with dense MLPs whose n_groups strongest hidden units on a text stand apart: each is
     the first of n_inner / n_groups units."""
-    new = factorize(model, mlp_shapes(model.config.n_embd, model.config.n_inner, [1] * model.config.n_layer))
+    new = factorize(model, mlp_shapes(model.config.n_embd, model.config.n_inner[0], [1] * model.config.n_layer))
     for block, scores in zip(new.transformer.h, contributions(model, text)):
         fc, proj, order = block.mlp.c_fc, block.mlp.c_proj, interleave(scores, n_groups)
         fc.A.data, fc.bias.data, proj.A.data = fc.A[:, :, order], fc.bias[order], proj.A[:, order]
@@ -145,7 +145,7 @@ def without_dropped_units(model):
     matrix of n_inner / N units. A model of which that is not true is returned as it is.
     """
     config, n = model.config, model.config.shapes["mlp.c_fc"][0].dim_2
-    N, kept = config.n_inner // n, []
+    N, kept = config.n_inner[0] // n, []
     for block, fc, proj in zip(model.transformer.h, config.shapes["mlp.c_fc"], config.shapes["mlp.c_proj"]):
         B = block.mlp.c_fc.B.flatten()
         if (N == 1 or fc != (config.n_embd, n, 1) or proj != (n, config.n_embd, 1)

@@ -15,7 +15,7 @@ import torch
 from torch.linalg import cholesky, solve_triangular
 
 from kronygpt.device import float64, float64_device
-from kronygpt.kron import balanced, rearrange, van_loan
+from kronygpt.kron import balanced, column_side, rearrange, van_loan
 from model import kron_weight
 
 RIDGE = 1e-3  # pull towards the trained weights, as a share of the mean second moment of an input
@@ -167,12 +167,6 @@ def als_step(G, C, B, m1, M_2):
     return torch.cholesky_solve(target, cholesky(N)).view(r, m1, n1)
 
 
-def is_low_rank(A_shape, B_shape):
-    """Whether a sum of r products is any matrix of rank r: a column times a row, or a row times a column."""
-    (_, m1, n1), (_, m2, n2) = A_shape, B_shape
-    return (n1 == 1 and m2 == 1) or (m1 == 1 and n2 == 1)
-
-
 def reduced_rank(problem, r, A_is_column):
     """The exact least squares of rank r in the metric: inputs and outputs whitened, and one SVD (reduced-rank regression;
     A. J. Izenman, 1975. SVD-LLM, arXiv 2403.07378, whitens the inputs).
@@ -242,6 +236,6 @@ def fit(problem, A, B, fixed_B=False):
     if fixed_B:
         B = float64(B)
         return als_step(problem.ridged_G, problem.ridged_C, B, m1, separable(problem.M, n1)[1]), B
-    if is_low_rank(A.shape, B.shape):
+    if column_side(A.shape, B.shape):
         return reduced_rank(problem, r, A_is_column=n1 == 1)
     return alternate(problem, *initial_factors(problem, m1, n1, r))

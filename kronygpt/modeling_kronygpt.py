@@ -3,26 +3,36 @@
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 
 Each of attn.c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj of a block computes y = x W + bias with W [m, n] = Σ_f A_f ⊗ B_f,
-or is GPT-2's own Conv1D where its shape is (m, n, 1). Everything else is inherited. This file travels with each exported
+or is GPT-2's own Conv1D where its shape is (m, n, 1). A block may have narrower heads and fewer hidden units than GPT-2's.
+Everything else is inherited. This file travels with each exported
 model, so it imports torch and transformers alone; it serves transformers 4.57 and 5.
 """
 import math
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers.pytorch_utils import Conv1D
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block
 
 
 class KronyGPTConfig(GPT2Config):
-    """GPT-2's config, and `shapes`: {"attn.c_attn": [[dim_1, dim_2, r] of each block], ...}; a matrix without is dense."""
+    """GPT-2's config, with two fields more.
+
+    shapes: {"attn.c_attn": [[dim_1, dim_2, r] of each block], ...}. A matrix that is not there is dense.
+    widths: {"n_inner": [...], "head_qk": [...], "head_v": [...]}, of each block: hidden units, the width of a head's queries
+        and keys, and that of its values. One that is not there is GPT-2's.
+    """
 
     model_type = "kronygpt"
 
-    def __init__(self, shapes=None, **kwargs):
+    def __init__(self, shapes=None, widths=None, **kwargs):
         super().__init__(**kwargs)
         self.shapes = shapes or {}
+        self.widths = widths or {}
 
 
 class KronLinear(nn.Module):
@@ -85,6 +95,25 @@ def from_left(L, X):
     return (X.transpose(1, 2) @ L.T).transpose(1, 2)
 
 
+def narrow_heads(attention, n_head, qk, v, head_dim):
+    """Let GPT-2's attention work with queries and keys of width qk and values of width v. It has one width for all three and
+    the cache: the larger one, to which c_attn's output is padded with zeros. Scores stay divided by the root of head_dim."""
+    width = max(qk, v)
+    attention.head_dim, attention.split_size, attention.scaling = width, n_head * width, width**-0.5
+    attention.c_attn.register_forward_hook(partial(pad_heads, n_head, (qk, qk, v), width, (width / head_dim)**0.5))
+    attention.c_proj.register_forward_pre_hook(partial(cut_heads, n_head, v))
+
+
+def pad_heads(n_head, widths, width, scale, c_attn, inputs, output):
+    q, k, v = (F.pad(part.unflatten(-1, (n_head, -1)), (0, width - part.shape[-1] // n_head)).flatten(-2)
+               for part in output.split([n_head * w for w in widths], dim=-1))
+    return torch.cat((q * scale, k, v), dim=-1)
+
+
+def cut_heads(n_head, v, c_proj, inputs):
+    return inputs[0].unflatten(-1, (n_head, -1))[..., :v].flatten(-2),
+
+
 class InitFactors:
     """Initialise factored matrices. transformers asks each sub-model for its own modules, so both classes have this."""
 
@@ -100,17 +129,20 @@ class KronyGPTModel(InitFactors, GPT2Model):
 
     def __init__(self, config):
         super().__init__(config)
-        for name, shapes in config.shapes.items():
-            if name not in MATRICES or len(shapes) != len(self.h):
-                raise ValueError(f"shapes has {len(shapes)} shapes of {name} for {len(self.h)} blocks")
-            part, matrix = name.split(".")
-            for block, shape in zip(self.h, shapes):
-                parent = getattr(block, part)
-                m, n = getattr(parent, matrix).weight.shape
-                if tuple(shape) != (m, n, 1):
-                    is_residual = matrix == "c_proj"  # which writes to the residual stream, 2 n_layer times in all
-                    std = config.initializer_range / (math.sqrt(2 * config.n_layer) if is_residual else 1)
-                    setattr(parent, matrix, KronLinear(m, n, shape, std))
+        for i, block in enumerate(self.h):
+            C, H, head_dim = config.n_embd, config.n_head, config.n_embd // config.n_head
+            usual = dict(n_inner=config.n_inner or 4 * C, head_qk=head_dim, head_v=head_dim)
+            hidden, qk, v = (config.widths[name][i] if name in config.widths else width for name, width in usual.items())
+            sizes = (C, H * (2 * qk + v)), (H * v, C), (C, hidden), (hidden, C)
+            for name, (m, n) in zip(MATRICES, sizes):
+                part, matrix = name.split(".")
+                shape = tuple(config.shapes[name][i]) if name in config.shapes else (m, n, 1)
+                is_residual = matrix == "c_proj"  # which writes to the residual stream, 2 n_layer times in all
+                std = config.initializer_range / (math.sqrt(2 * config.n_layer) if is_residual else 1)
+                new = Conv1D(n, m) if shape == (m, n, 1) else KronLinear(m, n, shape, std)
+                setattr(getattr(block, part), matrix, new)
+            if (qk, v) != (head_dim, head_dim):
+                narrow_heads(block.attn, H, qk, v, head_dim)
         self.post_init()
 
 

@@ -100,7 +100,7 @@ def mixed_model():
     torch.manual_seed(0)
     sizes = dict(block_size=32, vocab_size=256, n_layer=5, n_head=2, n_embd=128)
     shapes = {name: [kinds_of_shape(m, n)[(layer + place) % 5] for layer in range(5)]
-              for place, (name, (m, n)) in enumerate(KronyGPTConfig(**sizes).matrices.items())}
+              for place, (name, (m, n)) in enumerate(KronyGPTConfig(**sizes).sizes(0).items())}
     model = KronyGPT(KronyGPTConfig(**sizes, shapes=shapes))
     randomize_vectors(model)
     with torch.no_grad():  # at 0.02 the logits hardly depend on the blocks

@@ -9,7 +9,7 @@ from experiments.peers import even_ranks
 from kronygpt import budget
 from kronygpt.calibration import Statistics
 from kronygpt.configurator import UserError
-from model import KronyGPT, KronyGPTConfig, mlp_shapes
+from model import KINDS, KronyGPT, KronyGPTConfig, mlp_shapes
 
 CONFIG = KronyGPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
 TINY = KronyGPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=6, n_inner=10)
@@ -56,26 +56,26 @@ def random_statistics(config, kinds, seed):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     return Statistics({}, {f"transformer.h.{layer}.{kind}": torch.rand(()) * 10 ** -torch.linspace(
-        0, 1 + 3 * torch.rand((), generator=generator).item(), min(config.matrices[kind])).double()
+        0, 1 + 3 * torch.rand((), generator=generator).item(), min(config.sizes(0)[kind])).double()
         for layer in range(config.n_layer) for kind in kinds})
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9, 0.97])
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_lose_little_more_than_the_best_of_all_combinations(share, seed):
-    statistics = random_statistics(TINY, TINY.matrices, seed)
-    dense, least = n_parameters(TINY), n_parameters(TINY, {kind: [(m, 1, 1)] for kind, (m, n) in TINY.matrices.items()})
+    statistics = random_statistics(TINY, KINDS, seed)
+    dense, least = n_parameters(TINY), n_parameters(TINY, {kind: [(m, 1, 1)] for kind, (m, n) in TINY.sizes(0).items()})
     limit = int(least + share * (dense - least))
-    plan = budget.plan_ranks(TINY, TINY.matrices, limit, statistics)
+    plan = budget.plan_ranks(TINY, KINDS, limit, statistics)
 
     choices = []  # of each matrix: (parameters, loss), by rank, and dense
-    for kind, (m, n) in TINY.matrices.items():
+    for kind, (m, n) in TINY.sizes(0).items():
         values = statistics.spectra[f"transformer.h.0.{kind}"]
         ranks = [(r * (m + n), values[r:].sum().item() / 2) for r in range(1, len(values)) if r * (m + n) < m * n]
         choices.append([*ranks, (m * n, 0.0)])
         (_, dim_2, r), = plan.shapes[kind]
         assert (m * n if dim_2 == n else r * (m + n), pytest.approx(plan.losses[kind][0])) in choices[-1]
-    spare = limit - dense + sum(m * n for m, n in TINY.matrices.values())
+    spare = limit - dense + sum(m * n for m, n in TINY.sizes(0).values())
     best = min(sum(loss for _, loss in combination) for combination in itertools.product(*choices)
                if sum(size for size, _ in combination) <= spare)
     assert best * (1 - 1e-9) <= plan.loss <= 1.3 * best + 1e-9
@@ -91,7 +91,7 @@ def test_what_the_price_leaves_is_spent():
         plan = budget.plan_ranks(config, kinds, limit, statistics)
         total = n_parameters(config, plan.shapes)
         assert total <= limit and [*plan.shapes] == kinds
-        for kind, (m, n) in ((kind, config.matrices[kind]) for kind in kinds):
+        for kind, (m, n) in ((kind, config.sizes(0)[kind]) for kind in kinds):
             for r in (r for _, dim_2, r in plan.shapes[kind] if dim_2 == 1):
                 assert total + m + n > limit and total - r * (m + n) + m * n > limit, (limit, kind)
         again = replace(config, shapes=config.shapes | plan.shapes)  # what was factored before does not matter
@@ -101,10 +101,10 @@ def test_what_the_price_leaves_is_spent():
 def test_a_matrix_stays_dense_where_that_is_cheap():
     """One matrix whose singular values do not fall, beside others of low rank."""
     spectra = {f"transformer.h.{layer}.{kind}": torch.tensor([1.0] + 15 * [1e-9], dtype=torch.double)
-               for layer in range(2) for kind in CONFIG.matrices}
+               for layer in range(2) for kind in KINDS}
     spectra["transformer.h.1.attn.c_proj"] = torch.ones(16, dtype=torch.double)
-    least = n_parameters(CONFIG, {kind: [(m, 1, 1)] * 2 for kind, (m, n) in CONFIG.matrices.items()})
-    plan = budget.plan_ranks(CONFIG, CONFIG.matrices, least + 16 * 16 - 32, Statistics({}, spectra))
+    least = n_parameters(CONFIG, {kind: [(m, 1, 1)] * 2 for kind, (m, n) in CONFIG.sizes(0).items()})
+    plan = budget.plan_ranks(CONFIG, KINDS, least + 16 * 16 - 32, Statistics({}, spectra))
     assert plan.shapes["attn.c_proj"] == [(16, 1, 1), (16, 16, 1)]
     assert all(shape.factors == 1 for shapes in plan.shapes.values() for shape in shapes)
 
@@ -114,7 +114,7 @@ def test_even_ranks_keep_the_same_share_of_each_matrix():
     limit = n_parameters(config) * 6 // 10
     shapes = even_ranks(config, limit)
     assert 0.97 * limit < n_parameters(config, shapes) <= limit
-    shares = [r * (m + n) / (m * n) for kind, (m, n) in config.matrices.items() for _, _, r in shapes[kind]]
+    shares = [r * (m + n) / (m * n) for kind, (m, n) in config.sizes(0).items() for _, _, r in shapes[kind]]
     assert len(shares) == 8 and max(shares) - min(shares) < 0.04
 
 

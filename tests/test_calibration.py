@@ -14,7 +14,7 @@ from kronygpt import calibration, checkpoint, data, least_squares
 from kronygpt.budget import Plan
 from kronygpt.calibration import contributions, interleave
 from kronygpt.compress import apply, factorize, spread_units
-from model import KronyGPT, KronyGPTConfig, mlp_shapes
+from model import KINDS, KronyGPT, KronyGPTConfig, mlp_shapes
 
 
 def test_contributions_and_the_stream_are_those_of_a_plain_computation(small_model):
@@ -45,7 +45,7 @@ def test_fisher_moments_and_spectra_are_those_of_a_plain_loop(monkeypatch):
     tokens, draws = torch.randint(6, (2, 5)), 10_000
     monkeypatch.setattr(calibration, "STATISTICS_TOKENS", 10 * draws)
     monkeypatch.setattr(calibration, "GRADIENT_TOKENS", 30_000)
-    found = calibration.statistics(model, tokens.repeat(draws, 1), [*model.config.matrices])
+    found = calibration.statistics(model, tokens.repeat(draws, 1), [*KINDS])
     fisher, spectra = found.fisher, found.spectra
 
     inputs, outputs = {}, {}
@@ -152,9 +152,9 @@ def test_matrices_that_are_dense_stay_as_they_are(trained):
 
 def test_all_matrices_fitted_in_the_metric_keep_more_of_the_model(trained):
     model, tokens = trained
-    kinds = [*model.config.matrices]
+    kinds = [*KINDS]
     fisher = calibration.statistics(model, tokens[:, :-1], kinds).fisher
-    shapes = {kind: [(m, 1, 6)] * 2 for kind, (m, n) in model.config.matrices.items()}
+    shapes = {kind: [(m, 1, 6)] * 2 for kind, (m, n) in model.config.sizes(0).items()}
     losses = [loss(factorize(model, shapes), tokens)]
     for metric in None, fisher:
         new = factorize(model, shapes)
@@ -168,7 +168,7 @@ def test_all_matrices_fitted_in_the_metric_keep_more_of_the_model(trained):
 def test_errors_are_smallest_in_the_metric(trained, kind, place):
     """One matrix of the first block is factored, so that its inputs are the dense model's."""
     model, tokens = trained[0], trained[1][:, :-1]
-    (m, n), half = model.config.matrices[kind], kind.split(".")[0]
+    (m, n), half = model.config.sizes(0)[kind], kind.split(".")[0]
     fisher = calibration.statistics(model, tokens, [kind]).fisher
     stream = calibration.ResidualStream(model, tokens)
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_script_compresses_the_whole_model_to_a_budget(trained, workdir, matrice
     assert 19_000 < sum(p.numel() for p in new.parameters()) <= 20_000
     assert rest["config"]["budget"] == "20K" and rest["config"]["matrices"] == matrices
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r"^ +\d +(\d+|dense)", line)]
-    kinds = [kind for kind in model.config.matrices if matrices == "all" or "mlp" in kind]
+    kinds = [kind for kind in KINDS if matrices == "all" or "mlp" in kind]
     assert rows == [[str(layer), *("dense" if dim_2 > 1 else str(r) for _, dim_2, r in (
         new.config.shapes[kind][layer] for kind in kinds))] for layer in range(2)]
     assert matrices == "all" or all(matrix.is_dense for _, kind, matrix in new.matrices() if "attn." in kind)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from kronygpt import checkpoint
 from kronygpt.checkpoint import from_file_names, load_optimizer_state, load_to_resume, to_file_names
 from kronygpt.configurator import UserError
+from model import KINDS
 
 FILES = Path(__file__).parent / "files"
 IDX = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -114,7 +115,7 @@ def test_a_file_has_the_published_names_and_layout(mixed_model, tmp_path):
     for layer in range(5):
         block = f"transformer.h.{layer}."
         expected |= {f"{block}{norm}.{part}": (128,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
-        for name, (m, n) in mixed_model.config.matrices.items():
+        for name, (m, n) in mixed_model.config.sizes(0).items():
             dim_1, dim_2, r = mixed_model.config.shapes[name][layer]
             if "attn" in name and (dim_1, dim_2, r) == (m, n, 1):
                 expected |= {f"{block}{name}.weight": (n, m), f"{block}{name}.bias": (n,)}
@@ -124,7 +125,7 @@ def test_a_file_has_the_published_names_and_layout(mixed_model, tmp_path):
     assert {name: tuple(p.shape) for name, p in found.items()} == expected
     assert sum(name.endswith(("c_attn.weight", "c_proj.weight")) for name in found) == 2
     blocks, dense = mixed_model.transformer.h, {name: shapes.index((m, n, 1)) for (name, (m, n)), shapes in zip(
-        mixed_model.config.matrices.items(), mixed_model.config.shapes.values())}
+        mixed_model.config.sizes(0).items(), mixed_model.config.shapes.values())}
     layer = dense["attn.c_attn"]
     assert torch.equal(found[f"transformer.h.{layer}.attn.c_attn.weight"], blocks[layer].attn.c_attn.weight.T)
     assert torch.equal(found["transformer.h.0.attn.c_proj_1"], blocks[0].attn.c_proj.B)
@@ -143,7 +144,7 @@ def test_a_checkpoint_is_plain_types_and_contiguous_tensors(mixed_model, tmp_pat
     assert all(p.is_contiguous() for p in content["model"].values())
     args = content["model_args"]
     assert args == mixed_model.config.as_plain_types()
-    assert type(args["shapes"]) is dict and args["shapes"].keys() == mixed_model.config.matrices.keys()
+    assert type(args["shapes"]) is dict and args["shapes"].keys() == set(KINDS)
     for shapes in args["shapes"].values():
         assert type(shapes) is list and all(type(shape) is tuple for shape in shapes)
         assert {type(number) for shape in shapes for number in shape} == {int}

@@ -86,7 +86,7 @@ def random_model(draw):
     n_head, head_dim, n_layer = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     sizes = dict(block_size=draw(st.integers(1, 5)), vocab_size=draw(st.integers(1, 9)), n_layer=n_layer, n_head=n_head,
                  n_embd=n_head * head_dim, n_inner=draw(st.sampled_from([None, 1, 6])))
-    named = {name: size for name, size in KronyGPTConfig(**sizes).matrices.items() if draw(st.booleans())}
+    named = {name: size for name, size in KronyGPTConfig(**sizes).sizes(0).items() if draw(st.booleans())}
     shapes = {name: [random_shape(draw, m, n) for _ in range(n_layer)] for name, (m, n) in named.items()}
     torch.manual_seed(draw(st.integers(0, 99)))
     model = KronyGPT(KronyGPTConfig(**sizes, shapes=shapes)).eval()
