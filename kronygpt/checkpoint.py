@@ -3,9 +3,9 @@
 A checkpoint that we write is a dict of plain types and tensors: `model` (a state dict), `model_args` (the fields of
 KronyGPTConfig), `optimizer` (a state dict or None), `iter_num`, `best_val_loss` and `config` (the script's options).
 Its tensors have the published names of Krony-PT: a factored matrix is `<name>_0` (A), `<name>_1` (B) and `<name>_bias`,
-always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and `<name>.bias`. Each rank is counted once: r rows
-of the side [m, r] of a low-rank matrix are an identity, whose places are in `<name>_pivots` [r], and the other m - r are in the
-file. A checkpoint with an optimizer's state holds both sides whole. load() also takes
+always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and `<name>.bias`. Each rank is stored once: of a
+low-rank matrix, r rows of the side [m, r] are an identity, `<name>_pivots` [r] tells which, and the file holds the other m - r.
+A checkpoint with an optimizer's state holds both sides whole. load() also takes
 
 - the published Krony-PT files: a bare state dict with the same names;
 - older ones, with each factor by itself: c_fc_{f}_{k} and c_proj_{f}_{k} for side k of factor f, perhaps no MLP biases;
@@ -46,7 +46,7 @@ MATRIX = r"(transformer\.h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_p
 IN_MEMORY = re.compile(MATRIX + r"\.(A|B|bias|pivots)")
 IN_FILE = re.compile(MATRIX + r"(_0|_1|_bias|_pivots|\.weight|\.bias)")
 UNSTACKED = re.compile(r"(.*\.mlp\.c_(?:fc|proj))_(\d+)_([01])")
-PIVOTS = ("_pivots", ".pivots")  # places of an identity in a low-rank matrix
+PIVOTS = ("_pivots", ".pivots", ".order")  # places of an identity in a low-rank matrix
 MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
 LAST_NORM = "ln_f.weight"  # in every GPT-2: where it is, the weights are
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -325,7 +325,7 @@ def stack_factors(state_dict):
 
 
 def with_identities(state_dict):
-    """A KronyGPT's state dict in which low-rank matrices are stored by kron.with_identity: [r, m - r, 1] of the side with the
+    """A KronyGPT's state dict with low-rank matrices as kron.with_identity makes them: [r, m - r, 1] of the side with the
     columns, and pivots [r]."""
     result = dict(state_dict)
     for stem in [name[:-1] for name in state_dict if name.endswith(".A")]:
@@ -343,6 +343,10 @@ def with_identities(state_dict):
 def without_identities(state_dict):
     """The whole matrices, balanced, of a state dict that with_identities() made."""
     result = dict(state_dict)
+    for name in [name for name in state_dict if name.endswith(".order")]:  # of a compressed export
+        stem = name.removesuffix("order")
+        result[f"{stem}pivots"] = result.pop(name)[:len(state_dict[f"{stem}A"])].long()
+    state_dict = dict(result)
     for stem in [name.removesuffix("pivots") for name in state_dict if name.endswith(".pivots")]:
         A, B, pivots = (state_dict[f"{stem}{name}"] for name in ("A", "B", "pivots"))
         side = column_side(A.shape, B.shape)

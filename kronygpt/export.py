@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kronygpt import checkpoint
 from kronygpt.configurator import UserError
+from kronygpt.kron import column_side, with_identity
 from kronygpt.tokenizer import END_OF_TEXT, READABLE, GPT2Tokenizer, bytes_to_unicode, read_json, special_token
 from model import KINDS
 
@@ -39,13 +40,22 @@ def sizes(config):
 
 
 def state_dict_for_transformers(model, expand):
-    """A KronyGPT's state dict with W [in, out] in place of A and B: of each matrix, or of those that are dense."""
+    """A KronyGPT's state dict with W [in, out] in place of A and B: of each matrix, or of those that are dense. Low rank then
+    stays as modeling_kronygpt.LowRankLinear stores it."""
     state_dict = model.state_dict()
     for layer, kind, matrix in model.matrices():
         name = f"transformer.h.{layer}.{kind}"
         if expand or matrix.is_dense:
             A, _ = state_dict.pop(f"{name}.A"), state_dict.pop(f"{name}.B")
             state_dict[f"{name}.weight"] = A[0] if matrix.is_dense else matrix.weight.detach()
+        elif side := column_side(matrix.A.shape, matrix.B.shape):
+            column, row = (matrix.A, matrix.B) if side == "A" else (matrix.B, matrix.A)
+            if column.shape[0] < column.shape[1]:
+                pivots, rest, row = with_identity(column.detach().squeeze(2).T, row.detach().squeeze(1))
+                is_rest = torch.ones(column.shape[1], dtype=torch.bool)
+                is_rest[pivots] = False
+                state_dict |= {f"{name}.A": rest.T.unsqueeze(2).contiguous(), f"{name}.B": row.unsqueeze(1),
+                               f"{name}.order": torch.cat((pivots, is_rest.nonzero()[:, 0])).int()}
     return state_dict
 
 

@@ -90,6 +90,22 @@ class KronLinear(nn.Module):
         return Y.reshape(*x.shape[:-1], n1 * n2) + self.bias.to(Y.dtype)
 
 
+class LowRankLinear(KronLinear):
+    """y = x W + bias with W [m, n] of rank r < m, each rank stored once: W = column @ row, and r rows of the column side [m, r]
+    are the identity. `order` [m] tells which, and then the places of the others, A [r, m - r, 1]. B is the row side [r, 1, n].
+    """
+
+    def __init__(self, m, n, rank, std):
+        super().__init__(m, n, (m, 1, rank), std)
+        self.A = nn.Parameter(torch.empty(rank, m - rank, 1))
+        self.register_buffer("order", torch.arange(m, dtype=torch.int32))
+
+    def forward(self, x):
+        r, x = len(self.A), x.index_select(-1, self.order)
+        z = x[..., :r] + x[..., r:] @ self.A.squeeze(2).T  # (..., r)
+        return z @ self.B.squeeze(1) + self.bias
+
+
 def from_left(L, X):
     """L [p, q] @ X [T, q, s] -> (T, p, s), as one large product; where s = 1 nothing is copied."""
     return (X.transpose(1, 2) @ L.T).transpose(1, 2)
@@ -139,7 +155,12 @@ class KronyGPTModel(InitFactors, GPT2Model):
                 shape = tuple(config.shapes[name][i]) if name in config.shapes else (m, n, 1)
                 is_residual = matrix == "c_proj"  # which writes to the residual stream, 2 n_layer times in all
                 std = config.initializer_range / (math.sqrt(2 * config.n_layer) if is_residual else 1)
-                new = Conv1D(n, m) if shape == (m, n, 1) else KronLinear(m, n, shape, std)
+                if shape == (m, n, 1):
+                    new = Conv1D(n, m)
+                elif shape[:2] in ((m, 1), (1, n)) and shape[2] < m:
+                    new = LowRankLinear(m, n, shape[2], std)
+                else:
+                    new = KronLinear(m, n, shape, std)
                 setattr(getattr(block, part), matrix, new)
             if (qk, v) != (head_dim, head_dim):
                 narrow_heads(block.attn, H, qk, v, head_dim)
