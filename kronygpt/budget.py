@@ -1,10 +1,13 @@
 """Budgets: the ranks of all matrices that cost a model least, and the table of shapes that fit a number of parameters."""
+import math
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 import torch
 
+from kronygpt.calibration import progress
 from kronygpt.configurator import UserError
+from kronygpt.narrow import Block, narrowed, tails
 from model import KINDS, KronyGPT, Shape, multiply_adds
 
 SLACK = 0.99  # share of the budget that a shape in the table must use
@@ -25,6 +28,8 @@ class Plan:
     shapes: dict
     losses: dict = field(default_factory=dict)
     fisher: dict | None = None
+    widths: dict = field(default_factory=dict)
+    narrowed: KronyGPT | None = None
 
     @property
     def loss(self):  # predicted in all, nats per token
@@ -113,19 +118,32 @@ def room(config, kinds, limit):
     """
     total = count_parameters(config, kinds)
     sizes = [config.sizes(layer)[kind] for layer in range(config.n_layer) for kind in kinds]
-    dense, least = sum(m * n for m, n in sizes), sum(min(m + n, m * n) for m, n in sizes)
+    dense, least = sum(m * n for m, n in sizes), sum(m + n - 1 for m, n in sizes)
     if not least <= limit - (total - dense) < dense:
         raise UserError(f"a budget of {limit:,} parameters is not between {total - dense + least:,}, with rank 1 in all "
                         f"matrices, and {total:,}, which the dense model has")
     return limit - (total - dense)
 
 
+def rank_choices(m, n, squares):
+    """Sizes and predicted losses of ranks 1, 2, ... of a matrix [m, n], and of the dense one at the end.
+
+    Each rank is stored once: rank r has r (m + n - r) numbers. It costs ½ Σ_{i>r} σ_i² for the σ² of calibration.spectrum.
+    """
+    ranks = torch.arange(1, min(m, n))
+    return (torch.cat((ranks * (m + n - ranks), torch.tensor([m * n]))), tails(squares.cpu())[1:])
+
+
+def shape_of(choice, m, n):
+    """The Shape of an index into rank_choices(m, n, ...)."""
+    return Shape(m, 1, choice + 1) if choice + 1 < min(m, n) else Shape(m, n, 1)
+
+
 def plan_ranks(config, kinds, limit, statistics):
     """Ranks for a number of parameters by predicted loss; each matrix is free to stay dense.
 
-    Rank r of a matrix [m, n] has r (m + n) parameters and costs ½ Σ_{i>r} σ_i²; dense has m n and costs nothing. With a
-    price for each parameter every matrix chooses for itself, and bisection finds the price at which the model fits. What
-    is then left goes, step by step, where it lowers the loss most per parameter.
+    With a price for each parameter every matrix chooses for itself among rank_choices(), and bisection finds the price at
+    which the model fits. What is then left goes, step by step, where it lowers the loss most per parameter.
 
     Args:
         config: a KronyGPTConfig.
@@ -141,17 +159,78 @@ def plan_ranks(config, kinds, limit, statistics):
     """
     spare, kinds = room(config, kinds, limit), [kind for kind in KINDS if kind in kinds]
     places = [(layer, kind, *config.sizes(layer)[kind]) for layer in range(config.n_layer) for kind in kinds]
-    sizes, losses = [], []  # of the choices of each matrix: rank 1, 2, ..., dense
-    for layer, kind, m, n in places:
-        ranks = torch.arange(1, 1 + (m * n - 1) // (m + n))
-        tail = statistics.spectra[f"transformer.h.{layer}.{kind}"].cpu().flip(0).cumsum(0).flip(0) / 2
-        sizes.append(torch.cat((ranks * (m + n), torch.tensor([m * n]))))
-        losses.append(torch.cat((tail[ranks], tail.new_zeros(1))))
+    sizes, losses = zip(*(rank_choices(m, n, statistics.spectra[f"transformer.h.{layer}.{kind}"])
+                          for layer, kind, m, n in places))
     plan = Plan(f"ranks for {limit:,} parameters, by predicted loss", {kind: [] for kind in kinds},
                 {kind: [] for kind in kinds}, statistics.fisher)
-    for (_, kind, m, n), size, loss, choice in zip(places, sizes, losses, cheapest(sizes, losses, spare)):
-        plan.shapes[kind].append(Shape(m, 1, choice + 1) if choice + 1 < len(size) else Shape(m, n, 1))
+    for (_, kind, m, n), loss, choice in zip(places, losses, cheapest(sizes, losses, spare)):
+        plan.shapes[kind].append(shape_of(choice, m, n))
         plan.losses[kind].append(loss[choice].item())
+    return plan
+
+
+def plan_model(dense, limit, statistics, head_step=None, hidden_step=None):
+    """Widths and ranks of all blocks for a number of parameters, by predicted loss.
+
+    With a price for each parameter the attention of each block chooses widths of its heads and the ranks of its two matrices,
+    and its MLP a number of hidden units and two ranks. Bisection finds the price at which the model fits. What is then left
+    goes to ranks.
+
+    Args:
+        dense: a KronyGPT.
+        limit: number of parameters in all, which is never exceeded.
+        statistics: calibration.Statistics of all its matrices.
+        head_step, hidden_step: widths are multiples of these, or stay as they are where it is 0; default: an eighth of a head,
+            and a 32nd of the hidden units.
+
+    Returns:
+        A Plan.
+    """
+    config = dense.config
+    head_step = max(1, config.head_dim // 8) if head_step is None else head_step
+    hidden_step = max(1, config.n_inner[0] // 32) if hidden_step is None else hidden_step
+    blocks = [Block(dense, layer, statistics) for layer in range(config.n_layer)]
+    parts = [options for block in progress(blocks, "widths", "block")
+             for options in (block.attention(head_step), block.mlp(hidden_step))]
+    tables = [[(option, [rank_choices(*matrix) for matrix in option.matrices.values()]) for option in part] for part in parts]
+    vectors_and_matrices = sum(m * n + n for layer in range(config.n_layer) for m, n in config.sizes(layer).values())
+    spare = limit - (count_parameters(config, KINDS) - vectors_and_matrices)
+
+    def choose(price):
+        chosen, used = [], 0
+        for part in tables:
+            best = math.inf, None, 0
+            for k, (option, matrices) in enumerate(part):
+                loss, size = option.loss, option.n_biases
+                for sizes, losses in matrices:
+                    i = int((losses + price * sizes).argmin())
+                    loss, size = loss + losses[i].item(), size + sizes[i].item()
+                best = min(best, (loss + price * size, k, size))
+            chosen.append(best[1])
+            used += best[2]
+        return chosen, used
+
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        price = (low * high)**0.5 if low else high / 2
+        low, high = (low, price) if choose(price)[1] <= spare else (price, high)
+        if low and high / low < 1.001:
+            break
+    options = [part[k][0] for part, k in zip(tables, choose(high)[0])]
+    places = [(layer, kind, m, n, squares) for i, option in enumerate(options) for layer in (i // 2,)
+              for kind, (m, n, squares) in option.matrices.items()]
+    sizes, losses = zip(*(rank_choices(m, n, squares) for _, _, m, n, squares in places))
+    ranks = cheapest(sizes, losses, spare - sum(option.n_biases for option in options))
+    plan = Plan(f"widths and ranks for {limit:,} parameters, by predicted loss", {kind: [] for kind in KINDS},
+                {kind: [] for kind in KINDS} | dict(heads=[], hidden=[]), {}, {})
+    for (_, kind, m, n, _), loss, choice in zip(places, losses, ranks):
+        plan.shapes[kind].append(shape_of(choice, m, n))
+        plan.losses[kind].append(loss[choice].item())
+    for i, option in enumerate(options):
+        plan.losses["hidden" if i % 2 else "heads"].append(option.loss)
+        for name, width in option.widths.items():
+            plan.widths.setdefault(name, []).append(width)
+    plan.narrowed, plan.fisher = narrowed(dense, blocks, plan.widths)
     return plan
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from kronygpt.device import float64, float64_device
 from kronygpt.least_squares import Moments, Problem, fit, gram, share
+from kronygpt.narrow import spectrum
 from model import ChunkedLinearLoss
 
 TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
@@ -94,10 +95,12 @@ class Statistics:
 
     fisher: F [n, n], second moments of the gradient of the summed loss at the output.
     spectra: σ² [min(m, n)], descending, of G^(1/2) W F^(1/2) with the covariance G of the inputs.
+    inputs: (mean [m], G [m, m]).
     """
 
     fisher: dict
     spectra: dict
+    inputs: dict
 
 
 def statistics(model, tokens, kinds, seed=0):
@@ -131,8 +134,8 @@ def statistics(model, tokens, kinds, seed=0):
     tokens = tokens[::math.ceil(tokens.numel() / STATISTICS_TOKENS)]
 
     def add_to_sums(matrix, inputs, output):
-        x, y, name = inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2), matrices[matrix]
-        moments[name].add(x if x.shape[1] <= y.shape[1] else y)  # the smaller side tells σ, too
+        x, name = inputs[0].detach().flatten(0, -2), matrices[matrix]
+        moments[name].add(x)
 
         def add_gradient(g):
             fisher[name] += gram(g.flatten(0, -2)).to(device)
@@ -153,17 +156,9 @@ def statistics(model, tokens, kinds, seed=0):
         hook.remove()
     for name in fisher:
         fisher[name] /= tokens.numel()
-    return Statistics(fisher, {name: spectrum(float64(matrix.weight.detach()), fisher[name], moments[name].centred()[2])
-                               for matrix, name in matrices.items()})
-
-
-def spectrum(W, fisher, covariance):
-    """The squared singular values of G^(1/2) W F^(1/2) for W [m, n] and F [n, n], in descending order, from a covariance:
-    that of the inputs, G [m, m], where m <= n, else that of the outputs, Wᵀ G W [n, n]."""
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt()
-    cost = W @ fisher @ W.T if len(covariance) == len(W) else fisher
-    return torch.linalg.eigvalsh(root.T @ cost @ root).clamp(min=0).flip(0)
+    inputs = {name: (mean, G) for name, (mean, _, G, *_) in ((name, m.centred()) for name, m in moments.items())}
+    return Statistics(fisher, {name: spectrum(float64(matrix.weight.detach()), inputs[name][1], fisher[name])
+                               for matrix, name in matrices.items()}, inputs)
 
 
 def interleave(contribution, n_groups):
@@ -209,10 +204,10 @@ class Fit:
     output_error: float
 
 
-def fit_matrix(dense, compressed, layer, kind, moments, fisher, fixed_B):
-    """Fit a factored matrix of a compressed model, and its bias, to Moments. Args as in calibrate(). Returns the Fit."""
+def fit_matrix(goal, compressed, layer, kind, moments, fisher, fixed_B):
+    """Fit a matrix of a compressed model, and its bias, to Moments. Args as in calibrate(). Returns the Fit."""
     name = f"transformer.h.{layer}.{kind}"
-    matrix, W = compressed.get_submodule(name), dense.get_submodule(name).weight
+    matrix, W = compressed.get_submodule(name), goal.get_submodule(name).weight
     problem, before = Problem(moments, W, fisher.get(name)), (matrix.weight, matrix.bias)
     A, B = fit(problem, matrix.A, matrix.B, fixed_B)
     matrix.A.data, matrix.B.data = (side.to(W.dtype).to(W.device) for side in (A, B))
@@ -222,32 +217,36 @@ def fit_matrix(dense, compressed, layer, kind, moments, fisher, fixed_B):
                *(problem.error(V, b) ** 0.5 for V, b in pairs))
 
 
-def fit_half(teacher, student, layer, half, fisher, fixed_B):
-    """Fit the factored matrices of a half block, "attn" or "mlp", and move the ResidualStreams of both models through it.
-    Args as in calibrate(). Returns [Fit]."""
-    models, fits, first, moments = (teacher.model, student.model), [], HALVES[half][1], Moments()
-    is_dense = {kind: models[1].transformer.h[layer].get_submodule(f"{half}.{kind}").is_dense for kind in (first, "c_proj")}
-    for rows, _, z, _, _ in teacher.through(layer, half):
-        if not is_dense[first]:
-            moments.add(student.input(layer, half, rows).flatten(0, 1), z)
-    if not is_dense[first]:
-        fits.append(fit_matrix(*models, layer, f"{half}.{first}", moments, fisher, fixed_B))
-    if not is_dense["c_proj"]:
-        moments = Moments()
+def fit_half(teacher, student, goal, layer, half, fisher, fixed_B):
+    """Fit the matrices of a half block, "attn" or "mlp", and move the ResidualStreams of both models through it. Args as in
+    calibrate(). Returns [Fit]."""
+    fits, moments = [], {kind: Moments() for kind in (HALVES[half][1], "c_proj")}
+    first, last = moments
+    is_fitted = {}
+    for kind in moments:
+        new, old = (model.transformer.h[layer].get_submodule(f"{half}.{kind}") for model in (student.model, teacher.model))
+        is_fitted[kind] = not new.is_dense or new.A.shape != old.A.shape
+    target = goal.transformer.h[layer].get_submodule(f"{half}.{first}")
+    for rows, x, *_ in teacher.through(layer, half):
+        if is_fitted[first]:
+            moments[first].add(student.input(layer, half, rows).flatten(0, 1), target(x))
+    if is_fitted[first]:
+        fits.append(fit_matrix(goal, student.model, layer, f"{half}.{first}", moments[first], fisher, fixed_B))
+    if is_fitted[last]:
         for rows, _, _, h, _ in student.through(layer, half, move=False):
-            moments.add(h, (teacher.x[rows] - student.x[rows]).flatten(0, 1))
-        fits.append(fit_matrix(*models, layer, f"{half}.c_proj", moments, fisher, fixed_B))
+            moments[last].add(h, (teacher.x[rows] - student.x[rows]).flatten(0, 1))
+        fits.append(fit_matrix(goal, student.model, layer, f"{half}.{last}", moments[last], fisher, fixed_B))
     student.move(layer, half)
     return fits
 
 
 @torch.no_grad()
-def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False):
-    """Fit the factored matrices of a compressed model so that its blocks do to real text what those of the dense model do.
+def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, narrowed=None):
+    """Fit the matrices of a compressed model so that its blocks do to real text what those of the dense model do.
 
-    It goes through the blocks in order. c_attn and c_fc are fitted to the dense model's outputs; both c_proj to the
-    difference that brings the residual stream back to the dense model's. All their biases are fitted, too. Matrices that
-    are dense in the compressed model stay as they are.
+    It goes through the blocks in order. c_attn and c_fc are fitted to the dense model's outputs, in the columns that the
+    compressed model has; both c_proj to the difference that brings the residual stream back to the dense model's. All their
+    biases are fitted, too. Matrices that are dense and of the old size in the compressed model stay as they are.
 
     For N tokens, width C and L layers it takes about L N (120 C² + 12 C T) floating point operations with a context of T:
     50 C² are moments, the others the dense model, once, and the compressed one, twice. Least squares with many factors can
@@ -255,17 +254,18 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False):
 
     Args:
         dense: a KronyGPT.
-        compressed: a KronyGPT made from it by factorize(), on the same device; changed in place.
+        compressed: a KronyGPT made from `narrowed`, on the same device; changed in place.
         tokens: (windows, T), on that device.
         fisher: {name of a matrix: F [n, n]} of statistics(), for the metric of errors. Default: all errors count alike.
         fixed_B: keep each B and fit A alone.
+        narrowed: the dense model in the compressed model's widths, to whose weights a ridge pulls; default: dense.
 
     Returns:
-        [Fit], one for each factored matrix, in the order of the model.
+        [Fit], one for each matrix that was fitted, in the order of the model.
     """
     fisher = fisher or {}
     teacher, student, fits = ResidualStream(dense, tokens), ResidualStream(compressed, tokens), []
     for layer in progress(range(dense.config.n_layer), "calibrating", "block"):
         for half in HALVES:
-            fits += fit_half(teacher, student, layer, half, fisher, fixed_B)
+            fits += fit_half(teacher, student, narrowed or dense, layer, half, fisher, fixed_B)
     return fits

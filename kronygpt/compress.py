@@ -43,8 +43,8 @@ def apply(dense, plan, text=None):
     if fisher is None:
         dense = spread_units(dense, text, plan.shapes["mlp.c_fc"][0].dim_2)
         fisher = statistics(dense, text, [*plan.shapes]).fisher
-    new = factorize(dense, plan.shapes)
-    return new, calibrate(dense, new, text, fisher)
+    new = factorize(plan.narrowed or dense, plan.shapes)
+    return new, calibrate(dense, new, text, fisher, narrowed=plan.narrowed)
 
 
 def factorize(model, shapes):

@@ -236,6 +236,8 @@ def fit(problem, A, B, fixed_B=False):
     if fixed_B:
         B = float64(B)
         return als_step(problem.ridged_G, problem.ridged_C, B, m1, separable(problem.M, n1)[1]), B
+    if A[0].numel() == problem.W.numel():  # dense
+        return problem.solution[None], B
     if column_side(A.shape, B.shape):
         return reduced_rank(problem, r, A_is_column=n1 == 1)
     return alternate(problem, *initial_factors(problem, m1, n1, r))

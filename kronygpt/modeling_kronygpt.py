@@ -91,9 +91,8 @@ class KronLinear(nn.Module):
 
 
 class LowRankLinear(KronLinear):
-    """y = x W + bias with W [m, n] of rank r < m, each rank stored once: W = column @ row, and r rows of the column side [m, r]
-    are the identity. `order` [m] tells which, and then the places of the others, A [r, m - r, 1]. B is the row side [r, 1, n].
-    """
+    """y = x W + bias with W [m, n] of rank r < m, each rank stored once: r rows of the left side [m, r] are the identity.
+    `order` [m] tells which, and then the places of the others, A [r, m - r, 1]. B is the right side [r, 1, n]."""
 
     def __init__(self, m, n, rank, std):
         super().__init__(m, n, (m, 1, rank), std)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from model import KronyGPT
+
 RIDGE = 1e-3  # added to the covariance of hidden units, as a share of its mean diagonal
 BLEND = 0.01  # share of the identity in the metric of an embedding
 ROUNDING = 1e-12  # relative size of a number that counts as zero
@@ -17,6 +19,15 @@ def root(S):
     """R [..., n, n] with R Rᵀ = S for symmetric S [..., n, n] whose eigenvalues are at least 0, but for rounding."""
     values, vectors = torch.linalg.eigh(S)
     return vectors * values.clamp(min=0).sqrt()[..., None, :]
+
+
+def spectrum(W, covariance, fisher):
+    """The squared singular values [min(m, n)], descending, of G^(1/2) W F^(1/2) for W [m, n], G [m, m] and F [n, n]."""
+    if len(W) <= W.shape[1]:
+        R, inner = root(covariance), W @ fisher @ W.T
+    else:
+        R, inner = root(fisher), W.T @ covariance @ W
+    return torch.linalg.eigvalsh(R.mT @ inner @ R).clamp(min=0).flip(0)
 
 
 def tails(squares):
@@ -185,3 +196,112 @@ def embedding_factors(E, weights, metric):
     squares, V = torch.linalg.eigh(R.T @ (E.T @ (weights[:, None] * E)) @ R)
     V = V.flip(1)
     return E @ R @ V, torch.linalg.solve_triangular(R, V.T, upper=False, left=False), tails(squares.clamp(min=0).flip(0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the widths of a block, what each of them costs, and the block that has it
+
+@dataclass
+class Option:
+    """Widths of a half block, attention or MLP, before its matrices get ranks.
+
+    widths: {"head_qk", "head_v"} or {"n_inner"}.
+    loss: nats per token that the widths are predicted to add.
+    n_biases: numbers in the biases.
+    matrices: {kind: (m, n, σ² of spectrum())} of its two matrices in these widths.
+    """
+
+    widths: dict
+    loss: float
+    n_biases: int
+    matrices: dict
+
+
+class Block:
+    """The matrices of a block of a dense KronyGPT with its calibration.Statistics, in float64, and what narrows them.
+
+    W, b, F, G, mean: {kind: weight, bias, Fisher metric of the output, covariance and mean of the input}.
+    """
+
+    def __init__(self, model, layer, statistics):
+        self.config, self.layer, kinds = model.config, layer, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        names = {kind: f"transformer.h.{layer}.{kind}" for kind in kinds}
+        self.W = {kind: model.get_submodule(name).weight.detach().double() for kind, name in names.items()}
+        self.b = {kind: model.get_submodule(name).bias.detach().double() for kind, name in names.items()}
+        self.F = {kind: statistics.fisher[name] for kind, name in names.items()}
+        self.mean, self.G = ({kind: statistics.inputs[name][i] for kind, name in names.items()} for i in (0, 1))
+        self.bases = self.order = None
+
+    def matrix(self, kind, W, G, F):
+        return kind, (*W.shape, spectrum(W, G, F))
+
+    def attention(self, step):
+        """Options for the heads at widths of multiples of `step`; at their own width only where it is 0."""
+        head, H, C = self.config.head_dim, self.config.n_head, self.config.n_embd
+        W, F = self.W["attn.c_attn"], self.F["attn.c_attn"]
+        self.bases = bases = head_bases(W, self.b["attn.c_attn"], self.W["attn.c_proj"], H, self.mean["attn.c_attn"],
+                                        self.G["attn.c_attn"], self.G["attn.c_proj"], F, self.F["attn.c_proj"])
+        grid = range(step, head + 1, step) if step else [head]
+        qk_costs, vo_costs = bases.qk_costs.sum(0), bases.vo_costs.sum(0)
+        result = []
+        for v in grid:
+            proj = None
+            for qk in grid:
+                T, D = head_maps(bases, qk, v)
+                T_v, D_v = T[2 * C:, 2 * H * qk:], D[2 * C:, 2 * H * qk:]
+                proj = proj or self.matrix("attn.c_proj", D_v.T @ self.W["attn.c_proj"], T_v.T @ self.G["attn.c_proj"] @ T_v,
+                                           self.F["attn.c_proj"])
+                attn = self.matrix("attn.c_attn", W @ T, self.G["attn.c_attn"], D.T @ F @ D)
+                loss = (qk_costs[qk] if qk < head else 0) + (vo_costs[v] if v < head else 0)
+                result.append(Option(dict(head_qk=qk, head_v=v), float(loss), H * (2 * qk + v) + C, dict((attn, proj))))
+        return result
+
+    def mlp(self, step):
+        """Options for the hidden units at widths of multiples of `step`; at their own number only where it is 0."""
+        W, G, n = self.W["mlp.c_proj"], self.G["mlp.c_proj"], len(self.W["mlp.c_proj"])
+        self.order, costs = brain_surgeon(W, G, self.F["mlp.c_proj"]) if step else (torch.arange(n), torch.zeros(n + 1))
+        result = []
+        for width in range(step, n + 1, step) if step else [n]:
+            kept = self.kept(width)
+            fc = self.matrix("mlp.c_fc", self.W["mlp.c_fc"][:, kept], self.G["mlp.c_fc"], self.F["mlp.c_fc"][kept][:, kept])
+            proj = self.matrix("mlp.c_proj", self.output(kept), G[kept][:, kept], self.F["mlp.c_proj"])
+            result.append(Option(dict(n_inner=width), float(costs[n - width]), width + self.config.n_embd, dict((fc, proj))))
+        return result
+
+    def kept(self, width):
+        return self.order[len(self.order) - width:].sort().values
+
+    def output(self, kept):
+        W = self.W["mlp.c_proj"]
+        return W if len(kept) == len(W) else without_units(W, self.G["mlp.c_proj"], kept)
+
+    def narrowed(self, head_qk, head_v, n_inner):
+        """(weights, biases, fisher) by kind, in these widths."""
+        W, b, F, C = dict(self.W), dict(self.b), dict(self.F), self.config.n_embd
+        T, D = head_maps(self.bases, head_qk, head_v)
+        W["attn.c_attn"], b["attn.c_attn"], F["attn.c_attn"] = W["attn.c_attn"] @ T, b["attn.c_attn"] @ T, D.T @ F["attn.c_attn"] @ D
+        W["attn.c_proj"] = D[2 * C:, 2 * self.config.n_head * head_qk:].T @ W["attn.c_proj"]
+        kept = self.kept(n_inner)
+        W["mlp.c_fc"], b["mlp.c_fc"], F["mlp.c_fc"] = W["mlp.c_fc"][:, kept], b["mlp.c_fc"][kept], F["mlp.c_fc"][kept][:, kept]
+        W["mlp.c_proj"] = self.output(kept)
+        return W, b, F
+
+
+@torch.no_grad()
+def narrowed(dense, blocks, widths):
+    """A dense KronyGPT in other widths, {"head_qk", "head_v", "n_inner": [of each block]}, and the Fisher metrics {name: F} of
+    its outputs, from the Blocks of another one."""
+    state_dict, fisher = dict(dense.state_dict()), {}
+    for layer, block in enumerate(blocks):
+        for values, end in zip(block.narrowed(*(widths[name][layer] for name in ("head_qk", "head_v", "n_inner"))), "AbF"):
+            for kind, value in values.items():
+                name = f"transformer.h.{layer}.{kind}"
+                if end == "F":
+                    fisher[name] = value
+                elif end == "b":
+                    state_dict[f"{name}.bias"] = value.to(state_dict[f"{name}.bias"])
+                else:
+                    state_dict[f"{name}.A"] = value[None].to(state_dict[f"{name}.bias"])
+                    state_dict[f"{name}.B"] = state_dict[f"{name}.A"].new_ones(1, 1, 1)
+    state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
+    return KronyGPT.from_state_dict(dict(dense.config.as_plain_types(), **widths, shapes={}), state_dict).eval(), fisher
