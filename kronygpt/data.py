@@ -446,10 +446,14 @@ def table_rows(path, kind, column):
         names = rows.schema_arrow.names
         texts = (text for batch in rows.iter_batches(columns=[column]) for text in batch[column].to_pylist())
     else:
+        import pyarrow as pa
         from datasets import Dataset, load_from_disk
 
-        rows = load_from_disk(path) if Path(path).is_dir() else Dataset.from_file(str(path))
-        names, texts = rows.column_names, (text for batch in rows.iter(1000) for text in batch[column])
+        try:
+            rows = load_from_disk(path) if Path(path).is_dir() else Dataset.from_file(str(path))
+        except pa.ArrowInvalid:  # not Arrow's format for streams, but that for files
+            rows = Dataset(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        names, texts = rows.column_names, (row[column] for row in rows)
     if column not in names:
         has = "splits" if isinstance(names, dict) else "columns"
         raise UserError(f"{path} has the {has} {', '.join(names)}, and no `{column}`")

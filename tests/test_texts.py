@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_here
+from pyarrow import feather
 from test_data import config_of
 
 from kronygpt.configurator import UserError
@@ -131,8 +132,8 @@ def test_nulls_are_skipped_and_counted(name, write, prepare, shared):
 @pytest.mark.parametrize("name, write, message", [
     ("a.jsonl", lambda path: write_jsonl(path, [dict(text="a"), dict(text=3)]), "a.jsonl, line 2: the `text` is no string"),
     ("a.jsonl", lambda path: write_jsonl(path, [["a"]] * 3), "a.jsonl, line 1 is no JSON with a string `text`"),
-    ("a.ndjson", lambda path: write_jsonl(path, [dict(title="a")]), "a.ndjson, line 1 is no JSON with a string `text`, but title"),
-    ("a.json", lambda path: Path(path).write_text('[{"text": "a"}, {"text": {}}]'), "a.json, row 2: the `text` is no string"),
+    ("a.ndjson", lambda path: write_jsonl(path, [dict(title="a")]), "line 1 is no JSON with a string `text`, but title"),
+    ("a.json", lambda path: Path(path).write_text('[{"text": "a"}, {"text": {}}]'), "row 2: the `text` is no string"),
     ("a.json", lambda path: Path(path).write_text("3"), "a.json, row 1 is no JSON with a string `text`"),
     ("a.parquet", lambda path: write_parquet(path, [1, 2, 3]), "a.parquet: the `text` is no string but int"),
     ("a.parquet", lambda path: write_parquet(path, [["a"], ["b"]]), "a.parquet: the `text` is no string but list"),
@@ -175,6 +176,7 @@ def save(path, rows):
     ("rows.parquet", lambda path: write_parquet(path, ROWS)),
     ("saved", lambda path: save(path, ROWS)),
     ("saved/data-00000-of-00001.arrow", lambda path: save("saved", ROWS)),
+    ("rows.arrow", lambda path: feather.write_feather(pa.table(dict(id=range(40), text=ROWS)), path)),
 ])
 def test_rows_come_in_several_forms(name, write, prepare, gpt2_dir):
     write(name)
