@@ -309,8 +309,8 @@ def dataset_writer(directory, tokenizer, source):
                 file.flush()
                 os.fsync(file.fileno())
     finally:
-        with suppress(OSError):  # only an empty one can be removed
-            directory.rmdir()
+        with suppress(OSError):  # only empty ones can be removed
+            os.removedirs(directory)
 
 
 @contextmanager
@@ -328,7 +328,7 @@ def scratch_folder(directory):
         shutil.rmtree(folder, ignore_errors=True)
         directory.joinpath(".lock").unlink(missing_ok=True)
         with suppress(OSError):
-            directory.rmdir()
+            os.removedirs(directory)
         held.release()
 
 

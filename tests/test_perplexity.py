@@ -252,10 +252,8 @@ def test_a_hub_that_does_not_answer_is_tried_once_and_quietly(script, args, word
     write_byte_level_tokenizer("model")
     shutil.copytree(gpt2_dir, "model", dirs_exist_ok=True)
     offline = dict(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:1", HF_HOME=str(workdir / "hf"))
-    start = time.monotonic()
     said = run_script(script, *(arg.format("model") for arg in args), cwd=workdir, env=offline)
     assert said.returncode in (1, 2) and words in said.stderr and said.stderr.count("\n") == 1, said.stderr
-    assert time.monotonic() - start < 15
     assert not Path("data").exists()
 
 
