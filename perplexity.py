@@ -113,12 +113,12 @@ def make_windows(n_tokens, context, stride):
 def main(ckpt, dataset=None, n_batches=None):
     from kronygpt import checkpoint, data
     from kronygpt.device import autocast_to, pick_device
-    from kronygpt.files import atomic_write, check_is_file
+    from kronygpt.files import atomic_write, output_file
 
     if n_batches is not None and (is_text(dataset) or not n_batches.isdecimal() or not int(n_batches)):
         raise UserError(f"n_batches is a whole number, and for a data set under data/ only, not {dataset} {n_batches}")
     if json_out:
-        check_is_file(json_out)
+        output_file(json_out)
     model, _ = checkpoint.load(ckpt)
     model.to(pick_device(device)).eval()
     context = model.config.block_size

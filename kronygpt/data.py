@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kronygpt.configurator import UserError
 from kronygpt.device import pick_device
-from kronygpt.files import atomic_write, check_is_file, lock
+from kronygpt.files import atomic_write, lock, output_file
 from kronygpt.tokenizer import (
     GPT2_VOCAB_SIZE,
     TOKEN_TYPE,
@@ -318,7 +318,7 @@ def scratch_folder(directory):
     """Lock the directory of a data set that is going to be written, and make an empty folder in it for what is large. What
     a process that was killed has left there is removed first."""
     for name in (*(f"{split}.bin" for split in SPLITS), "meta.json"):
-        check_is_file(directory / name)
+        output_file(directory / name)
     held, folder = lock(directory), directory / ".scratch"
     try:
         shutil.rmtree(folder, ignore_errors=True)

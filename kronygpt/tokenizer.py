@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import tokenizers
-from tiktoken.load import read_file_cached
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from kronygpt.configurator import UserError
@@ -20,7 +19,6 @@ from kronygpt.configurator import UserError
 TOKEN_TYPE = np.uint16
 LARGEST_VOCABULARY = 2**16
 GPT2_VOCAB_SIZE = 50257
-GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # whence tiktoken has them
 BYTES_VOCAB_SIZE = 256
 END_OF_TEXT = "<|endoftext|>"
 FINGERPRINT = 12  # hexadecimal digits
@@ -152,14 +150,6 @@ def well_formed(text):
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def gpt2_files():
-    """GPT-2's {token: id}, END_OF_TEXT included, and its merges, [(left, right), ...]: OpenAI's encoder.json and
-    vocab.bpe, from tiktoken's cache."""
-    GPT2Tokenizer().encode("")  # downloads and checks them, or says why it cannot
-    encoder, merges = (read_file_cached(GPT2_FILES + name).decode() for name in ("encoder.json", "vocab.bpe"))
-    return json.loads(encoder), [tuple(line.split()) for line in merges.split("\n")[1:-1]]  # its first line is a version
 
 
 def bytes_to_unicode():

@@ -13,6 +13,7 @@ from test_data import config_of, write_dataset
 from kronygpt import checkpoint
 from kronygpt.configurator import UserError
 from kronygpt.data import data_tokenizer, load_tokens
+from kronygpt.export import gpt2_files
 from kronygpt.tokenizer import (
     END_OF_TEXT,
     BytesTokenizer,
@@ -21,7 +22,6 @@ from kronygpt.tokenizer import (
     UnknownTokenizer,
     bytes_to_unicode,
     fingerprint,
-    gpt2_files,
     open_tokenizer,
     read_tokenizer,
     tokenizer_record,
@@ -90,31 +90,24 @@ def loss_of(model, ids, context=32):
 
 def write_gpt2(directory, vocabulary=None, added=()):
     """GPT-2's vocab.json and merges.txt, perhaps with another vocabulary or added tokens behind it."""
-    gpt2, merges = gpt2_files()
     Path(directory).mkdir()
-    Path(directory, "vocab.json").write_text(json.dumps(vocabulary or gpt2), encoding="utf-8")
-    Path(directory, "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)), encoding="utf-8")
+    for name, content in gpt2_files().items():
+        Path(directory, name).write_bytes(content)
+    if vocabulary:
+        Path(directory, "vocab.json").write_text(json.dumps(vocabulary))
     if added:
-        Path(directory, "added_tokens.json").write_text(json.dumps({t: i for i, t in enumerate(added, len(gpt2))}))
-
-
-def test_gpt2s_files_are_its_vocabulary_and_merges(shared):
-    encoding, characters = GPT2Tokenizer().encoding, bytes_to_unicode()
-    vocabulary, merges = gpt2_files()
-    assert vocabulary == {"".join(characters[byte] for byte in token): encoding.encode_single_token(token)
-                          for token in encoding.token_byte_values()} | {END_OF_TEXT: 50256}
-    assert [vocabulary[left + right] for left, right in merges] == list(range(256, 50256))
+        Path(directory, "added_tokens.json").write_text(json.dumps({t: i for i, t in enumerate(added, 50257)}))
 
 
 def test_gpt2_is_told_by_its_files_without_tiktokens(shared, workdir, monkeypatch):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary, merges = gpt2_files()
-    assert fingerprint(vocabulary) == GPT2Tokenizer.fingerprint
     write_gpt2("english")
+    vocabulary = json.loads(Path("english/vocab.json").read_text())
+    assert fingerprint(vocabulary) == GPT2Tokenizer.fingerprint
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(workdir))
     assert isinstance(read_tokenizer("english"), GPT2Tokenizer) and tokenizer_record("english") is None
-    other = Tokenizer(models.BPE(vocabulary, merges))  # the same vocabulary, but each digit by itself
+    other = Tokenizer(models.BPE.from_file("english/vocab.json", "english/merges.txt"))  # but each digit by itself
     other.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                    pre_tokenizers.ByteLevel(add_prefix_space=False)])
     Path("digits").mkdir()
