@@ -126,41 +126,15 @@ def make_windows(n_tokens, context, stride):
 
 
 def score(model, tokens, stride, batch_size, autocast):
-    """Sum of the losses in nats, and how many tokens were scored.
-
-    Args:
-        model: a KronyGPT in eval mode, on its device.
-        tokens: array of the whole text.
-        stride: tokens from the beginning of a window to the next.
-        batch_size: windows scored together.
-        autocast: context manager for the forward.
-    """
-    import torch
+    """Sum of the losses in nats, and how many tokens were scored, with a bar of progress."""
     from tqdm import tqdm
 
-    from model import linear_cross_entropy
+    from kronygpt import data
 
-    config = model.config
-    windows = make_windows(len(tokens), config.block_size, stride)
-    device = model.lm_head.weight.device
-    total, n_scored = 0.0, 0
-    progress = tqdm(total=len(tokens), unit="tok", unit_scale=True, leave=False, disable=not sys.stderr.isatty())
-    for begin in range(0, len(windows), batch_size):
-        batch = windows[begin:begin + batch_size]
-        length = max(end - begin for begin, _, end in batch)
-        idx = torch.zeros(len(batch), length, dtype=torch.long)
-        counts = torch.zeros(len(batch), length, dtype=torch.bool)  # scored in this window; padding is at the end
-        for row, (start, first, end) in enumerate(batch):
-            idx[row, :end - start] = torch.from_numpy(tokens[start:end].astype("int64"))
-            counts[row, first - start:end - start] = True
-        idx, counts = idx.to(device), counts[:, 1:].to(device)
-        with torch.no_grad(), autocast:
-            x = model.hidden(idx)[:, :-1][counts]  # (tokens scored, C)
-            loss = linear_cross_entropy(x, model.lm_head.weight, idx[:, 1:][counts])
-        total += loss.item() * len(x)
-        n_scored += len(x)
-        progress.update(batch[-1][2] - progress.n)
-    progress.close()
+    windows = make_windows(len(tokens), model.config.block_size, stride)
+    with autocast, tqdm(total=len(tokens), unit="tok", unit_scale=True, leave=False, disable=None) as progress:
+        for total, n_scored in data.score(model, tokens, windows, batch_size):
+            progress.update(n_scored - progress.n)
     return total, n_scored
 
 

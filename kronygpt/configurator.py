@@ -19,20 +19,21 @@ import difflib
 import errno
 import inspect
 import math
-import operator
 import os
 import re
 import signal
 import sys
 import threading
 import tokenize
+import traceback
 import warnings
 from pathlib import Path
 from typing import get_args
 
+ROOT = Path(__file__).resolve().parent.parent
 OPTION_TYPES = (bool, int, float, str)
-INT_BITS = 63  # of a whole number
-SHOWN = 60  # characters of a wrong value
+SHOWN = 60, 300  # characters of a wrong value, and of the message of an error that is not ours
+ENDING = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # what shells, Slurm and a lost connection send
 SIGNALLED = 128  # and the number of a signal: the exit status of a script that it ended
 FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk that is full, or of a quota
 
@@ -50,22 +51,11 @@ class UserError(Exception):
         self.status = status
 
 
-def check_range(namespace, names, at_least=None, above=None, at_most=None, below=None):
-    """Raise UserError unless options are finite numbers in a range; None, an option without a value, passes.
-
-    Args:
-        namespace: the globals of a script.
-        names: of options in it, separated by spaces.
-        at_least, above, at_most, below: the bounds.
-    """
-    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
-    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
+def check_range(namespace, names, at_least=-math.inf, above=-math.inf, at_most=math.inf, below=math.inf):
     for name in names.split():
         value = namespace[name]
-        holds = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
-        if value is not None and not (-math.inf < value < math.inf and all(holds[w](value, b) for w, b in bounds.items())):
-            wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items()) or "a finite number"
-            raise UserError(f"--{name} is {wanted}, not {value}")
+        if value is not None and not (at_least <= value <= at_most and above < value < below):
+            raise UserError(f"--{name}={value} is out of range")
 
 
 def check_choice(namespace, name, *choices):
@@ -89,75 +79,65 @@ def option_types(namespace):
 
 
 def unknown_option(name, types, where=""):
-    nearest = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
-    hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists the options"
+    """An error that suggests an option: by its whole name, one of its words, or its initials (--lr for --learning_rate)."""
+    words = {}
+    for option in types:
+        parts = option.split("_")
+        for word in (option, *parts, "".join(part[0] for part in parts)):
+            if word == option or word not in words:
+                words[word] = option
+    nearest = difflib.get_close_matches(name.lower().replace("-", "_"), words, n=1)
+    hint = f"did you mean --{words[nearest[0]]}?" if nearest else "--help lists the options"
     return UserError(f"unknown option --{name}{where}: {hint}")
 
 
-def parse_value(name, text, wanted):
-    """The value that a command line's text stands for, in the type of the option."""
-    if wanted is str:
-        return text
+def parse_value(text, wanted):
+    """The value that a command line's text stands for, in the type of the option, or else the text itself."""
+    if wanted is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of strings with odd escapes
-            value = ast.literal_eval(text.capitalize() if wanted is bool else text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the latter two for nested brackets
-        value = text
-    return value
+        return wanted(text)
+    except ValueError:
+        return text
 
 
-def shortened(value):
-    text = repr(value) if type(value) is not int or value.bit_length() <= INT_BITS else "a number of many digits"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def checked_value(name, value, wanted, may_be_empty, where=""):
-    """The value of an option, if it has the option's type and can be meant; else UserError."""
-    is_number = type(value) in (int, float)
-    if type(value) is int and value.bit_length() > INT_BITS:
-        raise UserError(f"--{name} is a number with more digits than can be meant{where}")
-    if is_number and wanted is float:
-        return float(value)
-    if type(value) is not wanted:
+def checked_value(name, value, wanted, where=""):
+    """The value of an option, if it has the option's type; else UserError."""
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted or (wanted is float and not math.isfinite(value)):
         example = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[wanted]
-        raise UserError(f"--{name} takes {example}, not {shortened(value)}{where}")
-    if value == "" and name not in may_be_empty:
-        raise UserError(f"--{name} is empty{where}: give it a value, or omit it for the default")
+        raise UserError(f"--{name} takes {example}, not {shortened(repr(value))}{where}")
     return value
 
 
-def read_config_file(path, namespace, types, may_be_empty):
+def shortened(text, length=SHOWN[0]):
+    text = str(text)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def read_config_file(path, namespace, types):
     """Execute a config file with the current options as its globals, and return the options that it assigned."""
     where = f" (in {path})"
-    try:
-        if not Path(path).is_file():
-            raise UserError(f"no config file {path}")
-        code = compile(Path(path).read_bytes(), str(path), "exec")  # bytes: their coding line or byte order mark counts
-    except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno or '?'}: {error.msg}") from None
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"cannot read config file {path}: {type(error).__name__}: {error}") from None
+    if not Path(path).is_file():
+        raise UserError(f"no config file {path}")
     before = {name: namespace[name] for name in types}
-    optional = namespace.get("__annotations__", {})  # options that may be None
     scope = dict(before, __file__=str(path), __name__="config")
     try:
-        exec(code, scope)
+        code = Path(path).read_bytes()  # Python reads their coding line or byte order mark
+        exec(compile(code, str(path), "exec"), scope)
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno or '?'}: {error.msg}") from None
     except (Exception, SystemExit) as error:  # an error in the user's program is the user's
-        line = next((t.tb_lineno for t in iterate_traceback(error) if t.tb_frame.f_code is code), "?")
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        _, line = place_of(error, lambda file: file == str(path))
+        raise UserError(f"{path}, line {line}: {described(error)}") from None
     for name, value in scope.items():
         if name not in types and not name.startswith("_") and type(value) in OPTION_TYPES:
             raise unknown_option(name, types, where)
+    optional = namespace.get("__annotations__", {})  # options that may be None
     assigned = {name: scope[name] for name in types if scope.get(name, before[name]) is not before[name]}
-    return {name: value if value is None and name in optional
-            else checked_value(name, value, types[name], may_be_empty, where) for name, value in assigned.items()}
-
-
-def iterate_traceback(error):
-    step = error.__traceback__
-    while step:
-        yield step
-        step = step.tb_next
+    return {name: value if value is None and name in optional else checked_value(name, value, types[name], where)
+            for name, value in assigned.items()}
 
 
 def as_config_file(arg, takes_positionals):
@@ -172,8 +152,7 @@ def configure(namespace, argv, takes_positionals=True):
     """Set the options in a module's globals from its command line.
 
     Args:
-        namespace: the globals of the script; its options are overwritten in place. Its MAY_BE_EMPTY names those that may
-            be empty strings, besides those that are by default.
+        namespace: the globals of the script; its options are overwritten in place.
         argv: the arguments after the script's name.
         takes_positionals: whether the script has positional arguments at all.
 
@@ -185,7 +164,6 @@ def configure(namespace, argv, takes_positionals=True):
     """
     types = option_types(namespace)
     defaults = {name: namespace[name] for name in types}
-    may_be_empty = {*namespace.get("MAY_BE_EMPTY", ()), *(name for name in types if defaults[name] == "")}
     given.clear()
     positionals = []
     for arg in argv:
@@ -195,11 +173,10 @@ def configure(namespace, argv, takes_positionals=True):
                 raise unknown_option(name, types)
             if not equals and types[name] is not bool:
                 raise UserError(f"--{name} needs a value: --{name}=...")
-            value = parse_value(name, text, types[name]) if equals else True
-            namespace[name] = checked_value(name, value, types[name], may_be_empty)
+            namespace[name] = checked_value(name, parse_value(text, types[name]) if equals else True, types[name])
             given.add(name)
         elif config := as_config_file(arg, takes_positionals):
-            assigned = read_config_file(config, namespace, types, may_be_empty)
+            assigned = read_config_file(config, namespace, types)
             namespace.update(assigned)
             given.update(assigned)
         elif not arg.strip():
@@ -231,7 +208,8 @@ def option_comments(path):
 
 def usage(main):
     """The usage line of a script: its name, its positional arguments, and what every script takes."""
-    words = [os.path.basename(main.__code__.co_filename)]
+    path = Path(main.__code__.co_filename).resolve()
+    words = ["python", "-m", f"experiments.{path.stem}"] if path.parent == ROOT / "experiments" else ["python", path.name]
     for name, parameter in inspect.signature(main).parameters.items():
         optional = parameter.default is not inspect.Parameter.empty
         words.append(f"[{name}]" if optional else name)
@@ -242,9 +220,10 @@ def print_help(main):
     namespace = main.__globals__
     print(f"usage: {usage(main)}\n\n{(namespace['__doc__'] or '').strip()}\n\noptions:")
     comments = option_comments(main.__code__.co_filename)
-    rows = [(f"--{name}={'' if namespace[name] is None else namespace[name]}", comments.get(name, ""))
+    rows = [(f"--{name}={'' if namespace[name] is None else in_one_line(namespace[name])}", comments.get(name, ""))
             for name in option_types(namespace)]
-    width = min(36, max((len(left) for left, _ in rows), default=0))
+    rows.append(("--traceback", "show all of an error, as KRONYGPT_TRACEBACK=1 does"))
+    width = min(36, max(len(left) for left, _ in rows))
     for left, comment in rows:
         print(f"  {left:<{width}}  {comment}".rstrip())
 
@@ -252,17 +231,15 @@ def print_help(main):
 def run(main):
     """Run a script: configure its module's options, call main with the positional arguments, and exit.
 
-    Errors that a person can act on become one line on stderr: UserError with its status, FileNotFoundError and its
-    kind with exit status 2, any other OSError with 1, and memory that is too small, for which a script says in its
-    OUT_OF_MEMORY what helps. Everything else is a bug and keeps its traceback.
+    An error becomes one line on stderr. The exit status is that of a UserError, 2 for FileNotFoundError and its kind, 1 for
+    any other error, and 128 + N for signal N. --traceback, or KRONYGPT_TRACEBACK=1, shows the whole traceback instead.
     """
     for stream in (sys.stdout, sys.stderr):  # a pipe in latin-1 or ASCII gets \u2016 for what it cannot write
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(SIGNALLED + number))  # what is half-written is removed
-    argv = sys.argv[1:]
+    warnings.formatwarning = lambda message, *where: f"warning: {' '.join(str(message).split())}\n"
+    end_at_signals()
+    argv = [arg for arg in sys.argv[1:] if arg != "--traceback"]
     parameters = inspect.signature(main).parameters
     try:
         if "--help" in argv or "-h" in argv:
@@ -276,28 +253,65 @@ def run(main):
                 problem = f"no config file {extra[0]}"
             raise UserError(f"{problem}; usage: {usage(main)}")
         main(*positionals)
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
     except BrokenPipeError:  # the reader of our output has gone (`... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError) as error:
+    except BaseException as error:  # panics of libraries in Rust are no Exceptions
+        if len(argv) < len(sys.argv) - 1 or os.environ.get("KRONYGPT_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
+        else:
+            print("error:", report(error, main), file=sys.stderr)
         is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
-        if getattr(error, "errno", None) in FULL:
-            exit_with(f"the disk is full: {error.filename or error}", status=1)
-        exit_with(error, getattr(error, "status", 2 if is_missing else 1))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
+        sys.exit(getattr(error, "status", 2 if is_missing else 1))
+
+
+def end_at_signals():
+    """Let signals end a script with 128 + N, after what it has half-written is removed; what nohup ignores stays ignored."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in ENDING if hasattr(signal, name)):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: sys.exit(SIGNALLED + number))
+
+
+def report(error, main):
+    """What an error says in one line: with the place in our code, unless the user or the system is at fault."""
+    if is_out_of_memory(error):
         advice = main.__globals__.get("OUT_OF_MEMORY", "use a smaller model or batch, or a device with more memory")
-        exit_with(f"out of memory: {advice} ({str(error).strip().partition(chr(10))[0]})", status=1)
+        return f"out of memory: {advice} ({first_line(error)})"
+    if getattr(error, "errno", None) in FULL:
+        return f"the disk is full: {error.filename or error}"
+    if isinstance(error, (UserError, OSError)):
+        return " ".join(str(error).split())
+    file, line = place_of(error, lambda file: is_ours(file) or file == main.__code__.co_filename)
+    return f"{described(error)} ({file}:{line}; --traceback shows all of it)"
 
 
-def exit_with(message, status):
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(status)
+def described(error):
+    return f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+
+
+def first_line(error):
+    return shortened(str(error).strip().partition("\n")[0], SHOWN[1])
+
+
+def is_ours(file):
+    inside = Path(file).resolve()
+    return inside.is_relative_to(ROOT) and "site-packages" not in inside.parts
+
+
+def place_of(error, is_wanted):
+    """(file, line) of the innermost call in an error's traceback whose file is wanted."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if is_wanted(frame.filename):
+            return os.path.relpath(frame.filename, ROOT) if is_ours(frame.filename) else frame.filename, frame.lineno
+    return "?", "?"
 
 
 def is_out_of_memory(error):
     """Whether an error says that memory is too small: Python's, or torch's of a GPU, of mps or of the CPU."""
-    return isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error))
+    is_said = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    return isinstance(error, MemoryError) or bool(is_said)

@@ -24,6 +24,7 @@ from kronygpt.tokenizer import (
     is_same,
     tokenizer_name,
 )
+from model import linear_cross_entropy
 
 DATA_DIR = Path("data")
 SPLITS = ("train", "val")
@@ -264,10 +265,11 @@ def unknown_token(token, tokens, position, vocab_size):
     return UserError(f"token {token} in {where}: the model's vocabulary ends at {vocab_size - 1}")
 
 
-def check_tokens(tokens, vocab_size):
-    """Raise UserError where one of the tokens is none of the vocabulary."""
-    if len(tokens) and tokens.max() >= vocab_size:
-        raise unknown_token(tokens[tokens.argmax()], tokens, tokens.argmax(), vocab_size)
+def check_tokens(tokens, vocab_size, begin=0, end=None):
+    """Raise UserError where one of tokens[begin:end] is none of the vocabulary."""
+    part = tokens[begin:end]
+    if len(part) and part.max() >= vocab_size:
+        raise unknown_token(part.max(), tokens, begin + part.argmax(), vocab_size)
 
 
 def windows(tokens, starts, block_size, vocab_size, device="cpu"):
@@ -327,6 +329,49 @@ def calibration_text(dataset, n_tokens, config, device):
                         "inputs, which fewer tokens cannot tell apart")
     starts = even_starts(len(tokens), context, n_tokens // context)
     return windows(tokens, starts, context, config.vocab_size, pick_device(device))[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss of a model on tokens
+
+@torch.no_grad()
+def score(model, tokens, windows, batch_size):
+    """Score tokens window by window; yields (sum of the losses in nats, tokens scored) so far, after each batch.
+
+    The mode of the model, training or eval, and autocast are the caller's.
+
+    Args:
+        model: a KronyGPT, on its device.
+        tokens: array of the whole text.
+        windows: [(begin, first, end)]: the model reads tokens[begin:end], and the losses of tokens[first:end] count, where
+            first > begin.
+        batch_size: windows in a batch.
+
+    Raises:
+        UserError: a token that the vocabulary does not have.
+    """
+    device = model.lm_head.weight.device
+    total, n_scored = 0.0, 0
+    for i in range(0, len(windows), batch_size):
+        batch = windows[i:i + batch_size]
+        length = max(end - begin for begin, _, end in batch)
+        idx = torch.zeros(len(batch), length, dtype=torch.long)  # shorter windows are padded behind their end
+        counts = torch.zeros(len(batch), length, dtype=torch.bool)
+        for row, (begin, first, end) in enumerate(batch):
+            check_tokens(tokens, model.config.vocab_size, begin, end)
+            idx[row, :end - begin] = torch.from_numpy(tokens[begin:end].astype(np.int64))
+            counts[row, first - begin:end - begin] = True
+        idx, counts = idx.to(device), counts[:, 1:].to(device)
+        x = model.hidden(idx[:, :-1])[counts]  # (tokens scored, C)
+        total += linear_cross_entropy(x, model.lm_head.weight, idx[:, 1:][counts]).item() * len(x)
+        n_scored += len(x)
+        yield total, n_scored
+
+
+def mean_loss(model, tokens, windows, batch_size):
+    """The mean loss in nats of the tokens that score() counts."""
+    *_, (total, n_scored) = score(model, tokens, windows, batch_size)
+    return total / n_scored
 
 
 # ----------------------------------------------------------------------------------------------------------------------

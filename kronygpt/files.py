@@ -1,65 +1,70 @@
-"""Durable files: atomic writes of files and directories, and directories that belong to one process."""
-import ctypes
-import errno
+"""What an output path is, files and directories that are written whole or not at all, and a lock for a directory.
+
+One process at a time may write a path. Scripts that share a directory lock it.
+"""
 import os
 import re
 import secrets
 import shutil
-import time
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kronygpt.configurator import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows, which lets nobody remove a file that is open
-    fcntl = None
-
-ASIDE = "tmp"  # the end of a name that a file or directory has until it is complete: .<name>.<random>.tmp
-RANDOM_BYTES = 6  # in that name
-
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # what a file system without locks answers
-# what one answers that cannot flush a folder (SMB, FUSE)
-NO_FOLDER_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-REPLACE_TRIES, REPLACE_PAUSE = 50, 0.1  # on Windows, where a file cannot be replaced while another process reads it
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+# the name of what is not yet complete (tmp), or of a directory that is being replaced (old), beside the one it belongs to
+ASIDE = re.compile(r"\.(.+)\.[0-9a-f]{12}\.(tmp|old)")
 
 
-def check_is_file(path):
-    """Raise UserError where a file cannot be written, before work is done for it: a directory, device, pipe or socket."""
+def output_file(path):
+    """The path of a file to write, checked before the work for it begins.
+
+    Raises:
+        UserError: it names a directory, a device, a pipe or a socket, or lies where nothing can be written.
+    """
+    if os.path.basename(path) in ("", ".", ".."):  # Path would drop a slash at the end
+        raise UserError(f"{path or 'an empty path'} names a directory: name a file to write")
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a directory: name a file to write")
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file: name another file to write")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise UserError(f"{path} cannot be written: {folder} is a file")
+    check_access(path, path)
+    check_access(path, target_of(path).parent)
+    return path
 
 
-def claim(aside):
-    """Lock a file or directory that was just made, which tells others that its writer lives.
+def output_directory(path, is_replaced=False):
+    """The path of a directory to write, checked before the work for it begins.
 
-    Returns:
-        A descriptor that holds the lock, or None where there are no locks.
+    Args:
+        path: of the directory. It need not exist.
+        is_replaced: the whole directory is going to be replaced, as atomic_directory does; otherwise files are written into
+            it.
 
     Raises:
-        FileNotFoundError: another process took it for a leftover.
+        UserError: it is no directory, or lies where nothing can be written, or cannot be replaced.
     """
-    if fcntl is None:
-        return None
-    descriptor = os.open(aside, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.stat(aside)  # it may have been removed before it was locked
-        return descriptor
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, (BlockingIOError, FileNotFoundError)):
-            raise FileNotFoundError from None
-    return None  # a file system without locks
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: name a directory to write")
+    check_access(path, path)
+    if is_replaced:
+        whole = path.resolve()
+        if whole in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(whole):
+            raise UserError(f"{path} holds the current directory or is a mount point, and cannot be replaced: name another "
+                            "directory, or run this from elsewhere")
+        check_access(path, whole.parent)
+    return path
+
+
+def check_access(path, place):
+    """Raise UserError where a path cannot be written because of a place on the way to it, or the nearest one that exists."""
+    place = next(there for there in (place, *place.absolute().parents) if there.exists())
+    if place != path and not place.is_dir():
+        raise UserError(f"{path} cannot be written: {place} is a file")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{path} cannot be written: no permission to write {place}", status=1)
 
 
 def target_of(path):
@@ -67,42 +72,9 @@ def target_of(path):
     return Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 
-def aside_name(path):
+def aside_name(path, end="tmp"):
     """A new name beside a path."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(RANDOM_BYTES)}.{ASIDE}")
-
-
-@contextmanager
-def made_aside(path, make):
-    """Make a file or directory beside a path that it is going to replace, and remove it in the end.
-
-    Args:
-        path: to be replaced; its folder is made.
-        make: function of a new path; it raises FileExistsError where there is something, a link included.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, re.escape(path.name))
-    while True:
-        aside = aside_name(path)
-        try:
-            make(aside)
-            descriptor = claim(aside)
-            break
-        except FileExistsError:
-            continue
-        except FileNotFoundError:  # taken for a leftover, or its folder is gone
-            if not path.parent.is_dir():
-                raise
-    try:
-        yield aside
-    except OSError as error:  # a write that fails does not say to which file
-        error.filename = path if error.filename is None else str(error.filename).replace(aside.name, path.name)
-        raise
-    finally:
-        remove(aside)
-        if descriptor is not None:
-            os.close(descriptor)
-    sync(path.parent)  # the new name is on disk, too
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.{end}")
 
 
 def remove(path):
@@ -110,39 +82,63 @@ def remove(path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder, names, is_locked=False):
-    """Remove what processes that were killed have left half-written in a folder.
+def remove_leftovers(folder, names=".+", is_locked=True):
+    """Clear what writers that were killed have left in a folder, in which nobody else writes now: a half-written file or
+    directory is removed, and a directory that had been renamed away for a new one gets its name back."""
+    for aside in list(folder.iterdir()):
+        match = ASIDE.fullmatch(aside.name)
+        if match and re.fullmatch(names, match[1]):
+            target = aside.with_name(match[1])
+            if match[2] == "old" and not target.exists():
+                os.replace(aside, target)
+            else:
+                remove(aside)
 
-    Args:
-        folder: it exists.
-        names: pattern of the names of the files and directories that they were to replace.
-        is_locked: the caller holds the lock of the folder, so that nobody else writes there. Otherwise, what is locked by
-            its writer stays, and so does all where there are no locks.
-    """
-    aside_names = re.compile(rf"\.(?:{names})\.[0-9a-f]{{{2 * RANDOM_BYTES}}}\.{ASIDE}")
-    for aside in folder.iterdir():
-        if not aside_names.fullmatch(aside.name):
-            continue
-        try:
-            descriptor = claim(aside)
-        except FileNotFoundError:  # its writer lives, or has just removed it
-            descriptor = None
-        if is_locked or descriptor is not None:
-            remove(aside)
-        if descriptor is not None:
-            os.close(descriptor)
+
+def copy_mode(source, target):
+    """Give a file or directory the mode of another one, where there is one."""
+    with suppress(FileNotFoundError):
+        shutil.copymode(source, target)
 
 
 @contextmanager
-def atomic_write(path, mode="wb", keep_as=None):
+def made_aside(path):
+    """A name beside a path, for what is going to replace it; it is removed in the end. The folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, re.escape(path.name))
+    aside = aside_name(path)
+    try:
+        yield aside
+    except OSError as error:  # a write that fails does not say to which file
+        error.filename = path if error.filename is None else str(error.filename).replace(aside.name, path.name)
+        raise
+    finally:
+        remove(aside)
+    with suppress(OSError):  # of systems that cannot flush the names in a folder
+        sync(path.parent)
+
+
+def sync(path):
+    """Flush a file, or the names in a folder, to disk."""
+    if os.name == "nt":  # Windows opens no folder, and flushes no file that is open for reading
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path, mode="wb"):
     """Open a file for writing that replaces the old one, as a whole, when the block ends.
 
-    It is written beside it, flushed to disk and renamed; a block that fails leaves the old file as it was. The target of
-    a link is replaced, not the link.
+    It is written beside it, flushed to disk and renamed. A block that fails leaves the old file as it was; what a kill
+    leaves, the next write of this path removes. The new file has the old one's mode. A link stays, and its target is
+    replaced.
 
     with atomic_write("table.md", "w") as file:
         file.write(table)
@@ -150,29 +146,27 @@ def atomic_write(path, mode="wb", keep_as=None):
     Args:
         path: of the file; its folder is made.
         mode: "wb", or "w" for UTF-8 text.
-        keep_as: path of a second name for the old file. Where it cannot be had, a warning says so.
 
     Raises:
-        UserError: there is a directory, a device or a pipe.
+        UserError: see output_file.
     """
-    check_is_file(path)
-    path = target_of(path)
-    with made_aside(path, lambda aside: open(aside, "xb").close()) as aside:
-        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
+    path = target_of(output_file(path))
+    with made_aside(path) as aside:
+        with open(aside, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+            copy_mode(path, aside)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep_as and path.exists() and not keep_as.exists():
-            try:
-                link_or_copy(path, keep_as)
-            except OSError as error:  # the new file is worth more than the old one
-                warnings.warn(f"{path} is not kept as {keep_as}: {error.strerror}", stacklevel=3)
-        replace(aside, path)
+        os.replace(aside, path)
 
 
 @contextmanager
 def atomic_directory(path, is_ours):
     """Make a directory that replaces the old one, as a whole, when the block ends.
+
+    It is written beside it. Then the old one is renamed to .<name>.<12 digits>.old, the new one gets its name, and the
+    old one is removed. A kill between the two renames leaves no directory of this name, but the old one and the new one,
+    both complete, beside it (.old and .tmp); the next write of this path begins by giving the old one its name back.
 
     with atomic_directory("models/mine", lambda name: name.endswith(".json")) as aside:
         model.save_pretrained(aside)
@@ -180,64 +174,41 @@ def atomic_directory(path, is_ours):
     Args:
         path: of the directory; its folder is made.
         is_ours: function of a name in it, whether we write such files. The others are copied from the old directory.
+
+    Raises:
+        UserError: see output_directory.
     """
-    path = target_of(path)
-    with made_aside(path, os.mkdir) as aside:
+    path = target_of(output_directory(path, is_replaced=True))
+    with made_aside(path) as aside:
+        aside.mkdir()
         yield aside
         for old in path.iterdir() if path.exists() else ():
-            if not is_ours(old.name):
-                if old.is_dir() and not old.is_symlink():
-                    shutil.copytree(old, aside / old.name, symlinks=True)
-                else:
-                    shutil.copy2(old, aside / old.name, follow_symlinks=False)
+            new = aside / old.name
+            if is_ours(old.name):
+                if new.is_file() and not old.is_symlink():
+                    copy_mode(old, new)
+            elif old.is_dir() and not old.is_symlink():
+                shutil.copytree(old, new, symlinks=True)
+            else:
+                shutil.copy2(old, new, follow_symlinks=False)
         for file in aside.rglob("*"):
             if file.is_file() and not file.is_symlink():
                 sync(file)
-        exchange(aside, path)  # aside is now the old one, or gone
-
-
-def exchange(aside, path):
-    """Give a directory the name of another, or of none: in one step where the system can (Linux), otherwise in two."""
-    if not path.exists():
-        return os.replace(aside, path)
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
-    if renameat2 and not renameat2(AT_FDCWD, os.fsencode(aside), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE):
-        return
-    old = aside_name(path)
-    os.replace(path, old)
-    os.replace(aside, path)
-    remove(old)
-
-
-def replace(source, target):
-    """Rename a file over another one; on Windows wait, for some seconds, for its readers."""
-    for attempt in range(REPLACE_TRIES if os.name == "nt" else 1):
-        if attempt:
-            time.sleep(REPLACE_PAUSE)
+        copy_mode(path, aside)
+        old = aside_name(path, "old")
         try:
-            return os.replace(source, target)
-        except PermissionError as error:
-            denied = error
-    raise denied
-
-
-def sync(path):
-    """Flush a file, or a folder's names, to disk, on systems that can."""
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(aside, path)
         finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in NO_FOLDER_SYNC:
-            raise
+            if old.exists() and not path.exists():  # the second rename failed
+                os.replace(old, path)
+            remove(old)
 
 
 def link_or_copy(source, target):
-    """Give a file a second name, or where the file system has no hard links, a complete copy on disk."""
+    """Give a file a second name, which replaces what has it, or where the file system has no hard links, a complete copy."""
+    Path(target).unlink(missing_ok=True)
     try:
         os.link(source, target)
     except (OSError, AttributeError):  # whatever the reason, a copy serves: if it fails, it says why
@@ -256,9 +227,9 @@ def lock(directory):
     Raises:
         UserError: another process has it.
     """
-    from filelock import FileLock, Timeout
+    from filelock import FileLock, Timeout  # takes a tenth of a second, and most commands lock nothing
 
-    directory = Path(directory)
+    directory = output_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / ".lock"
 
@@ -270,14 +241,16 @@ def lock(directory):
     try:
         held.acquire()
     except Timeout:
-        try:
-            holder = path.read_text().strip() or "another one"
-        except OSError:  # Windows locks the text as well
-            holder = "another one"
-        raise UserError(f"{directory} is in use by process {holder}: wait for its end, or name another directory",
-                        status=1) from None
+        holder = ""
+        with suppress(OSError):  # Windows locks the text as well
+            holder = path.read_text(encoding="utf-8").strip()
+        raise UserError(f"{directory} is in use by process {holder or 'unknown'}: wait for its end, or name another "
+                        "directory", status=1) from None
+    except PermissionError:
+        raise
     except (OSError, NotImplementedError) as error:
-        if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
-            raise
         warnings.warn(f"no locks in {directory} ({error}): make sure that no other process writes there", stacklevel=2)
     return held
+
+
+check_is_file = output_file
