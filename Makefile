@@ -1,13 +1,19 @@
-# make demo: compress, train, export and score a small GPT-2 on Python's documentation, and show the result
-# make figures: the runs, pictures and tables of docs/report.md
-# make test: the tests      make stress: kills, faults and long fuzzing      make lint: the linter
-# make clean: remove what these made, but for .venv
-
 PYTHON ?= python3
 VENV := .venv
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo figures test stress lint clean
+.PHONY: help install demo figures test stress lint clean
+
+help:
+	@echo 'make install   the packages, in $(VENV): 1.6 GB'
+	@echo 'make demo      compress, train, export and score a small GPT-2 on the documentation of Python, and show the result'
+	@echo 'make test      the tests'
+	@echo 'make stress    kills, full disks and long fuzzing'
+	@echo 'make lint      the linter'
+	@echo 'make figures   the runs, pictures and tables of docs/report.md'
+	@echo 'make clean     remove what the demo made'
+
+install: $(VENV)/runtime
 
 demo: $(VENV)/runtime
 	$(VENV)/bin/python -m experiments.prepare_pydocs
@@ -21,7 +27,7 @@ figures: $(VENV)/runtime
 	$(VENV)/bin/python -m experiments.figures
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -rs
 
 stress: $(VENV)/dev
 	$(VENV)/bin/python -m pytest -m slow -s
@@ -31,6 +37,7 @@ lint: $(VENV)/dev
 
 # torch first: what follows then finds the version that is pinned here
 $(VENV)/runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("KronyGPT needs Python 3.11 or later: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet "$$(grep '^torch==' requirements.txt)"
 	$(VENV)/bin/pip install --quiet -r requirements.txt
