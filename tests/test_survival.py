@@ -6,8 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
-import stat
 import subprocess
 import sys
 import time
@@ -22,7 +20,7 @@ from test_train import RUN, RUN_OF_A_CHECKPOINT, as_it_was, load, losses_of, run
 
 from kronygpt import checkpoint, files
 from kronygpt.configurator import UserError
-from kronygpt.files import atomic_directory, atomic_write, lock
+from kronygpt.files import atomic_write, lock
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists() or torch.cuda.is_available(),
                                 reason="needs Linux, and forks, which a process with CUDA's threads cannot")
@@ -269,20 +267,6 @@ def test_a_start_over_that_cannot_save_spares_the_old_run(tokens):
     assert after.pop(".lock") and before.pop(".lock") and after == before
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(fraction, workdir):
-    def write():
-        try:
-            with atomic_write("file") as file:
-                file.write(bytes(100_000))
-        except OSError as error:
-            return subprocess.CompletedProcess((), error.errno)
-
-    Path("file").write_bytes(b"old")
-    assert limited(int(fraction * 100_000), write) == errno.EFBIG
-    assert contents(".") == {"file": b"old"}
-
-
 def test_a_full_disk_is_called_full(tokens, gpt2_dir, monkeypatch):
     """torch's own errors do not say what the system said."""
     class Full:
@@ -480,23 +464,6 @@ def test_readers_beside_a_run_see_whole_checkpoints(tokens):
     print(f"{len(seen)} checkpoints read beside the run that wrote them, of {len(set(seen))} steps")
 
 
-# files.py
-
-def write_and_die(make, name):
-    with make(name, *([str] if make is atomic_directory else [])) as made:
-        (made / "a").write_text("new") if make is atomic_directory else made.write(b"new")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("make", [atomic_write, atomic_directory])
-def test_what_a_killed_writer_left_goes_with_the_next_write(make, workdir):
-    assert in_child(lambda: write_and_die(make, "out/made")) == -signal.SIGKILL
-    assert len(asides("made")) == 1 and not Path("out/made").exists()
-    with atomic_write("out/made", "w") as file:
-        file.write("newer")
-    assert contents() == {"made": b"newer"}
-
-
 def test_a_link_is_written_through(workdir):
     Path("elsewhere").mkdir()
     Path("elsewhere/target").write_text("old")
@@ -507,28 +474,3 @@ def test_a_link_is_written_through(workdir):
             file.write("new")
         assert Path(name).is_symlink() and Path(name).read_text() == "new"
     assert sorted(os.listdir("elsewhere")) == ["none", "target"]
-
-
-@pytest.mark.parametrize("target", ["pipe", "folder", "link_to_pipe", "socket", "file/in/it"])
-def test_what_is_no_file_is_not_replaced(target, workdir):
-    os.mkfifo("pipe")
-    Path("folder").mkdir()
-    Path("file").touch()
-    Path("link_to_pipe").symlink_to("pipe")
-    socket.socket(socket.AF_UNIX).bind("socket")
-    before = os.stat(target) if target != "file/in/it" else None
-    with pytest.raises(UserError, match=r"is a directory|is no regular file|is a file"), atomic_write(target) as file:
-        file.write(b"new")
-    assert before is None or os.stat(target)[:2] == before[:2]
-    assert not list(workdir.glob(".*"))
-
-
-@pytest.mark.parametrize("command", [
-    "kron_decompose.py 32 64 1 --init_from={} --out=pipe", "prune.py --init_from={} --out=pipe",
-    "perplexity.py {} text.txt --json_out=pipe", "kron_to_gpt.py {} pipe", "train.py --out_dir=pipe"])
-def test_scripts_refuse_a_pipe_before_they_work(command, gpt2_dir, workdir):
-    os.mkfifo("pipe")
-    Path("text.txt").write_text("some text " * 20)
-    said = run_here(*command.format(gpt2_dir).split())
-    assert said.returncode == 2 and said.stderr.count("\n") == 1 and "pipe" in said.stderr
-    assert stat.S_ISFIFO(os.stat("pipe").st_mode) and sorted(os.listdir()) == ["pipe", "text.txt"]
