@@ -224,7 +224,7 @@ def run(main):
     """
     for stream in (sys.stdout, sys.stderr):  # a pipe in latin-1 or ASCII gets \u2016 for what it cannot write
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a log shows progress as it is made
     warnings.formatwarning = lambda message, *where: f"warning: {' '.join(str(message).split())}\n"
     end_at_signals()
     argv = [arg for arg in sys.argv[1:] if arg != "--traceback"]
