@@ -1,59 +1,12 @@
-"""Pictures of losses: one training run, and several starts side by side. matplotlib is imported when one is drawn."""
+"""Pictures of comparisons: the losses of several starts side by side."""
 import re
 import statistics
 
-from kronygpt.files import atomic_write
+from kronygpt.run_dir import new_figure, save_figure, use_log_scale
 
-DPI = 120
 SAME_SIZE = 1.1  # starts whose numbers of parameters differ by less than this factor share a panel
 MARKERS = "osD^vPX*hd"
-TICKS = 8  # of an axis of losses, about
 COLORS = 10  # of matplotlib's cycle, C0 to C9
-
-
-def new_figure(*size):
-    """A figure of a width and a height in inches, which needs no display and no backend."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained")
-
-
-def save(figure, path):
-    """Write a figure as a PNG, with the same bytes each time."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-
-
-def use_log_scale(axes):
-    """A logarithmic axis of losses, with evenly spaced plain numbers as ticks: powers of ten are too far apart."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(MaxNLocator(TICKS, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-
-
-def draw_run(log, path, title):
-    """The losses of a run against its steps.
-
-    Args:
-        log: the entries of its log.jsonl: {"step", "loss"} of steps, {"step", "train_loss", "val_loss"} of evaluations.
-        path: of the picture.
-        title: of the picture.
-    """
-    figure = new_figure(8, 5)
-    axes = figure.subplots()
-    for name, label, style in (("loss", "training, batch of the step", dict(color="C0", alpha=0.4, linewidth=1)),
-                               ("train_loss", "training", dict(color="C0", marker="o", markersize=4)),
-                               ("val_loss", "validation", dict(color="C1", marker="o", markersize=4))):
-        points = [(entry["step"], entry[name]) for entry in log if name in entry]
-        axes.plot([step for step, _ in points], [loss for _, loss in points], label=label, **style)
-    axes.set(xlabel="steps", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    use_log_scale(axes)
-    save(figure, path)
 
 
 def method(name):
@@ -102,7 +55,7 @@ def draw_pareto(rows, path, dataset):
     for axes in left, right:
         use_log_scale(axes)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def group_by_size(rows):
@@ -145,4 +98,4 @@ def draw_curves(rows, path):
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     use_log_scale(panels[0])
     panels[0].set_ylabel("validation loss (nats per token)")
-    save(figure, path)
+    save_figure(figure, path)

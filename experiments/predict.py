@@ -8,9 +8,9 @@ held-out text. The table is written anew after each model.
 """
 from pathlib import Path
 
-from experiments import pictures
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
+from kronygpt.run_dir import new_figure, save_figure
 
 init_from = "gpt2"  # the dense model: a hub name, a Hugging Face directory or a checkpoint
 calibrate = "openwebtext"  # data set under data/: its training split is calibrated on, its validation split scored
@@ -52,7 +52,7 @@ def rank_correlation(pairs):
 
 def draw(rows, path):
     """Predicted against measured loss added on logarithmic axes, with the line on which they are equal."""
-    figure = pictures.new_figure(7, 6)
+    figure = new_figure(7, 6)
     axes = figure.subplots()
     for end, style in [*((kind, dict(color=color, marker="o", alpha=0.7, linestyle="", label=f"{kind}, alone"))
                          for kind, color in COLORS.items()),
@@ -65,7 +65,7 @@ def draw(rows, path):
              ylabel=f"measured on held-out {calibrate} (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    pictures.save(figure, path)
+    save_figure(figure, path)
 
 
 def row_cells(name, size, share, predicted, measured):

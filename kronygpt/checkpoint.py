@@ -333,7 +333,7 @@ def load_optimizer_state(optimizer, state, path):
         raise UserError(f"the optimizer's state in {path} is not that of these options, or of an earlier version: resume "
                         f"with the options that the run was started with, or start from its weights, --init_from={path} "
                         "with another --out_dir")
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(dict(state, param_groups=optimizer.state_dict()["param_groups"]))
 
 
 def to_file_names(state_dict):
