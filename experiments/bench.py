@@ -25,7 +25,6 @@ from experiments.compare import markdown
 from experiments.pictures import MARKERS
 from kronygpt.configurator import UserError, check_choice, run
 from kronygpt.files import atomic_write, output_file
-from kronygpt.run_dir import new_figure, save_figure
 
 n_layer = 12  # blocks
 n_head = 12  # attention heads
@@ -195,6 +194,8 @@ def measure(candidates, torch_device):
 
 def draw(ratios, columns):
     """Draw ratios.png from {model: {measurement: ratio}}."""
+    from kronygpt.run_dir import new_figure, save_figure
+
     figure = new_figure(9, 1 + 0.6 * len(columns))
     axes = figure.subplots()
     for (name, values), marker in zip(ratios.items(), itertools.cycle(MARKERS)):

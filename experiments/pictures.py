@@ -2,8 +2,6 @@
 import re
 import statistics
 
-from kronygpt.run_dir import new_figure, save_figure, use_log_scale
-
 SAME_SIZE = 1.1  # starts whose numbers of parameters differ by less than this factor share a panel
 MARKERS = "osD^vPX*hd"
 COLORS = 10  # of matplotlib's cycle, C0 to C9
@@ -34,6 +32,8 @@ def draw_pareto(rows, path, dataset):
         path: of the picture.
         dataset: name of the held-out text.
     """
+    from kronygpt.run_dir import new_figure, save_figure, use_log_scale
+
     figure, dense = new_figure(11, 5.5), dense_start(rows)
     left, right = figure.subplots(1, 2)
     loss_of_dense = statistics.mean(r["after"] for r in dense["runs"]) if dense else rows[0]["before"]
@@ -79,6 +79,8 @@ def mean_curve(row):
 def draw_curves(rows, path):
     """Validation loss against steps, with a panel for each size. In each of them the reference is the dense model trained
     as long, and what it began with, on the same text; rows as of draw_pareto."""
+    from kronygpt.run_dir import new_figure, save_figure, use_log_scale
+
     dense = dense_start(rows)
     others = [row for row in rows[1:] if row is not dense]
     groups, styles = group_by_size(others or rows[1:]), method_styles(others)

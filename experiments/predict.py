@@ -10,7 +10,6 @@ from pathlib import Path
 
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
-from kronygpt.run_dir import new_figure, save_figure
 
 init_from = "gpt2"  # the dense model: a hub name, a Hugging Face directory or a checkpoint
 calibrate = "openwebtext"  # data set under data/: its training split is calibrated on, its validation split scored
@@ -52,6 +51,8 @@ def rank_correlation(pairs):
 
 def draw(rows, path):
     """Predicted against measured loss added on logarithmic axes, with the line on which they are equal."""
+    from kronygpt.run_dir import new_figure, save_figure
+
     figure = new_figure(7, 6)
     axes = figure.subplots()
     for end, style in [*((kind, dict(color=color, marker="o", alpha=0.7, linestyle="", label=f"{kind}, alone"))

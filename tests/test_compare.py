@@ -10,7 +10,7 @@ import torch
 from conftest import run_here
 
 from experiments import compare, pictures
-from kronygpt import checkpoint
+from kronygpt import checkpoint, run_dir
 from kronygpt.configurator import UserError
 from model import KronyGPT, KronyGPTConfig
 
@@ -129,7 +129,7 @@ def test_the_conclusion_is_about_the_best_smaller_model_and_the_dense_one_traine
 def test_the_pictures_have_the_dense_model_trained_as_long_as_their_reference(monkeypatch):
     """Its curve and the line of its loss before training are of the same text; sizes are those of whole models."""
     figures, rows = [], rows_of(1.5, 2.0)
-    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(run_dir, "save_figure", lambda figure, path: figures.append(figure))
     rows.append(dict(rows[-1], name="larger", parameters=56, shapes=56))
     pictures.draw_curves(rows, "loss.png")
     pictures.draw_pareto(rows, "pareto.png", "text")

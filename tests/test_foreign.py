@@ -199,7 +199,6 @@ SCRIPTS = {
                  "--gradient_accumulation_steps=1"],
     "train.py teacher": ["--teacher={}", "--dataset=tiny", "--block_size=16", "--max_iters=1", "--eval_iters=1",
                          "--gradient_accumulation_steps=1", "--n_layer=1", "--n_head=1", "--n_embd=16"],
-    "experiments/bench.py": ["score", "text.txt", "{}", "{}", "--repeats=1"],
     "experiments/compare.py": ["--base={}", "--dataset=tiny", "--out_dir=out", "--starts=a: prune.py"],
 }
 
@@ -249,10 +248,9 @@ def trap(directory, kind):
 def test_a_directory_runs_no_code_in_any_script(kind, directory, workdir, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))  # to whatever is asked
     write_dataset("tiny", 2000)
-    Path("text.txt").write_text("some text " * 20)
     mark = trap(directory, kind)
     for script, arguments in SCRIPTS.items():
-        if script in ("experiments/compare.py", "experiments/bench.py") and kind not in ("unknown type", "pickle"):
+        if script == "experiments/compare.py" and kind not in ("unknown type", "pickle"):
             continue  # a good model: minutes; they run scripts that are here themselves
         said = run_here(script.split()[0], *(argument.format(directory) for argument in arguments))
         assert not mark.exists() and not (directory / "mark").exists(), (script, kind)

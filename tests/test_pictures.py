@@ -59,7 +59,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning_and_the_old_one_stays(what,
 
 def test_losses_against_parameters_have_a_line_for_each_method(monkeypatch):
     figures = []
-    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(run_dir, "save_figure", lambda figure, path: figures.append(figure))
 
     def row(name, parameters, before, *after):
         return dict(name=name, parameters=parameters, shapes=parameters, before=before,
