@@ -283,21 +283,18 @@ def errors_table(dense, text, tokens, held_out, shapes):
     """Errors of weights and outputs, and losses, of Van Loan's sums and of the same shapes fitted to text, both with the
     hidden units in the order of calibration. tokens and held_out as in data.score."""
     from kronygpt import calibration, compress, data
-    from kronygpt.kron import van_loan
     from model import mlp_shapes
 
     def loss(model):
         return f"{data.mean_loss(model.eval(), tokens, held_out, BATCH_SIZE):.3f}"
 
     config, kinds = dense.config, ["mlp.c_fc", "mlp.c_proj"]
-    hidden, _ = calibration.contributions(dense, text)
     rows = [("dense", "", "", loss(dense))]
     for dim_1, dim_2, r in shapes:
         matrices = mlp_shapes(dim_1, dim_2, [r] * config.n_layer)
-        order = [calibration.interleave(scores, dim_2, config.n_inner // dim_2) for scores in hidden]
-        ordered = compress.reorder_units(dense, hidden=order)
-        fisher, _ = calibration.statistics(ordered, text, kinds)
-        fitted = compress.factorize(ordered, matrices, van_loan)
+        ordered = compress.spread_units(dense, text, dim_2)
+        fisher = calibration.statistics(ordered, text, kinds).fisher
+        fitted = compress.factorize(ordered, matrices)
         before = loss(fitted)
         fits = calibration.calibrate(ordered, fitted, text, fisher)
         cells = [f"{statistics.mean(getattr(f, f'{what}_error_before') for f in fits):.3f} → "

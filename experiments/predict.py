@@ -88,9 +88,8 @@ def main():
     import torch
 
     from kronygpt import calibration, checkpoint, data
-    from kronygpt.budget import allocate
-    from kronygpt.compress import factorize
-    from kronygpt.kron import van_loan
+    from kronygpt.budget import Plan, plan_ranks
+    from kronygpt.compress import apply
     from model import Shape
 
     budget_shares, matrix_shares = parse_shares("budgets"), parse_shares("shares")
@@ -101,7 +100,7 @@ def main():
     tokens, context = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens], config.block_size
     held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
     dense.to(text.device).eval()
-    fisher, spectra = calibration.statistics(dense, text, [*config.matrices])
+    statistics = calibration.statistics(dense, text, [*config.matrices])
 
     @torch.no_grad()
     def loss(model):
@@ -109,10 +108,9 @@ def main():
 
     rows, base = [], loss(dense)
 
-    def measure(name, shapes, predicted, size=None, of=n_parameters):
-        """Compress the model to shapes, calibrate and score it, and write the table with the new row."""
-        new = factorize(dense, shapes, van_loan).eval()
-        calibration.calibrate(dense, new, text, fisher)
+    def measure(name, plan, predicted, size=None, of=n_parameters):
+        """Compress the model to a plan, score it, and write the table with the new row."""
+        new, _ = apply(dense, plan, text)
         size = size or new.count_parameters()["total"]
         rows.append((name, size, size / of, predicted, loss(new) - base))
         print(row_cells(*rows[-1]), flush=True)
@@ -120,17 +118,17 @@ def main():
 
     print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out) * (context - 1):,} tokens", flush=True)
     for share in budget_shares:
-        allocations = allocate(config, [*config.matrices], int(share * n_parameters), spectra)
-        measure("budget", {kind: [a.shape for a in allocations if a.kind == kind] for kind in config.matrices},
-                sum(a.loss for a in allocations))
+        plan = plan_ranks(config, [*config.matrices], int(share * n_parameters), statistics)
+        measure("budget", plan, plan.loss)
     for layer, kind, matrix in dense.matrices():
         m, n = matrix.weight.shape
         for share in matrix_shares:
             rank = max(1, int(share * m * n / (m + n)))
             shapes = [Shape(m, n, 1)] * config.n_layer
             shapes[layer] = Shape(m, 1, rank)
-            tail = spectra[f"transformer.h.{layer}.{kind}"][rank:]
-            measure(f"block {layer} {kind}", {kind: shapes}, tail.sum().item() / 2, rank * (m + n), m * n)
+            plan = Plan("one matrix alone", {kind: shapes}, fisher=statistics.fisher)
+            predicted = statistics.spectra[f"transformer.h.{layer}.{kind}"][rank:].sum().item() / 2
+            measure(f"block {layer} {kind}", plan, predicted, rank * (m + n), m * n)
     draw(rows, Path(out_dir, "predicted.png"))
     print(f"wrote {out_dir}/table.md and predicted.png")
 
