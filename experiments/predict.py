@@ -99,12 +99,12 @@ def main():
     text = data.calibration_text(calibrate, calibration_tokens, config, device)
     tokens, context = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens], config.block_size
     held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
-    dense.to(text.device).eval()
+    dense.to(text.device)
     statistics = calibration.statistics(dense, text, [*config.matrices])
 
     @torch.no_grad()
     def loss(model):
-        return data.mean_loss(model, tokens, held_out, BATCH_SIZE)
+        return data.mean_loss(model.eval(), tokens, held_out, BATCH_SIZE)
 
     rows, base = [], loss(dense)
 
