@@ -43,7 +43,7 @@ def draw_pareto(rows, path, dataset):
         axes.set(xlabel="parameters (millions)", ylabel=f"loss on held-out {dataset} (nats per token)", title=title)
         axes.grid(alpha=0.3)
         axes.margins(x=0.15)
-    right.plot([], [], "k*:", markersize=14, label="dense" + ", trained as long" * bool(dense))
+    right.plot([], [], "k*:", markersize=14, label="dense" + " (on the right: trained as long)" * bool(dense))
     others = [row for row in rows[1:] if row is not dense]
     for name, style in method_styles(others).items():
         same = sorted((row for row in others if method(row["name"]) == name), key=lambda row: row["parameters"])

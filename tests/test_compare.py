@@ -120,9 +120,9 @@ def rows_of(*losses_after, dense=True):
 
 def test_the_conclusion_is_about_the_best_smaller_model_and_the_dense_one_trained_as_long():
     assert compare.conclusion(rows_of(1.5, 1.0)) == (
-        'The best smaller model, "start 1", has 50% of the parameters of the dense model trained as long, and a loss of '
-        "1.000, 0.250 more.")
-    assert compare.conclusion(rows_of(0.5, dense=False)).endswith("of the dense model, and a loss of 0.500, 0.500 less.")
+        'The best smaller model, "start 1", has 50% of the parameters of the dense model and ends at 1.000, 0.250 nats '
+        "above the dense model trained as long.")
+    assert compare.conclusion(rows_of(0.5, dense=False)).endswith("ends at 0.500, 0.500 nats below the dense model.")
     assert compare.conclusion(rows_of()) == "No start is smaller than the dense model."
 
 
