@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from kronygpt.configurator import UserError, run
+from kronygpt.configurator import UserError, check_range, run
 
 out = "pydocs"  # name of the data set, a directory under data/
 val_fraction = 0.05  # share of the documents in the validation split
@@ -49,11 +49,13 @@ def main():
     from kronygpt.data import DatasetWriter
     from kronygpt.tokenizer import BytesTokenizer
 
+    check_range(globals(), "val_fraction", above=0, below=1)
+    check_range(globals(), "seed", at_least=0)
     texts = documents()
     random.Random(seed).shuffle(texts)
     n_val = max(1, round(len(texts) * val_fraction))
-    if val_fraction <= 0 or n_val >= len(texts):
-        raise UserError(f"--val_fraction={val_fraction} leaves none of {len(texts):,} documents for one of the splits")
+    if n_val >= len(texts):
+        raise UserError(f"--val_fraction={val_fraction} leaves none of {len(texts):,} documents for training")
     tokenizer = BytesTokenizer()
     source = f"documentation of CPython {sys.version.split()[0]}: pydoc topics and docstrings"
     with DatasetWriter(out, tokenizer, source) as writer:
