@@ -7,21 +7,23 @@ always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and 
 
 - the published Krony-PT files: a bare state dict with the same names;
 - older ones, with each factor by itself: c_fc_{f}_{k} and c_proj_{f}_{k} for side k of factor f, perhaps no MLP biases;
-- nanoGPT's own dense checkpoints, and Lightning's;
+- nanoGPT's own dense checkpoints, and those of other programs, whose weights may lie deeper in the file;
 - transformers' GPT-2: a directory, or a .safetensors or .bin file of it;
 - the directories of kron_to_gpt.py --compressed=True, whose factors are `<name>.A` and `<name>.B`;
-- any of them with the prefixes of DDP, FSDP, torch.compile or another wrapper.
+- any of them with the prefixes of DDP, FSDP, torch.compile or another wrapper, and with other heads beside the model.
 
 A model is data, and loading it never runs code: .pt and .bin files are read with torch.load(weights_only=True), and
-config.json and safetensors directly, without transformers.
+config.json and safetensors directly, without transformers. A flipped bit in a .pt file is found by the checksums of its
+records. Safetensors have none.
 """
+import os
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kronygpt.configurator import UserError
@@ -35,40 +37,25 @@ GPT2_HEAD_DIM = 64  # n_embd / n_head in GPT-2 small, medium, large and xl
 GPT2_WIDTHS = (768, 1024, 1280, 1600)
 # what a file may hold beside a model
 DEFAULTS = dict(optimizer=None, scaler=None, iter_num=0, best_val_loss=float("inf"), config={})
-PLAIN_TYPES = (bool, int, float, str, dict, type(None))  # of the options in a config, and of its tokenizer's record
-RESUME_TYPES = dict(optimizer=(dict,), iter_num=(int,), best_val_loss=(int, float), config=(dict,))
-WRAPPERS = {"module", "model", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")  # of several dicts of weights, the first is taken
+WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 MATRIX = r"(transformer\.h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))"
 IN_MEMORY = re.compile(MATRIX + r"\.(A|B|bias)")
 IN_FILE = re.compile(MATRIX + r"(_0|_1|_bias|\.weight|\.bias)")
 UNSTACKED = re.compile(r"(.*\.mlp\.c_(?:fc|proj))_(\d+)_([01])")
 MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
+LAST_NORM = "ln_f.weight"  # in every GPT-2: where it is, the weights are
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 TIED_RTOL, TIED_ATOL = 2**-8, 1e-6  # the rounding of half precision: an output matrix nearer to the embedding is tied
-SIZES = {"vocab_size": "vocab_size", "n_positions": "block_size", "n_embd": "n_embd", "n_layer": "n_layer",
-         "n_inner": "n_inner"}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 COMPRESSED_TYPE = "kronygpt"  # model_type of modeling_kronygpt.py: factors that are not expanded
-FUNCTION = {  # fields of a GPT-2's config.json that change its function, with the values of the one computed here
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-    "quantization_config": (None,),
-}
-
-
-class ErrorKeeper:
-    """A file for torch.save, whose own errors do not say what the system said."""
-
-    def __init__(self, file):
-        self.file, self.error = file, None
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self):
-        self.file.flush()
+FUNCTION = {  # fields of a GPT-2's config.json that change its function: the default, and what computes the same
+    "model_type": ("gpt2", COMPRESSED_TYPE), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
+    "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,), "quantization_config": (None,)}
+GPT2_DEFAULTS = dict({name: values[0] for name, values in FUNCTION.items()}, n_head=12, tie_word_embeddings=True)
+ALIASES = {"n_positions": "block_size", "max_position_embeddings": "block_size", "hidden_size": "n_embd",
+           "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 
 
 def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None, scaler=None, keep_as=None):
@@ -90,11 +77,10 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
     if keep_as and Path(path).exists():
         link_or_copy(path, keep_as)
     with atomic_write(path) as file:
-        keeper = ErrorKeeper(file)
         try:
-            torch.save(content, keeper)
-        except RuntimeError as error:
-            raise keeper.error or error from None
+            torch.save(content, file)
+        except RuntimeError as error:  # where a disk is full; the system's own error is behind it
+            raise error.__context__ or error from None
 
 
 def load(source, dropout=0.0):
@@ -113,49 +99,35 @@ def load(source, dropout=0.0):
         FileNotFoundError: there is nothing of this name.
         UserError: it could not be read as a model; says what and why.
     """
+    path = locate(str(source))
+    try:
+        tensors, content = read(path)
+        state_dict = upgrade(tensors)
+        model_args = infer(state_dict, content)
+        model = KronyGPT.from_state_dict(dict(model_args, dropout=dropout), state_dict)
+        check(model)
+    except (OSError, MemoryError, UserError):
+        raise
+    except Exception as error:  # bytes of other programs can make torch raise anything
+        reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise UserError(f"{path} cannot be loaded: {reason or type(error).__name__}") from error
+    rest = {name: content.get(name, default) for name, default in DEFAULTS.items()}
+    if isinstance(rest["best_val_loss"], torch.Tensor):  # as nanoGPT keeps it
+        rest["best_val_loss"] = rest["best_val_loss"].item()
+    return model, rest
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# locate and read
+
+def locate(source):
+    """The path of a file or a Hugging Face directory for what load() takes."""
     path = next((p for p in (Path(source), MODELS_DIR / source) if p.exists()), None)
     if path is None and not looks_like_hub_name(source):
         raise FileNotFoundError(f"no checkpoint {source}: train.py, kron_decompose.py and prune.py make them")
     path = path or download(source)
-    if path.is_dir() and not (path / "config.json").exists() and (path / "ckpt.pt").exists():
-        path = path / "ckpt.pt"
-    if path.is_dir() or (path.name in WEIGHTS and (path.parent / "config.json").exists()):
-        directory, weights = (path, None) if path.is_dir() else (path.parent, path)
-        config, files = open_directory(directory, weights)
-        content = dict(model_args=config, tokenizer=tokenizer_record(directory))
-        tensors = {name: p for file in files for name, p in read_file(file)[0].items()}
-        if not config.get("tie_word_embeddings", True) and "lm_head.weight" not in tensors:
-            raise UserError(f"{path} says tie_word_embeddings=false and lacks lm_head.weight")
-    else:
-        tensors, content = read_file(path)
-        warn_of_exact_gelu(content, tensors, path)
-    check_tensors(tensors, path)
-    try:
-        state_dict = upgrade_state_dict(tensors)
-        model_args = infer_model_args(state_dict)
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path} holds no GPT-2 that we know: {first_line(error)}") from None
-    check_tied(state_dict, path)
-    model_args["n_head"] = number_of_heads(content, model_args, path)
-    check_shapes(content, model_args, path)
-    try:
-        model = KronyGPT.from_state_dict(dict(model_args, dropout=dropout), state_dict)
-    except UserError as error:
-        raise UserError(f"{source} does not fit together: {error}") from None
-    for name, p in model.named_parameters():
-        if not torch.stack(p.detach().aminmax()).isfinite().all():  # one pass, and nothing as large as the weights
-            raise UserError(f"{source} has weights that are not finite: {name}")
-    rest = {name: content.get(name, default) for name, default in DEFAULTS.items()}
-    if isinstance(rest["best_val_loss"], torch.Tensor) and rest["best_val_loss"].numel() == 1:  # as nanoGPT keeps it
-        rest["best_val_loss"] = rest["best_val_loss"].item()
-    model.config.tokenizer = find_record(content)
-    return model, rest
-
-
-def find_record(content):
-    """The record of a model's tokenizer: beside it in a directory, in its model_args, or where the second edition kept it."""
-    model_args, config = (content.get(key) if isinstance(content.get(key), dict) else {} for key in ("model_args", "config"))
-    return content.get("tokenizer") or model_args.get("tokenizer") or config.get("tokenizer")
+    is_run = path.is_dir() and not (path / "config.json").exists() and (path / "ckpt.pt").exists()
+    return path / "ckpt.pt" if is_run else path
 
 
 def looks_like_hub_name(source):
@@ -164,82 +136,97 @@ def looks_like_hub_name(source):
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not is_file_name
 
 
-def read_file(path):
-    """Read a file of torch.save or safetensors.
-
-    Returns:
-        ({name: tensor}, content): content is the rest of what the file holds.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is no checkpoint: it is no regular file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path), {}
-        with warnings.catch_warnings(action="ignore"):  # of pickles that are refused in any case
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is no checkpoint: it is not a file of torch.save, or it holds more than tensors "
-                        "and plain types and is not loaded, because it could run code") from None
-    except OSError as error:
-        if error.filename:
-            raise
-        raise UserError(f"{path} cannot be read: it is truncated or damaged ({error})") from None  # torch's seek
-    except (SafetensorError, Exception) as error:  # bytes that are no pickle can make the unpickler raise anything
-        raise UserError(f"{path} cannot be read: it is truncated or damaged ({first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
-    key = next((key for key in ("model", "state_dict") if key in content), None)
-    tensors = content.pop(key) if key else content
-    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-        raise UserError(f"{path} is no checkpoint: its `{key}` is no dict of tensors")
-    return {name: p for name, p in tensors.items() if isinstance(p, torch.Tensor)}, content if key else {}
+def read(path):
+    """{name: tensor} of a model in a file or a directory, and all that lies beside it."""
+    if path.is_dir() or (path.name in WEIGHTS and (path.parent / "config.json").exists()):
+        directory, weights = (path, None) if path.is_dir() else (path.parent, path)
+        config = read_config(directory)
+        tensors = {}
+        for file in weight_files(directory, weights):
+            tensors |= read_file(file)
+        tensors = find_weights(tensors)
+        if not config["tie_word_embeddings"] and not any(name.endswith(HEAD) for name in tensors):
+            raise ValueError(f"its config.json says tie_word_embeddings=false, and it lacks {HEAD}")
+        return tensors, dict(model_args=dict(config, tokenizer=tokenizer_record(directory)))
+    content = read_file(path)
+    tensors = find_weights(content)
+    warn_of_exact_gelu(content, tensors, path)
+    return tensors, content
 
 
-def open_directory(path, weights=None):
-    """Look into a Hugging Face GPT-2 directory.
-
-    Args:
-        path: of the directory.
-        weights: path of the file in it to read; default: the first of WEIGHTS that is there.
-
-    Returns:
-        config, the fields of config.json, and the paths of the files with the tensors.
+def read_config(directory):
+    """The fields of a Hugging Face GPT-2's config.json, defaults included.
 
     Raises:
-        UserError: it holds no GPT-2 that a KronyGPT can be equal to.
+        ValueError: it is no GPT-2, or one that computes another function than a KronyGPT.
     """
-    if not (path / "config.json").exists():
-        raise UserError(f"directory {path} holds no model: neither config.json (Hugging Face) nor ckpt.pt")
-    config = read_json(path / "config.json")
-    check_is_gpt2(config, path)
-    weights = weights or next((path / name for name in WEIGHTS if (path / name).exists()), None)
-    if weights is None:
-        raise UserError(f"directory {path} has no weights: none of {', '.join(WEIGHTS)}")
-    shards = [weights.name]
-    if weights.suffix == ".json":
-        index = read_json(weights).get("weight_map")
-        shards = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
-        if not shards or any(Path(shard).name != shard for shard in shards):  # which could lead out of the directory
-            raise UserError(f"{weights} is damaged: its weight_map does not name files of {path}")
-    return config, [path / shard for shard in shards]
-
-
-def check_is_gpt2(config, source):
-    """Raise UserError unless the content of a config.json describes the function that KronyGPT computes."""
-    if config.get("model_type") not in ("gpt2", COMPRESSED_TYPE):
-        raise UserError(f"{source} is a {config.get('model_type', 'nameless')} model, not a GPT-2")
+    if not (directory / "config.json").exists():
+        raise ValueError("it holds no model: neither config.json (Hugging Face) nor ckpt.pt")
+    config = read_json(directory / "config.json")
+    config = GPT2_DEFAULTS | {ALIASES.get(name, name): value for name, value in config.items()}
     for name, values in FUNCTION.items():
-        if config.get(name, values[0]) not in values:
-            raise UserError(f"{source} is a GPT-2 with {name}={config[name]}, where {values[0]} is needed")
+        if config[name] not in values:
+            raise ValueError(f"its config.json says {name}={config[name]}, where {values[0]} is needed")
+    return config
 
 
-def check_tensors(tensors, path):
-    """Raise UserError unless tensors are dense, hold real numbers, and as many as they claim."""
-    for name, p in tensors.items():
-        if p.layout != torch.strided or p.is_meta or not (p.is_floating_point() or name.endswith(MASKS)):
-            raise UserError(f"{path} is no checkpoint: {name} is no dense tensor of real numbers")
-        if p.numel() * p.element_size() > p.untyped_storage().nbytes():  # strides of 0 make any size of a few bytes
-            raise UserError(f"{path} claims more numbers than it holds: {name} is {tuple(p.shape)}")
+def weight_files(directory, weights=None):
+    """The paths of the files with the tensors in a directory: of `weights`, or of the first of WEIGHTS that is there."""
+    weights = weights or next((directory / name for name in WEIGHTS if (directory / name).exists()), None)
+    if weights is None:
+        raise ValueError(f"it has no weights: none of {', '.join(WEIGHTS)}")
+    if weights.suffix != ".json":
+        return [weights]
+    shards = sorted(set(read_json(weights)["weight_map"].values()))
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise ValueError(f"{weights.name} names a file of another directory: {shard}")
+        if not (directory / shard).is_file():
+            raise ValueError(f"the file {shard} is missing, which {weights.name} names")
+    return [directory / shard for shard in shards]
+
+
+def read_file(path):
+    """The content of a file of torch.save or safetensors, which runs no code; checksums of a .pt file are compared."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no regular file")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path.name} is a pointer of git-lfs, in place of the weights: `git lfs pull` fetches them")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip and (record := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"the checksum of {record} is wrong")
+        with warnings.catch_warnings(action="ignore"):  # of pickles that are refused in any case
+            # Windows could not replace a file that is mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and os.name != "nt")
+    except pickle.UnpicklingError as error:
+        raise ValueError("it is not a file of torch.save, or it holds more than tensors and plain types and is not "
+                         "loaded, because it could run code") from error
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        message = str(error).partition("\n")[0]
+        raise ValueError(f"{path.name} is truncated or damaged ({message or type(error).__name__})") from error
+
+
+def find_weights(content):
+    """The dict with the weights of a GPT-2 in the content of a file, at whatever depth."""
+    if not isinstance(content, dict):
+        raise ValueError(f"it is no checkpoint: it holds a {type(content).__name__}")
+    level = {"": content}
+    while level:
+        found = {key: part for key, part in level.items() if any(str(name).endswith(LAST_NORM) for name in part)}
+        if found:
+            key = next((key for key in MODEL_KEYS if key in found), None) or min(found, key=str)
+            if len(found) > 1 and key not in MODEL_KEYS:
+                raise ValueError(f"it holds several models ({', '.join(map(str, found))}): save one of them by itself")
+            return {name: p for name, p in found[key].items() if isinstance(p, torch.Tensor)}
+        level = {key: value for part in level.values() for key, value in part.items() if isinstance(value, dict)}
+    keys = ", ".join(str(key) for key in list(content)[:20]) or "nothing"
+    raise ValueError(f"it holds no weights of a GPT-2 (no {LAST_NORM}), but {keys}")
 
 
 def warn_of_exact_gelu(content, tensors, path):
@@ -248,92 +235,88 @@ def warn_of_exact_gelu(content, tensors, path):
     is_ours = isinstance(stated, dict) and ("shapes" in stated or "dim_1" in stated)  # dim_1: the first edition
     if not is_ours and any(".mlp.c_fc" in name for name in tensors) and not is_conv1d(tensors):
         warnings.warn(f"{path} is a file of nanoGPT or Krony-PT, which compute the exact GELU; here it is GPT-2's tanh "
-                      "form, and logits differ by up to 1e-3", stacklevel=3)
+                      "form, and logits differ by up to 1e-3", stacklevel=4)
 
 
-def check_tied(state_dict, path):
-    """Raise UserError where the output matrix is not the embedding, then make them one tensor."""
-    head, embedding = state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]
-    if head.shape != embedding.shape or not torch.allclose(head, embedding, TIED_RTOL, TIED_ATOL, True):
-        raise UserError(f"{path} has an output matrix (lm_head.weight) that differs from its embedding, and a KronyGPT has "
-                        "one matrix for both: tie them and train further, with the program that made it")
-    state_dict["lm_head.weight"] = embedding
+# ----------------------------------------------------------------------------------------------------------------------
+# upgrade, infer, check
+
+def upgrade(tensors):
+    """Convert the state dict of any file to that of a KronyGPT: stacked factors, all biases, one matrix for embedding and
+    output, contiguous float32 in memory of its own."""
+    state_dict = plain_names(tensors)
+    tie(state_dict)
+    state_dict = from_file_names(stack_factors(state_dict))
+    for name, p in list(state_dict.items()):  # biases that an old file lacks were zero
+        if name.endswith(".B"):
+            stem, A = name[:-2], state_dict.get(f"{name[:-1]}A")
+            if A is None:
+                continue  # which from_state_dict() tells
+            if p.shape == (1, 1, 1):  # A ⊗ [[b]] is b A
+                state_dict |= {f"{stem}.A": A.float() * p, name: torch.ones_like(p)}
+            state_dict.setdefault(f"{stem}.bias", p.new_zeros(A.shape[2] * p.shape[2]))
+        elif name.endswith((".ln_1.weight", ".ln_2.weight", ".ln_f.weight")):
+            state_dict.setdefault(name.replace("weight", "bias"), torch.zeros_like(p))
+    state_dict = {name: p.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+                  for name, p in state_dict.items()}
+    return state_dict | {HEAD: state_dict[EMBEDDING]}
 
 
-def number_of_heads(content, model_args, path):
-    """The number of heads, from model_args or config.json, whose sizes must be those of the tensors; else of width 64."""
-    stated = content.get("model_args")
-    stated = stated if isinstance(stated, dict) else {}
-    for name, ours in SIZES.items():
-        if type(stated.get(name)) is int and stated[name] != model_args[ours]:
-            raise UserError(f"{path} does not fit together: its config says {name}={stated[name]}, its weights "
-                            f"{model_args[ours]}")
-    n_head = stated.get("n_head", stated.get("num_attention_heads"))
-    if type(n_head) is int:
-        return n_head
-    if model_args["n_embd"] not in GPT2_WIDTHS:
-        warnings.warn(f"{path} does not say its number of heads: {model_args['n_head']} of width "
-                      f"{model_args['n_embd'] // model_args['n_head']} taken", stacklevel=2)
-    return model_args["n_head"]
+def plain_names(tensors):
+    """Tensors under GPT-2's names, transformer.* and lm_head.weight, without the prefixes of wrappers. What lies outside of
+    the model, such as the head of a classifier, is left out with a warning, and so are causal masks without one."""
+    named = {".".join(part for part in name.split(".") if part not in WRAPPERS): p for name, p in tensors.items()}
+    roots = {name.removesuffix(LAST_NORM).removesuffix("transformer.") for name in named if name.endswith(LAST_NORM)}
+    if len(roots) > 1:
+        raise ValueError(f"it holds several models, under the prefixes {', '.join(sorted(roots))}")
+    root, result, left_out = roots.pop(), {}, []
+    for name, p in named.items():
+        plain = name.removeprefix(root)
+        if plain.partition(".")[0] in ("wte", "wpe", "h", "ln_f"):
+            plain = f"transformer.{plain}"
+        if not name.startswith(root) or not plain.startswith(("transformer.", "lm_head.")):
+            left_out.append(name)
+        elif not name.endswith(MASKS):
+            if not p.is_floating_point():
+                raise ValueError(f"{name} holds no real numbers but {p.dtype}")
+            result[plain] = p
+    if left_out:
+        shown = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
+        warnings.warn(f"left out what is no part of a GPT-2 language model: {shown}", stacklevel=4)
+    return result
 
 
-def check_shapes(content, model_args, path):
-    """Raise UserError unless the shapes that the config.json of a compressed export states are those of its tensors."""
-    config = content.get("model_args")
-    if not isinstance(config, dict) or config.get("model_type") != COMPRESSED_TYPE:
+def tie(state_dict):
+    """Make one entry of embedding and output matrix, which may be there twice or under either name.
+
+    Raises:
+        ValueError: they differ.
+    """
+    head = state_dict.pop(HEAD, None)
+    embedding = state_dict.setdefault(EMBEDDING, head)
+    if embedding is None:
+        raise KeyError(EMBEDDING)
+    if head is None or (head.data_ptr(), head.shape) == (embedding.data_ptr(), embedding.shape):
         return
-    stated = config.get("shapes")
-    for name, shapes in model_args["shapes"].items():
-        found = [list(shape) for shape in shapes]
-        if not isinstance(stated, dict) or stated.get(name) != found:
-            raise UserError(f"{path} does not fit together: the shapes of {name} in its config.json are not those of its "
-                            f"weights, {found[0]} in the first block")
+    if head.shape != embedding.shape or not torch.allclose(head.float(), embedding.float(), TIED_RTOL, TIED_ATOL, True):
+        raise ValueError("it has an output matrix (lm_head.weight) that differs from its embedding, and a KronyGPT has one "
+                         "matrix for both: tie them and train further, with the program that made it")
 
 
-def first_line(error):
-    if isinstance(error, KeyError):
-        return f"it lacks {str(error.args[0]).removesuffix('.A')}"
-    return f"{type(error).__name__}: {error}".split("\n")[0]
-
-
-def load_to_resume(path, dropout=0.0):
-    """Load a checkpoint of train.py, with what a resume needs.
-
-    Returns what load() returns, and raises UserError also where that is missing or damaged.
-    """
-    model, rest = load(str(path), dropout)
-    wrong = [name for name, types in RESUME_TYPES.items() if type(rest[name]) not in types]
-    if not wrong and (rest["iter_num"] < 0 or (rest["iter_num"] and not rest["optimizer"].get("state"))):
-        wrong = ["iter_num"]
-    if not wrong and any(type(value) not in PLAIN_TYPES for item in rest["config"].items() for value in item):
-        wrong = ["config"]
-    if wrong:
-        raise UserError(f"{path} cannot be resumed: its {wrong[0]} is no {wrong[0]} of a run. Start from its weights, "
-                        f"--init_from={path} with another --out_dir")
-    return model, rest
-
-
-def load_optimizer_state(optimizer, state, path):
-    """Load an AdamW's state from a checkpoint; UserError unless it has the optimizer's own layout: all names, types and
-    shapes, since the fused step writes to the moments unchecked. (The first edition named and ordered parameters otherwise.)
-    """
-    def layout(state):
-        return [({key: type(value) for key, value in group.items()}, group["params"], group["param_names"])
-                for group in state["param_groups"]]
-
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
-    wanted = {i: dict(step=(), exp_avg=shape, exp_avg_sq=shape) for i, shape in enumerate(shapes)}
-    try:
-        found = {i: {key: t.shape for key, t in moments.items() if t.is_contiguous() and t.dtype == torch.float32}
-                 for i, moments in state["state"].items()}
-        fits = layout(state) == layout(optimizer.state_dict()) and found in ({}, wanted)
-    except (KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        raise UserError(f"the optimizer's state in {path} is not that of these options, or of an earlier version: resume "
-                        f"with the options that the run was started with, or start from its weights, --init_from={path} "
-                        "with another --out_dir")
-    optimizer.load_state_dict(state)
+def stack_factors(state_dict):
+    """Stack the factors of the oldest files, which have each by itself."""
+    result, sides = {}, {}  # sides: {(c_fc or c_proj of a block, side): {factor: tensor}}
+    for name, p in state_dict.items():
+        if match := UNSTACKED.fullmatch(name):
+            stem, factor, side = match.groups()
+            sides.setdefault((stem, side), {})[int(factor)] = p
+        else:
+            result[name] = p
+    for (stem, side), by_factor in sides.items():
+        if sorted(by_factor) != list(range(len(by_factor))):
+            raise ValueError(f"{stem} has the factors {sorted(by_factor)}, and some in between are missing")
+        result[f"{stem}_{side}"] = torch.stack([by_factor[f] for f in range(len(by_factor))])
+    return result
 
 
 def to_file_names(state_dict):
@@ -359,7 +342,7 @@ def from_file_names(state_dict):
         if not part:
             new = {name: p}
         elif part == ".weight":
-            new = dense_matrix(stem, p.t() if transposed else p)
+            new = {f"{stem}.A": (p.t() if transposed else p)[None], f"{stem}.B": p.new_ones(1, 1, 1)}
         else:
             new = {stem + {"_0": ".A", "_1": ".B", "_bias": ".bias", ".bias": ".bias"}[part]: p}
         if twice := new.keys() & renamed.keys():
@@ -376,50 +359,82 @@ def is_conv1d(state_dict):
     return c_attn is not None and c_attn.dim() == 2 and c_attn.shape[1] == 3 * c_attn.shape[0]
 
 
-def dense_matrix(stem, W):
-    return {f"{stem}.A": W.contiguous()[None], f"{stem}.B": W.new_ones(1, 1, 1)}
-
-
-def plain_name(name):
-    """The name of a tensor without the prefixes of wrappers, and with transformers' prefix of the whole model."""
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
-    return ".".join(["transformer", *parts] if parts[0] in ("wte", "wpe", "h", "ln_f") else parts)
-
-
-def upgrade_state_dict(state_dict):
-    """Convert the state dict of any file to that of a KronyGPT: stacked factors, all biases, contiguous float32."""
-    state_dict = {plain_name(name): p.float() for name, p in state_dict.items() if not name.endswith(MASKS)}
-    sides = {}  # {(c_fc or c_proj of a layer, side): {factor: tensor}}
-    for name in list(state_dict):
-        if match := UNSTACKED.fullmatch(name):
-            stem, factor, side = match.groups()
-            sides.setdefault((stem, side), {})[int(factor)] = state_dict.pop(name)
-    for (stem, side), by_factor in sides.items():
-        if sorted(by_factor) != list(range(len(by_factor))):
-            raise ValueError(f"{stem} has the factors {sorted(by_factor)}, and some in between are missing")
-        state_dict[f"{stem}_{side}"] = torch.stack([by_factor[f] for f in range(len(by_factor))])
-    state_dict = {name: p.contiguous() for name, p in from_file_names(state_dict).items()}
-
-    wte = state_dict["transformer.wte.weight"]
-    state_dict.setdefault("lm_head.weight", wte)
-    for name, p in list(state_dict.items()):  # biases that an old file lacks were zero
-        if name.endswith(".B") and (A := state_dict.get(f"{name[:-1]}A")) is not None:
-            if p.shape == (1, 1, 1):  # A ⊗ [[b]] is b A
-                state_dict |= {f"{name[:-1]}A": A * p, name: torch.ones_like(p)}
-            state_dict.setdefault(f"{name[:-1]}bias", wte.new_zeros(A.shape[2] * p.shape[2]))
-        elif name.endswith((".ln_1.weight", ".ln_2.weight", ".ln_f.weight")):
-            state_dict.setdefault(name.replace("weight", "bias"), torch.zeros_like(p))
-    return state_dict
-
-
-def infer_model_args(state_dict):
-    """The fields of KronyGPTConfig that the shapes of a KronyGPT's state dict tell; heads of width 64, as in GPT-2."""
-    vocab_size, n_embd = state_dict["transformer.wte.weight"].shape
+def infer(state_dict, content):
+    """The fields of KronyGPTConfig: sizes as the tensors have them, the number of heads and the tokenizer as the rest of the
+    file says, or else heads of width 64, as in GPT-2."""
+    vocab_size, n_embd = state_dict[EMBEDDING].shape
     n_layer = len({name.split(".")[2] for name in state_dict if name.startswith("transformer.h.")})
     shapes = {}
-    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        factors = [state_dict[f"transformer.h.{layer}.{name}.A"] for layer in range(n_layer)]
-        shapes[name] = [(dim_1, dim_2, r) for r, dim_1, dim_2 in (A.shape for A in factors)]
+    for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        factors = [state_dict[f"transformer.h.{layer}.{kind}.A"] for layer in range(n_layer)]
+        shapes[kind] = [(dim_1, dim_2, r) for r, dim_1, dim_2 in (A.shape for A in factors)]
     n_inner = shapes["mlp.c_fc"][0][1] * state_dict["transformer.h.0.mlp.c_fc.B"].shape[2]
-    return dict(block_size=len(state_dict["transformer.wpe.weight"]), vocab_size=vocab_size, n_layer=n_layer,
-                n_head=max(1, n_embd // GPT2_HEAD_DIM), n_embd=n_embd, n_inner=n_inner, shapes=shapes)
+    sizes = dict(block_size=len(state_dict["transformer.wpe.weight"]), vocab_size=vocab_size, n_layer=n_layer,
+                 n_embd=n_embd, n_inner=n_inner)
+    stated = content.get("model_args")
+    stated = stated if isinstance(stated, dict) else {}
+    for name, size in sizes.items():
+        if stated.get(name) not in (None, size):
+            raise ValueError(f"it does not fit together: its config says {name}={stated[name]}, its weights {size}")
+    n_head = stated.get("n_head")
+    if n_head is None:
+        n_head = max(1, n_embd // GPT2_HEAD_DIM)
+        if n_embd not in GPT2_WIDTHS:
+            warnings.warn(f"the file does not say its number of heads: {n_head} of width {n_embd // n_head} taken",
+                          stacklevel=3)
+    options = content.get("config")  # where the second edition kept the record of the tokenizer
+    tokenizer = stated.get("tokenizer") or (options.get("tokenizer") if isinstance(options, dict) else None)
+    return dict(sizes, n_head=n_head, shapes=shapes, tokenizer=tokenizer)
+
+
+def check(model):
+    """Raise ValueError where a weight is not finite."""
+    for name, p in model.named_parameters():
+        if not torch.stack(p.detach().aminmax()).isfinite().all():  # one pass, and nothing as large as the weights
+            raise ValueError(f"its weights are not finite: {name}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a run that is resumed
+
+def load_to_resume(path, dropout=0.0):
+    """load() for a checkpoint of train.py, which holds an optimizer's state.
+
+    Raises:
+        UserError: it holds none.
+    """
+    model, rest = load(path, dropout)
+    if not rest["optimizer"]:
+        raise UserError(f"{path} cannot be resumed, as it holds no optimizer's state: start from its weights, "
+                        f"--init_from={path} with another --out_dir")
+    return model, rest
+
+
+def load_optimizer_state(optimizer, state, path):
+    """Give an AdamW the step and the moments of each parameter from a checkpoint, by the parameters' names.
+
+    The options of its groups (learning rates, weight decay, betas) stay as they are. A run that is resumed may have others
+    than before.
+
+    Args:
+        optimizer: an AdamW with named parameters.
+        state: the state_dict() of another one.
+        path: of the checkpoint, for the error.
+
+    Raises:
+        UserError: moments are missing, or have another shape: the fused step would write beyond them.
+    """
+    own = optimizer.state_dict()
+    try:
+        moments = {name: state["state"][i] for group in state["param_groups"]
+                   for i, name in zip(group["params"], group["param_names"]) if state["state"]}
+        for group, own_group in zip(optimizer.param_groups, own["param_groups"]):
+            for i, name, p in zip(own_group["params"], group["param_names"], group["params"]):
+                if moments:
+                    own["state"][i] = {key: moments[name][key] for key in ("step", "exp_avg", "exp_avg_sq")}
+                    if not moments[name]["exp_avg"].shape == moments[name]["exp_avg_sq"].shape == p.shape:
+                        raise ValueError(f"the moments of {name} have another shape")
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the optimizer's state in {path} is not of this model ({error}): it is from another program or an "
+                        f"earlier version. Start from its weights, --init_from={path} with another --out_dir") from None
+    optimizer.load_state_dict(own)

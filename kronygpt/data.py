@@ -362,7 +362,7 @@ def score(model, tokens, windows, batch_size):
             idx[row, :end - begin] = torch.from_numpy(tokens[begin:end].astype(np.int64))
             counts[row, first - begin:end - begin] = True
         idx, counts = idx.to(device), counts[:, 1:].to(device)
-        x = model.hidden(idx)[:, :-1][counts]  # (tokens scored, C)
+        x = model.hidden(idx[:, :-1])[counts]  # (tokens scored, C)
         total += linear_cross_entropy(x, model.lm_head.weight, idx[:, 1:][counts]).item() * len(x)
         n_scored += len(x)
         yield total, n_scored
