@@ -110,7 +110,7 @@ def test_the_first_paragraphs_of_files(corpus):
     (["--hub=corpora/edu", "--documents=9", "--data_files=*.txt"], 2, "without --data_files"),
     (["--hub=HuggingFaceFW/fineweb-edu", "--documents=20"], 1, "with no network, --data_files=FILES reads local files"),
     (["--documents=20"], 1, "cannot load Skylion007/openwebtext (ConnectionError: "),
-    (["--documents=0"], 2, "--documents is at least 1")])
+    (["--documents=0"], 2, "--documents=0 is out of range")])
 def test_what_cannot_be_streamed_is_one_line_and_writes_nothing(options, status, said, corpus):
     Path("corpora/climb").mkdir()
     Path("corpora/climb/part_0.jsonl").write_text(json.dumps(dict(tokens=[1, 2], token_count=2)) + "\n")
