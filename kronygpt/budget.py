@@ -1,7 +1,7 @@
 """Budgets: the ranks of all matrices that cost a model least, and the table of shapes that fit a number of parameters."""
-import math
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from typing import NamedTuple
 
 import torch
 
@@ -20,16 +20,28 @@ class Plan:
 
     how: how it was chosen, in words.
     shapes: {kind: [Shape of each block]}; matrices that it does not name stay as they are.
-    losses: {kind: [nats per token that are predicted to be lost in each block]}, or {}.
-    fisher: {name of a matrix: F [n, n]} of calibration.statistics(), for the metric of the fit, or None.
+    losses: {kind, "heads" or "hidden": [nats per token that are predicted to be lost in each block]}, or {}.
+    widths: {"head_qk", "head_v", "n_inner": [of each block]}, or {} where they stay as they are.
+    narrowed: the dense model in these widths, which takes the shapes; None where it is the dense model itself.
+    fisher: {name of a matrix: F [n, n]} at the outputs of that model, for the metric of the fit, or None.
     """
 
     how: str
-    shapes: dict
+    shapes: dict = field(default_factory=dict)
     losses: dict = field(default_factory=dict)
-    fisher: dict | None = None
     widths: dict = field(default_factory=dict)
     narrowed: KronyGPT | None = None
+    fisher: dict | None = None
+
+    def add(self, choice, rows):
+        """Take over a Choice with a row of each of its tables."""
+        if choice.name:
+            self.losses.setdefault(choice.name, []).append(choice.loss)
+        for name, width in choice.widths.items():
+            self.widths.setdefault(name, []).append(width)
+        for (kind, table), row in zip(choice.tables.items(), rows):
+            self.shapes.setdefault(kind, []).append(table.shape(row))
+            self.losses.setdefault(kind, []).append(table.losses[row].item())
 
     @property
     def loss(self):  # predicted in all, nats per token
@@ -125,28 +137,11 @@ def room(config, kinds, limit):
     return limit - (total - dense)
 
 
-def rank_choices(m, n, squares):
-    """Sizes and predicted losses of ranks 1, 2, ... of a matrix [m, n], and of the dense one at the end.
-
-    Each rank is stored once: rank r has r (m + n - r) numbers. It costs ½ Σ_{i>r} σ_i² for the σ² of calibration.spectrum.
-    """
-    ranks = torch.arange(1, min(m, n))
-    return (torch.cat((ranks * (m + n - ranks), torch.tensor([m * n]))), tails(squares.cpu())[1:])
-
-
-def shape_of(choice, m, n):
-    """The Shape of an index into rank_choices(m, n, ...)."""
-    return Shape(m, 1, choice + 1) if choice + 1 < min(m, n) else Shape(m, n, 1)
-
-
-def plan_ranks(config, kinds, limit, statistics):
+def plan_ranks(dense, kinds, limit, statistics):
     """Ranks for a number of parameters by predicted loss; each matrix is free to stay dense.
 
-    With a price for each parameter every matrix chooses for itself among rank_choices(), and bisection finds the price at
-    which the model fits. What is then left goes, step by step, where it lowers the loss most per parameter.
-
     Args:
-        config: a KronyGPTConfig.
+        dense: a KronyGPT.
         kinds: names of the matrices of a block to compress, such as "mlp.c_fc"; the shapes of the others stay.
         limit: number of parameters in all, which is never exceeded.
         statistics: calibration.Statistics of the model.
@@ -157,112 +152,125 @@ def plan_ranks(config, kinds, limit, statistics):
     Raises:
         UserError: the budget is too small for any rank, or large enough for the dense model.
     """
-    spare, kinds = room(config, kinds, limit), [kind for kind in KINDS if kind in kinds]
-    places = [(layer, kind, *config.sizes(layer)[kind]) for layer in range(config.n_layer) for kind in kinds]
-    sizes, losses = zip(*(rank_choices(m, n, statistics.spectra[f"transformer.h.{layer}.{kind}"])
-                          for layer, kind, m, n in places))
-    plan = Plan(f"ranks for {limit:,} parameters, by predicted loss", {kind: [] for kind in kinds},
-                {kind: [] for kind in kinds}, statistics.fisher)
-    for (_, kind, m, n), loss, choice in zip(places, losses, cheapest(sizes, losses, spare)):
-        plan.shapes[kind].append(shape_of(choice, m, n))
-        plan.losses[kind].append(loss[choice].item())
+    spare, parts = room(dense.config, kinds, limit), []
+    for layer, kind, matrix in dense.matrices():
+        if kind in kinds:
+            squares = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)
+            parts.append([Choice({}, 0, 0.0, {kind: rank_table(*matrix.weight.shape, squares)})])
+    plan = Plan(f"ranks for {limit:,} parameters, by predicted loss", fisher=statistics.fisher)
+    for choice, ranks in cheapest(parts, spare):
+        plan.add(choice, ranks)
     return plan
 
 
-def plan_model(dense, limit, statistics, head_step=None, hidden_step=None):
-    """Widths and ranks of all blocks for a number of parameters, by predicted loss.
+def plan_widths(dense, limit, statistics, narrows=("heads", "hidden")):
+    """Widths and ranks of all blocks for a number of parameters by predicted loss.
 
-    With a price for each parameter the attention of each block chooses widths of its heads and the ranks of its two matrices,
-    and its MLP a number of hidden units and two ranks. Bisection finds the price at which the model fits. What is then left
-    goes to ranks.
+    The attention of each block chooses the widths of its heads and the ranks of its two matrices, and its MLP a number of
+    hidden units and two ranks. Each is free to stay as it is.
 
     Args:
-        dense: a KronyGPT.
+        dense: a KronyGPT with dense matrices.
         limit: number of parameters in all, which is never exceeded.
-        statistics: calibration.Statistics of all its matrices.
-        head_step, hidden_step: widths are multiples of these, or stay as they are where it is 0; default: an eighth of a head,
-            and a 32nd of the hidden units.
+        statistics: calibration.Statistics of the model.
+        narrows: the widths that may change.
 
     Returns:
         A Plan.
     """
-    config = dense.config
-    head_step = max(1, config.head_dim // 8) if head_step is None else head_step
-    hidden_step = max(1, config.n_inner[0] // 32) if hidden_step is None else hidden_step
+    config, parts = dense.config, []
     blocks = [Block(dense, layer, statistics) for layer in range(config.n_layer)]
-    parts = [options for block in progress(blocks, "widths", "block")
-             for options in (block.attention(head_step), block.mlp(hidden_step))]
-    tables = [[(option, [rank_choices(*matrix) for matrix in option.matrices.values()]) for option in part] for part in parts]
-    vectors_and_matrices = sum(m * n + n for layer in range(config.n_layer) for m, n in config.sizes(layer).values())
-    spare = limit - (count_parameters(config, KINDS) - vectors_and_matrices)
-
-    def choose(price):
-        chosen, used = [], 0
-        for part in tables:
-            best = math.inf, None, 0
-            for k, (option, matrices) in enumerate(part):
-                loss, size = option.loss, option.n_biases
-                for sizes, losses in matrices:
-                    i = int((losses + price * sizes).argmin())
-                    loss, size = loss + losses[i].item(), size + sizes[i].item()
-                best = min(best, (loss + price * size, k, size))
-            chosen.append(best[1])
-            used += best[2]
-        return chosen, used
-
-    low, high = 0.0, 1.0
-    for _ in range(HALVINGS):
-        price = (low * high)**0.5 if low else high / 2
-        low, high = (low, price) if choose(price)[1] <= spare else (price, high)
-        if low and high / low < 1.001:
-            break
-    options = [part[k][0] for part, k in zip(tables, choose(high)[0])]
-    places = [(layer, kind, m, n, squares) for i, option in enumerate(options) for layer in (i // 2,)
-              for kind, (m, n, squares) in option.matrices.items()]
-    sizes, losses = zip(*(rank_choices(m, n, squares) for _, _, m, n, squares in places))
-    ranks = cheapest(sizes, losses, spare - sum(option.n_biases for option in options))
-    plan = Plan(f"widths and ranks for {limit:,} parameters, by predicted loss", {kind: [] for kind in KINDS},
-                {kind: [] for kind in KINDS} | dict(heads=[], hidden=[]), {}, {})
-    for (_, kind, m, n, _), loss, choice in zip(places, losses, ranks):
-        plan.shapes[kind].append(shape_of(choice, m, n))
-        plan.losses[kind].append(loss[choice].item())
-    for i, option in enumerate(options):
-        plan.losses["hidden" if i % 2 else "heads"].append(option.loss)
-        for name, width in option.widths.items():
-            plan.widths.setdefault(name, []).append(width)
+    for block in progress(blocks, "widths", "block"):
+        for name, options in (("heads", block.attention("heads" in narrows)), ("hidden", block.mlp("hidden" in narrows))):
+            parts.append([Choice(option.widths, option.n_biases, option.loss,
+                                 {kind: rank_table(*matrix) for kind, matrix in option.matrices.items()}, name)
+                          for option in options])
+    in_blocks = sum(m * n + n for layer in range(config.n_layer) for m, n in config.sizes(layer).values())
+    plan = Plan(f"widths and ranks for {limit:,} parameters, by predicted loss")
+    for choice, ranks in cheapest(parts, limit - count_parameters(config, KINDS) + in_blocks):
+        plan.add(choice, ranks)
     plan.narrowed, plan.fisher = narrowed(dense, blocks, plan.widths)
     return plan
 
 
-def cheapest(sizes, losses, limit):
-    """One choice for each matrix whose sizes sum up to at most the limit and whose losses to about the least that can be
-    had so.
+@dataclass
+class Choice:
+    """One way to make a part of a model.
+
+    widths: {name: width}, such as {"n_inner": 512}, or {}.
+    size, loss: parameters and predicted loss in nats per token that it has in any case.
+    tables: {kind: rank_table()} of each matrix whose rank is free.
+    name: of the part in Plan.losses, under which its own loss counts.
+    """
+
+    widths: dict
+    size: int
+    loss: float
+    tables: dict
+    name: str = ""
+
+
+def cheapest(parts, limit):
+    """One Choice for each part of a model, and one row of each of its tables, whose sizes sum up to at most the limit and
+    whose losses to about the least that can be had so.
+
+    With a price for each parameter every part chooses for itself, and bisection finds the price at which the sum fits.
+    What is then left goes, step by step, where it lowers the loss most per parameter.
 
     Args:
-        sizes, losses: for each matrix those of its choices: sizes rise, losses fall.
+        parts: [[Choice]] of each part.
         limit: at least the sum of the smallest sizes.
 
     Returns:
-        [index of a choice] for each matrix.
+        [(Choice, [index of the row of each table])] for each part.
     """
     def choose(price):
-        return [int((loss + price * size).argmin()) for size, loss in zip(sizes, losses)]
+        return [min((priced(choice, price) for choice in choices), key=lambda option: option[0])[1:] for choices in parts]
 
     def used(chosen):
-        return sum(size[i].item() for size, i in zip(sizes, chosen))
+        return sum(choice.size + sum(table.sizes[i].item() for table, i in zip(choice.tables.values(), rows)) for choice, rows in chosen)
 
-    low, high = 0.0, 1.0 + sum(loss[0].item() for loss in losses)  # at which nothing is worth a parameter
+    largest = max(choice.loss + sum(table.losses[0].item() for table in choice.tables.values()) for choices in parts for choice in choices)
+    low, high = 0.0, 1.0 + len(parts) * largest  # at which nothing is worth a parameter
     for _ in range(HALVINGS):
         price = (low + high) / 2
         low, high = (low, price) if used(choose(price)) <= limit else (price, high)
     chosen = choose(high)
     while True:
-        left, best = limit - used(chosen), (0.0, None)
-        for k, (size, loss, i) in enumerate(zip(sizes, losses, chosen)):
-            extra, gain = size[i + 1:] - size[i], loss[i] - loss[i + 1:]
-            rates = torch.where(extra <= left, gain / extra, 0)
-            if len(rates) and rates.max() > best[0]:
-                best = rates.max().item(), (k, i + 1 + int(rates.argmax()))
-        if best[1] is None:
+        left, best, target = limit - used(chosen), 0.0, None
+        for choice, rows in chosen:
+            for k, (table, i) in enumerate(zip(choice.tables.values(), rows)):
+                size, loss = table.sizes, table.losses
+                extra, gain = size[i + 1:] - size[i], loss[i] - loss[i + 1:]
+                rates = torch.where(extra <= left, gain / extra, 0)
+                if len(rates) and rates.max() > best:
+                    best, target = rates.max().item(), (rows, k, i + 1 + int(rates.argmax()))
+        if target is None:
             return chosen
-        chosen[best[1][0]] = best[1][1]
+        rows, k, row = target
+        rows[k] = row
+
+
+def priced(choice, price):
+    """(loss and size at a price, the Choice, [its best row of each table])."""
+    costs = [table.losses + price * table.sizes for table in choice.tables.values()]
+    rows = [int(cost.argmin()) for cost in costs]
+    return choice.loss + price * choice.size + sum(cost[i].item() for cost, i in zip(costs, rows)), choice, rows
+
+
+class RankTable(NamedTuple):
+    """A matrix [m, n] at rank 1, 2, ... and dense: sizes rise, losses fall."""
+
+    m: int
+    n: int
+    sizes: torch.Tensor
+    losses: torch.Tensor
+
+    def shape(self, row):
+        return Shape(self.m, self.n, 1) if row + 1 == len(self.sizes) else Shape(self.m, 1, row + 1)
+
+
+def rank_table(m, n, squares):
+    """The RankTable of a matrix [m, n] with the σ² of narrow.spectrum(). A file stores each rank once: r (m + n - r) numbers."""
+    ranks = torch.arange(1, min(m, n))
+    return RankTable(m, n, torch.cat((ranks * (m + n - ranks), torch.tensor([m * n]))), tails(squares.cpu())[1:])

@@ -89,76 +89,96 @@ def batches(x, n_tokens=TOKENS_AT_ONCE):
     return [slice(begin, begin + step) for begin in range(0, len(x), step)]
 
 
+def differentiate_samples(model, tokens, seed, see=lambda x, p: None):
+    """Forward and backward passes over a text with labels that are drawn from the model itself, for hooks in the model.
+
+    Args:
+        see: function of the final hidden states (tokens, C) and probabilities (tokens, vocab_size) of each part.
+    """
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+
+    def loss_of_samples(logits, x):
+        p = F.softmax(logits.detach(), -1)
+        see(x, p)
+        return F.cross_entropy(logits, torch.multinomial(p, 1, generator=generator)[:, 0], reduction="sum")
+
+    model.eval()
+    for rows in progress(batches(tokens, GRADIENT_TOKENS), "gradients", "batch"):
+        x, W = model.hidden(tokens[rows]).flatten(0, 1), model.transformer.wte.weight.detach()
+        loss = ChunkedLinearLoss.apply(loss_of_samples, x.dtype, x, W, x.detach())
+        torch.autograd.grad(loss, model.transformer.wpe.weight)  # which goes back through all blocks
+
+
 @dataclass
 class Statistics:
-    """What errors cost, for each matrix by its name in the model, in float64.
-
-    fisher: F [n, n], second moments of the gradient of the summed loss at the output.
-    spectra: σ² [min(m, n)], descending, of G^(1/2) W F^(1/2) with the covariance G of the inputs.
-    inputs: (mean [m], G [m, m]).
-    """
-
-    fisher: dict
-    spectra: dict
-    inputs: dict
-
-
-def statistics(model, tokens, kinds, seed=0):
-    """What errors in the outputs of a model's matrices cost: one pass forward and backward over a text, of which an even
-    sample of STATISTICS_TOKENS is enough.
+    """What the widths and ranks of a model cost follows from these, all in float64.
 
     An error e [n] in the output of a matrix at one token adds about ½ eᵀ F e to the loss, where F = E[g gᵀ] and g is the
     gradient of the summed loss at that output, with labels that are drawn from the model itself (the Fisher information
-    of the output). Of a matrix W with inputs of covariance G, rank r thus adds at least ½ Σ_{i>r} σ_i² nats per
-    token, with σ the singular values of G^(1/2) W F^(1/2).
+    of the output).
 
-    Memory for L blocks of width C: 8 bytes for each of L 27 C² numbers in F and L 4 C² in covariances, and what a backward
-    pass of GRADIENT_TOKENS tokens, or one window, takes. N tokens take about N (85 L C² + 4 C V) floating point operations
-    with a vocabulary of V.
-
-    Args:
-        model: a KronyGPT.
-        tokens: (windows, T), on the model's device.
-        kinds: names of the matrices of a block, such as "mlp.c_fc".
-        seed: for the labels.
-
-    Returns:
-        Statistics of these matrices of all blocks.
+    For each matrix [m, n], by its name in the model: fisher F [n, n], second moments of the gradient of the summed loss at
+    the output; means [m] and covariances [m, m] of the inputs. For each block: slopes [n_inner, n_inner], second moments of
+    the slopes of gelu. For the embeddings: embedding_fisher [C, C], of the gradient at their sum; hidden [C, C], second
+    moments of the final hidden states; frequencies [vocab_size] of the tokens; probabilities [vocab_size], the means of
+    those in the predictions.
     """
-    device = float64_device(tokens.device)
-    matrices = {matrix: f"transformer.h.{layer}.{kind}" for layer, kind, matrix in model.matrices() if kind in kinds}
-    fisher = {name: torch.zeros(len(matrix.bias), len(matrix.bias), dtype=torch.float64, device=device)
-              for matrix, name in matrices.items()}
-    moments = {name: Moments() for name in fisher}
-    generator = torch.Generator(tokens.device).manual_seed(seed)
+
+    fisher: dict
+    means: dict
+    covariances: dict
+    slopes: list
+    embedding_fisher: torch.Tensor
+    hidden: torch.Tensor
+    frequencies: torch.Tensor
+    probabilities: torch.Tensor
+
+    def spectrum(self, name, matrix):
+        """spectrum() of a KronLinear of this name: rank r adds at least ½ Σ_{i>r} σ_i² nats per token."""
+        return spectrum(float64(matrix.weight.detach()), self.covariances[name], self.fisher[name])
+
+
+def statistics(model, tokens, seed=0):
+    """The Statistics of a KronyGPT on a text (windows, T), from one pass over an even sample of STATISTICS_TOKENS.
+
+    Memory for L blocks of width C with 4 C hidden units: 8 bytes for each of L 62 C² numbers (GPT-2 small: 3.5 GB, XL: 61
+    GB), and what a backward pass of GRADIENT_TOKENS tokens, or one window, takes.
+    """
+    device, config = float64_device(tokens.device), model.config
+    frequencies = float64(torch.bincount(tokens.flatten(), minlength=config.vocab_size)) / tokens.numel()
     tokens = tokens[::math.ceil(tokens.numel() / STATISTICS_TOKENS)]
+    moments, grams, probabilities = {}, {}, 0
 
-    def add_to_sums(matrix, inputs, output):
-        x, name = inputs[0].detach().flatten(0, -2), matrices[matrix]
-        moments[name].add(x)
+    def add_gram(key, x):
+        grams[key] = grams.get(key, 0) + gram(x.detach().flatten(0, -2)).to(device, torch.float64)
 
-        def add_gradient(g):
-            fisher[name] += gram(g.flatten(0, -2)).to(device)
+    def watch(module, key):
+        def hook(module, inputs, output):
+            if key != "embedding":
+                moments.setdefault(key, Moments()).add(inputs[0].detach().flatten(0, -2))
+            if key.endswith("c_fc"):
+                z = output.detach().requires_grad_()
+                add_gram(("slopes", key), torch.autograd.grad(F.gelu(z, approximate="tanh").sum(), z)[0])
+            output.register_hook(lambda g: add_gram(key, g))
 
-        output.register_hook(add_gradient)
+        return module.register_forward_hook(hook)
 
-    def loss_of_samples(logits):
-        labels = torch.multinomial(F.softmax(logits.detach(), -1), 1, generator=generator)
-        return F.cross_entropy(logits, labels[:, 0], reduction="sum")
+    def see(x, p):
+        nonlocal probabilities
+        add_gram("hidden", x)
+        probabilities = probabilities + float64(p.sum(0))
 
-    model.eval()
-    hooks = [matrix.register_forward_hook(add_to_sums) for matrix in matrices]
-    for rows in progress(batches(tokens, GRADIENT_TOKENS), "gradients", "batch"):
-        x, W = model.hidden(tokens[rows]).flatten(0, 1), model.transformer.wte.weight.detach()
-        loss = ChunkedLinearLoss.apply(loss_of_samples, x.dtype, x, W)
-        torch.autograd.grad(loss, model.transformer.wpe.weight)  # which goes back through all blocks
+    names = [f"transformer.h.{layer}.{kind}" for layer, kind, _ in model.matrices()]
+    hooks = [watch(model.get_submodule(name), name) for name in names] + [watch(model.transformer.drop, "embedding")]
+    differentiate_samples(model, tokens, seed, see)
     for hook in hooks:
         hook.remove()
-    for name in fisher:
-        fisher[name] /= tokens.numel()
-    inputs = {name: (mean, G) for name, (mean, _, G, *_) in ((name, m.centred()) for name, m in moments.items())}
-    return Statistics(fisher, {name: spectrum(float64(matrix.weight.detach()), inputs[name][1], fisher[name])
-                               for matrix, name in matrices.items()}, inputs)
+    grams = {key: total / tokens.numel() for key, total in grams.items()}
+    centred = {name: moments[name].centred() for name in names}
+    return Statistics({name: grams[name] for name in names}, {name: centred[name][0] for name in names},
+                           {name: centred[name][2] for name in names},
+                           [grams["slopes", name] for name in names if name.endswith("c_fc")], grams["embedding"],
+                           grams["hidden"], frequencies, probabilities / tokens.numel())
 
 
 def interleave(contribution, n_groups):
@@ -220,33 +240,37 @@ def fit_matrix(goal, compressed, layer, kind, moments, fisher, fixed_B):
 def fit_half(teacher, student, goal, layer, half, fisher, fixed_B):
     """Fit the matrices of a half block, "attn" or "mlp", and move the ResidualStreams of both models through it. Args as in
     calibrate(). Returns [Fit]."""
-    fits, moments = [], {kind: Moments() for kind in (HALVES[half][1], "c_proj")}
-    first, last = moments
-    is_fitted = {}
-    for kind in moments:
-        new, old = (model.transformer.h[layer].get_submodule(f"{half}.{kind}") for model in (student.model, teacher.model))
-        is_fitted[kind] = not new.is_dense or new.A.shape != old.A.shape
-    target = goal.transformer.h[layer].get_submodule(f"{half}.{first}")
+    fits, first, last = [], f"{half}.{HALVES[half][1]}", f"{half}.c_proj"
+
+    def matrix(model, kind):
+        return model.transformer.h[layer].get_submodule(kind)
+
+    def is_fitted(kind):  # dense and of the old size it stays
+        new = matrix(student.model, kind)
+        return not new.is_dense or new.A.shape != matrix(teacher.model, kind).A.shape
+
+    moments = Moments()
     for rows, x, *_ in teacher.through(layer, half):
-        if is_fitted[first]:
-            moments[first].add(student.input(layer, half, rows).flatten(0, 1), target(x))
-    if is_fitted[first]:
-        fits.append(fit_matrix(goal, student.model, layer, f"{half}.{first}", moments[first], fisher, fixed_B))
-    if is_fitted[last]:
+        if is_fitted(first):
+            moments.add(student.input(layer, half, rows).flatten(0, 1), matrix(goal, first)(x))
+    if is_fitted(first):
+        fits.append(fit_matrix(goal, student.model, layer, first, moments, fisher, fixed_B))
+    if is_fitted(last):
+        moments = Moments()
         for rows, _, _, h, _ in student.through(layer, half, move=False):
-            moments[last].add(h, (teacher.x[rows] - student.x[rows]).flatten(0, 1))
-        fits.append(fit_matrix(goal, student.model, layer, f"{half}.{last}", moments[last], fisher, fixed_B))
+            moments.add(h, (teacher.x[rows] - student.x[rows]).flatten(0, 1))
+        fits.append(fit_matrix(goal, student.model, layer, last, moments, fisher, fixed_B))
     student.move(layer, half)
     return fits
 
 
 @torch.no_grad()
-def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, narrowed=None):
+def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, goal=None):
     """Fit the matrices of a compressed model so that its blocks do to real text what those of the dense model do.
 
     It goes through the blocks in order. c_attn and c_fc are fitted to the dense model's outputs, in the columns that the
     compressed model has; both c_proj to the difference that brings the residual stream back to the dense model's. All their
-    biases are fitted, too. Matrices that are dense and of the old size in the compressed model stay as they are.
+    biases are fitted, too. Matrices that are dense and of the old size stay as they are.
 
     For N tokens, width C and L layers it takes about L N (120 C² + 12 C T) floating point operations with a context of T:
     50 C² are moments, the others the dense model, once, and the compressed one, twice. Least squares with many factors can
@@ -254,11 +278,11 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, narrowed=No
 
     Args:
         dense: a KronyGPT.
-        compressed: a KronyGPT made from `narrowed`, on the same device; changed in place.
+        compressed: a KronyGPT made from the goal by factorize(), on the same device; changed in place.
         tokens: (windows, T), on that device.
         fisher: {name of a matrix: F [n, n]} of statistics(), for the metric of errors. Default: all errors count alike.
         fixed_B: keep each B and fit A alone.
-        narrowed: the dense model in the compressed model's widths, to whose weights a ridge pulls; default: dense.
+        goal: the dense model in the compressed model's widths; default: the dense model itself.
 
     Returns:
         [Fit], one for each matrix that was fitted, in the order of the model.
@@ -267,5 +291,5 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, narrowed=No
     teacher, student, fits = ResidualStream(dense, tokens), ResidualStream(compressed, tokens), []
     for layer in progress(range(dense.config.n_layer), "calibrating", "block"):
         for half in HALVES:
-            fits += fit_half(teacher, student, narrowed or dense, layer, half, fisher, fixed_B)
+            fits += fit_half(teacher, student, goal or dense, layer, half, fisher, fixed_B)
     return fits

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 
 from kronygpt.configurator import UserError
-from kronygpt.files import atomic_write, link_or_copy
+from kronygpt.files import atomic_write
 from kronygpt.hub import WEIGHTS, download
 from kronygpt.kron import column_side, with_identity, without_identity
 from kronygpt.tokenizer import read_json, tokenizer_record
@@ -62,7 +62,7 @@ ALIASES = {"n_positions": "block_size", "max_position_embeddings": "block_size",
            "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 
 
-def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None, scaler=None, keep_as=None):
+def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None, scaler=None):
     """Write a checkpoint atomically.
 
     Args:
@@ -73,14 +73,11 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
         best_val_loss: in nats per token.
         config: {option: value} of the script that writes it.
         scaler: a GradScaler whose state is kept for a resume, or None.
-        keep_as: path of a second name for the checkpoint that it replaces, or None.
     """
     state_dict = model.state_dict() if optimizer else with_identities(model.state_dict())
     content = dict(model=to_file_names(state_dict), model_args=model.config.as_plain_types(),
                    optimizer=optimizer.state_dict() if optimizer else None, iter_num=iter_num, best_val_loss=best_val_loss,
                    config=config or {}, **({"scaler": scaler.state_dict()} if scaler else {}))
-    if keep_as and Path(path).exists():
-        link_or_copy(path, keep_as)
     with atomic_write(path) as file:
         try:
             torch.save(content, file)
@@ -417,7 +414,9 @@ def infer(state_dict, content):
     for name, size in sizes.items():
         if stated.get(name) not in (None, size) and [stated[name]] * n_layer != size:
             raise ValueError(f"it does not fit together: its config says {name}={stated[name]}, its weights {size}")
-    n_head = stated.get("n_head")
+    options = content.get("config")  # where nanoGPT repeats it, and the second edition kept the record of the tokenizer
+    options = options if isinstance(options, dict) else {}
+    n_head = stated.get("n_head", options.get("n_head"))
     if n_head is None:
         n_head = max(1, n_embd // GPT2_HEAD_DIM)
         if n_embd not in GPT2_WIDTHS:
@@ -425,10 +424,8 @@ def infer(state_dict, content):
                           stacklevel=3)
     head_v = [width // n_head for width in rows["attn.c_proj"]]
     head_qk = [(width // n_head - v) // 2 for width, v in zip(columns["attn.c_attn"], head_v)]
-    options = content.get("config")  # where the second edition kept the record of the tokenizer
-    tokenizer = stated.get("tokenizer") or (options.get("tokenizer") if isinstance(options, dict) else None)
     return dict(sizes, n_head=n_head, head_qk=head_qk, head_v=head_v, head_dim=stated.get("head_dim"), shapes=shapes,
-                tokenizer=tokenizer)
+                tokenizer=stated.get("tokenizer", options.get("tokenizer")))
 
 
 def check(model):

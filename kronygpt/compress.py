@@ -42,9 +42,9 @@ def apply(dense, plan, text=None):
     fisher = plan.fisher
     if fisher is None:
         dense = spread_units(dense, text, plan.shapes["mlp.c_fc"][0].dim_2)
-        fisher = statistics(dense, text, [*plan.shapes]).fisher
+        fisher = statistics(dense, text).fisher
     new = factorize(plan.narrowed or dense, plan.shapes)
-    return new, calibrate(dense, new, text, fisher, narrowed=plan.narrowed)
+    return new, calibrate(dense, new, text, fisher, goal=plan.narrowed)
 
 
 def factorize(model, shapes):

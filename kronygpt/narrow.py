@@ -12,6 +12,7 @@ from model import KronyGPT
 
 RIDGE = 1e-3  # added to the covariance of hidden units, as a share of its mean diagonal
 BLEND = 0.01  # share of the identity in the metric of an embedding
+HEAD_STEPS, HIDDEN_STEPS = 8, 32  # widths that are tried, of a head and of an MLP
 ROUNDING = 1e-12  # relative size of a number that counts as zero
 
 
@@ -229,19 +230,20 @@ class Block:
         self.W = {kind: model.get_submodule(name).weight.detach().double() for kind, name in names.items()}
         self.b = {kind: model.get_submodule(name).bias.detach().double() for kind, name in names.items()}
         self.F = {kind: statistics.fisher[name] for kind, name in names.items()}
-        self.mean, self.G = ({kind: statistics.inputs[name][i] for kind, name in names.items()} for i in (0, 1))
+        self.mean, self.G = ({kind: of_inputs[name] for kind, name in names.items()} for of_inputs in (statistics.means, statistics.covariances))
         self.bases = self.order = None
 
     def matrix(self, kind, W, G, F):
         return kind, (*W.shape, spectrum(W, G, F))
 
-    def attention(self, step):
-        """Options for the heads at widths of multiples of `step`; at their own width only where it is 0."""
+    def attention(self, is_narrowed):
+        """Options for the heads at all multiples of an eighth of their width, or at their own only."""
         head, H, C = self.config.head_dim, self.config.n_head, self.config.n_embd
         W, F = self.W["attn.c_attn"], self.F["attn.c_attn"]
         self.bases = bases = head_bases(W, self.b["attn.c_attn"], self.W["attn.c_proj"], H, self.mean["attn.c_attn"],
                                         self.G["attn.c_attn"], self.G["attn.c_proj"], F, self.F["attn.c_proj"])
-        grid = range(step, head + 1, step) if step else [head]
+        step = max(1, head // HEAD_STEPS)
+        grid = range(step, head + 1, step) if is_narrowed else [head]
         qk_costs, vo_costs = bases.qk_costs.sum(0), bases.vo_costs.sum(0)
         result = []
         for v in grid:
@@ -256,12 +258,12 @@ class Block:
                 result.append(Option(dict(head_qk=qk, head_v=v), float(loss), H * (2 * qk + v) + C, dict((attn, proj))))
         return result
 
-    def mlp(self, step):
-        """Options for the hidden units at widths of multiples of `step`; at their own number only where it is 0."""
+    def mlp(self, is_narrowed):
+        """Options for the hidden units at all multiples of a 32nd of their number, or with all of them only."""
         W, G, n = self.W["mlp.c_proj"], self.G["mlp.c_proj"], len(self.W["mlp.c_proj"])
-        self.order, costs = brain_surgeon(W, G, self.F["mlp.c_proj"]) if step else (torch.arange(n), torch.zeros(n + 1))
-        result = []
-        for width in range(step, n + 1, step) if step else [n]:
+        self.order, costs = brain_surgeon(W, G, self.F["mlp.c_proj"]) if is_narrowed else (torch.arange(n), torch.zeros(n + 1))
+        step, result = max(1, n // HIDDEN_STEPS), []
+        for width in range(step, n + 1, step) if is_narrowed else [n]:
             kept = self.kept(width)
             fc = self.matrix("mlp.c_fc", self.W["mlp.c_fc"][:, kept], self.G["mlp.c_fc"], self.F["mlp.c_fc"][kept][:, kept])
             proj = self.matrix("mlp.c_proj", self.output(kept), G[kept][:, kept], self.F["mlp.c_proj"])

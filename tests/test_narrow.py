@@ -103,6 +103,8 @@ def test_narrower_heads_that_lose_nothing_are_the_same_function(attention, head_
             W[:, columns], b[columns] = W[:, columns] @ project, b[columns] @ project
     expected = attn(x[None])[0]
     T, D = narrow.head_maps(bases_of(attn, x, fisher, stream), head_qk, head_v)
+    if head_qk == D_HEAD:  # nothing is rotated
+        assert torch.equal(T[:2 * C, :2 * C], torch.eye(2 * C, dtype=torch.double))
     q, k, v = (x @ (W @ T) + b @ T).split((H * head_qk, H * head_qk, H * head_v), 1)
     q, k, v = (part.unflatten(1, (H, -1)).transpose(0, 1) for part in (q, k, v))  # (H, N, width)
     scores = q @ k.mT / D_HEAD**0.5  # the scale of the wide head
