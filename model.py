@@ -35,32 +35,27 @@ class KronLinear(nn.Module):
         return kron_weight(self.A, self.B)
 
     def init_weights(self, std):
-        """Draw normal weights so that an element of W has the standard deviation std.
-
-        It is Σ_f a_f b_f, of variance r var(a) var(b): both sides get the scale sqrt(std / sqrt(r)), so that their steps
-        under Adam are alike. The smaller side is brought to that scale exactly, since the mean square of a few normal
-        numbers is far from its expectation. A side of one element is 1.
-        """
-        if self.is_dense:
-            nn.init.normal_(self.A, std=std)
-            return
+        """Draw normal weights so that an element of W, Σ_f a_f b_f, has the standard deviation std. Both sides get the scale
+        sqrt(std / sqrt(r)), so that Adam changes them alike; the smaller one exactly, since the mean square of a few normal
+        numbers is far from its expectation. A side of one element is 1."""
         small, large = sorted((self.A, self.B), key=lambda side: side[0].numel())
         std /= math.sqrt(len(self.A))
         scale = math.sqrt(std) if small[0].numel() > 1 else 1.0
         nn.init.normal_(large, std=std / scale)
-        nn.init.normal_(small) if small[0].numel() > 1 else nn.init.ones_(small)
-        small.mul_(scale / small.square().mean(dim=(1, 2), keepdim=True).sqrt())
+        if small[0].numel() > 1:
+            nn.init.normal_(small)
+            small *= scale / small.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        else:
+            nn.init.ones_(small)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer = layer
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
         self.c_attn = KronLinear(*config.size_and_shape("attn.c_attn", layer))
         self.c_proj = KronLinear(*config.size_and_shape("attn.c_proj", layer))
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.dropout = config.dropout
 
     def forward(self, x, cache=None):
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, C/n_head)
@@ -68,10 +63,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         is_causal = cache is None or q.shape[2] > 1  # a single token sees all of the cache; several come when it is empty
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout)
-        y = y.transpose(1, 2).flatten(-2)  # (B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(-2)))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -88,10 +81,8 @@ class MLP(nn.Module):
     def forward(self, x):
         x = self.c_fc(x)  # (B, T, n_inner)
         if self.config.recompute and torch.is_grad_enabled():
-            x = checkpoint(self.project, x, use_reentrant=False, preserve_rng_state=False)  # (B, T, C)
-        else:
-            x = self.project(x)
-        return self.dropout(x)
+            return self.dropout(checkpoint(self.project, x, use_reentrant=False, preserve_rng_state=False))
+        return self.dropout(self.project(x))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -122,13 +113,7 @@ def mlp_shapes(dim_1, dim_2, factors):
 
 @dataclass
 class KronyGPTConfig:
-    """Sizes of a KronyGPT.
-
-    `shapes` holds a Shape for each block, {"mlp.c_fc": [Shape, ...], ...}; a matrix that it does not name is dense.
-
-    Raises:
-        ValueError: sizes that do not fit each other.
-    """
+    """Sizes of a KronyGPT; ValueError where they do not fit each other."""
 
     block_size: int = 1024
     vocab_size: int = 50257
@@ -138,7 +123,7 @@ class KronyGPTConfig:
     n_inner: int | None = None  # width of the MLP's hidden layer; default: 4 n_embd
     dropout: float = 0.0
     recompute: bool = False  # compute the MLP's activation again in backward: less memory, more time
-    shapes: dict[str, list[Shape]] = field(default_factory=dict)
+    shapes: dict[str, list[Shape]] = field(default_factory=dict)  # {"mlp.c_fc": [Shape of each block]}; default: dense
     tokenizer: dict | None = None  # record of the model's tokenizer, as in tokenizer.py; default: vocab_size tells it
 
     def __post_init__(self):
@@ -147,16 +132,16 @@ class KronyGPTConfig:
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
         if unknown := self.shapes.keys() - self.matrices.keys():
             raise ValueError(f"a block has no matrix {min(unknown)}")
-        self.shapes = {kind: [Shape(*shape) for shape in self.shapes.get(kind, [(m, n, 1)] * self.n_layer)]
-                       for kind, (m, n) in self.matrices.items()}
         for kind, (m, n) in self.matrices.items():
-            if len(self.shapes[kind]) != self.n_layer:
-                raise ValueError(f"{kind} has {len(self.shapes[kind])} shapes for {self.n_layer} blocks: "
+            shapes = [Shape(*shape) for shape in self.shapes.get(kind, [(m, n, 1)] * self.n_layer)]
+            if len(shapes) != self.n_layer:
+                raise ValueError(f"{kind} has {len(shapes)} shapes for {self.n_layer} blocks: "
                                  "give one number of factors, or one for each block")
-            for dim_1, dim_2, factors in self.shapes[kind]:
-                if min(dim_1, dim_2, factors) < 1 or m % dim_1 or n % dim_2:
-                    raise ValueError(f"{kind} [{m}, {n}] cannot have the shape ({dim_1}, {dim_2}, {factors}): dim_1 divides "
-                                     "its rows and dim_2 its columns")
+            for shape in shapes:
+                if min(shape) < 1 or m % shape.dim_1 or n % shape.dim_2:
+                    raise ValueError(f"{kind} [{m}, {n}] cannot have the shape {tuple(shape)}: dim_1 divides its rows and "
+                                     "dim_2 its columns")
+            self.shapes = {**self.shapes, kind: shapes}
 
     @property
     def matrices(self):
@@ -173,12 +158,7 @@ class KronyGPTConfig:
 
 
 class KronyGPT(nn.Module):
-    """GPT-2 with factored matrices.
-
-    model(idx) gives logits (B, T, vocab_size); model(idx, targets) gives the mean cross entropy in nats, a scalar.
-    """
-
-    INIT_STD = 0.02  # standard deviation of GPT-2's initial weights
+    """GPT-2 with factored matrices."""
 
     def __init__(self, config):
         super().__init__()
@@ -196,14 +176,12 @@ class KronyGPT(nn.Module):
             self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
-        """GPT-2's initialization: a standard deviation of 0.02, and 0.02 / sqrt(2 n_layer) where a block writes to the
-        residual stream."""
-        for module in (self.transformer.wte, self.transformer.wpe):
-            nn.init.normal_(module.weight, std=self.INIT_STD)
-        residual_std = self.INIT_STD / math.sqrt(2 * self.config.n_layer)
+    def init_weights(self, std=0.02):
+        """GPT-2's initialization; std / sqrt(2 n_layer) where a block writes to the residual stream."""
+        nn.init.normal_(self.transformer.wte.weight, std=std)
+        nn.init.normal_(self.transformer.wpe.weight, std=std)
         for _, kind, matrix in self.matrices():
-            matrix.init_weights(residual_std if kind.endswith("c_proj") else self.INIT_STD)
+            matrix.init_weights(std / math.sqrt(2 * self.config.n_layer) if kind.endswith("c_proj") else std)
 
     def matrices(self):
         """Yield (layer, kind, KronLinear) of all blocks, in the order in which they are applied: (0, "attn.c_attn", ...)."""
@@ -214,17 +192,14 @@ class KronyGPT(nn.Module):
     def hidden(self, idx, cache=None):
         """The final hidden state (B, T, C), after the last layer norm, of tokens idx (B, T).
 
-        With a KVCache, idx continues the tokens that it has seen: any number of them at first, then one at a time.
-
-        Raises:
-            ValueError: more than block_size tokens.
+        With a KVCache, idx continues the tokens that it has seen: any number at first, then one at a time.
         """
         start = 0 if cache is None else cache.seen
         end = start + idx.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit into the context of {self.config.block_size}")
-        position = torch.arange(start, end, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))  # (B, T, C)
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(start, end, device=idx.device))
+        x = self.transformer.drop(x)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, cache)
         if cache is not None:
@@ -232,8 +207,8 @@ class KronyGPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """Logits (B, T, vocab_size) of idx (B, T), or with targets (B, T) the mean cross entropy over those that are
-        not IGNORE_INDEX."""
+        """Logits (B, T, vocab_size) of idx (B, T); with targets (B, T), the mean cross entropy in nats, a scalar, over those
+        that are not IGNORE_INDEX."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
@@ -251,20 +226,17 @@ class KronyGPT(nn.Module):
             seed: seed for sampling; default: torch's global generator.
 
         Raises:
-            ValueError: logits are not finite.
+            ValueError: a negative temperature, or logits that are not finite.
         """
+        if temperature < 0:
+            raise ValueError(f"the temperature is at least 0, not {temperature}")
         self.eval()
         block_size = self.config.block_size
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
-        cache = None
+        cache = KVCache(self.config.n_layer, min(idx.shape[1] + max_new_tokens, block_size))
         for _ in range(max_new_tokens):
-            if idx.shape[1] > block_size:  # the window slides, so every token has a new position: nothing can be kept
-                x = self.hidden(idx[:, -block_size:])
-            elif cache is None:
-                cache = KVCache(self.config.n_layer, min(idx.shape[1] + max_new_tokens, block_size))
-                x = self.hidden(idx, cache)
-            else:
-                x = self.hidden(idx[:, -1:], cache)
+            fits = idx.shape[1] <= block_size  # else the window slides, every token has a new position, nothing can be kept
+            x = self.hidden(idx[:, cache.seen:], cache) if fits else self.hidden(idx[:, -block_size:])
             logits = self.lm_head(x[:, -1]).float()  # (B, vocab_size)
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite")
@@ -294,8 +266,7 @@ class KronyGPT(nn.Module):
         return {"total": sum(counts.values()), "mlp": mlp, **counts}
 
     def flops_per_token(self, context=None):
-        """Floating point operations per token of a training step, forward and backward, on windows of `context` tokens
-        (default: block_size).
+        """Floating point operations per token of a training step on windows of `context` tokens (default: block_size).
 
         Two per multiply-add, and backward costs twice forward; attention is counted as in PaLM (arXiv 2204.02311,
         appendix B). A factored matrix counts its cheapest contraction, not the dense product.
@@ -314,29 +285,26 @@ class KronyGPT(nn.Module):
     def configure_optimizers(self, learning_rate, weight_decay, betas, factor_lr_scale=1.0):
         """AdamW over three groups: Kronecker factors and other matrices (with weight decay), vectors (without).
 
-        Each group carries `lr_scale`, by which a schedule multiplies its learning rate: factor_lr_scale for the
-        factors, 1 for the others.
+        A schedule multiplies the learning rate of a group by its `lr_scale`: factor_lr_scale for the factors, else 1.
         """
         groups = []
         for kind, group in self.parameters_by_kind().items():
-            scale = factor_lr_scale if kind == "factors" else 1.0
-            groups.append(dict(params=[(name, p) for name, p in group.items() if p.requires_grad], name=kind,
-                               lr=learning_rate * scale, lr_scale=scale,
-                               weight_decay=0.0 if kind == "vectors" else weight_decay))
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=True)
+            if params := [(name, p) for name, p in group.items() if p.requires_grad]:
+                scale = factor_lr_scale if kind == "factors" else 1.0
+                groups.append(dict(params=params, name=kind, lr=learning_rate * scale, lr_scale=scale,
+                                   weight_decay=0.0 if kind == "vectors" else weight_decay))
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     @classmethod
     def from_state_dict(cls, model_args, state_dict):
-        """A model of the sizes in model_args (the fields of KronyGPTConfig) that takes over the tensors of state_dict
-        without a copy.
+        """A model of the sizes in model_args (fields of KronyGPTConfig) that takes over the tensors of state_dict uncopied.
 
         Raises:
             ValueError: names or shapes that do not fit model_args.
         """
         with torch.device("meta"):
             model = cls(KronyGPTConfig(**model_args))
-        expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        found = {name: tuple(p.shape) for name, p in state_dict.items()}
+        expected, found = ({name: tuple(p.shape) for name, p in d.items()} for d in (model.state_dict(), state_dict))
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ValueError(f"weight {name} is {found.get(name, 'missing')}, where the model has "
@@ -350,18 +318,18 @@ class KVCache:
     """Keys and values of the tokens seen so far, in every block."""
 
     def __init__(self, n_layer, length):
-        self.layers = [None] * n_layer  # of (2, B, n_head, length, C/n_head)
+        self.stores = [None] * n_layer  # keys and values of a block, each (B, n_head, length, width)
         self.length = length
         self.seen = 0
 
-    def extend(self, layer, k, v):
-        """Append k and v (B, n_head, T, C/n_head) of the newest tokens; returns those of all tokens."""
-        if self.layers[layer] is None:
-            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.length, k.shape[3])
-        store = self.layers[layer]
-        end = self.seen + k.shape[2]
-        store[0, :, :, self.seen:end], store[1, :, :, self.seen:end] = k, v
-        return store[:, :, :, :end].unbind()
+    def extend(self, layer, *new):
+        """Append keys and values (B, n_head, T, width) of the newest tokens; returns those of all tokens."""
+        if self.stores[layer] is None:
+            self.stores[layer] = [t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in new]
+        end = self.seen + new[0].shape[2]
+        for store, t in zip(self.stores[layer], new):
+            store[:, :, self.seen:end] = t
+        return [store[:, :, :end] for store in self.stores[layer]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -391,17 +359,12 @@ def multiply_adds(A_shape, B_shape):
 def contraction_order(A_shape, B_shape, tokens):
     """The cheapest order in which to contract x with A and B: "A" first, "B" first, or "W" built and multiplied.
 
-    The cost counts multiply-adds and, as COPY of them, each element of an intermediate that is written to memory:
-
-        A:  T r n1 m2 (m1 + n2)  +  COPY T (r n1 m2 + [m2 > 1] (m1 m2 + r n1 m2))
-        B:  T r m1 n2 (m2 + n1)  +  COPY T (r m1 n2 + [n2 > 1] (n1 n2 + r m1 n2))
-        W:  (T + r) m1 m2 n1 n2  +  COPY 2 m1 m2 n1 n2
-
-    with T tokens; the brackets are the transposed copies in `from_left`. Backward costs twice as much in every order.
+    The cost counts multiply-adds and, as COPY of them, each number of an intermediate that is written to memory, the
+    transposed copies in `from_left` included. Backward costs twice as much in every order.
     """
     (r, m1, n1), (_, m2, n2) = A_shape, B_shape
     by_A, by_B, by_W = multiply_adds(A_shape, B_shape).values()
-    after_A, after_B = r * n1 * m2, r * m1 * n2
+    after_A, after_B = r * n1 * m2, r * m1 * n2  # numbers of the intermediate
     cost_A = tokens * (by_A + COPY * (after_A + (m2 > 1) * (m1 * m2 + after_A)))
     cost_B = tokens * (by_B + COPY * (after_B + (n2 > 1) * (n1 * n2 + after_B)))
     cost_W = (tokens + r + 2 * COPY) * by_W
@@ -412,7 +375,8 @@ def contraction_order(A_shape, B_shape, tokens):
 
 def from_left(L, X):
     """L [p, q] @ X [T, q, s] -> (T, p, s), as one large product on a transposed copy; where s = 1 nothing is copied."""
-    return (X.transpose(1, 2) @ L.T).transpose(1, 2)
+    T, q, s = X.shape  # reshaped here: without gradients, torch's matmul would make T small products of three dimensions
+    return (X.transpose(1, 2).reshape(T * s, q) @ L.T).view(T, s, -1).transpose(1, 2)
 
 
 def kron_linear(x, A, B, bias, order=None):
@@ -420,16 +384,14 @@ def kron_linear(x, A, B, bias, order=None):
 
     Args:
         x: (..., m1 m2).
-        A: [r, m1, n1].
-        B: [r, m2, n2].
-        bias: [n1 n2].
+        A, B, bias: [r, m1, n1], [r, m2, n2], [n1 n2].
         order: "A", "B" or "W", to force an order of contraction; default: contraction_order chooses.
 
     Returns:
         (..., n1 n2)
     """
     # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
-    if torch.is_autocast_enabled(x.device.type):  # for what autocast does not know: broadcast products
+    if torch.is_autocast_enabled(x.device.type):  # for addcmul, which autocast leaves in float32
         x, A, B, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, A, B, bias))
     (r, m1, n1), (_, m2, n2) = A.shape, B.shape
     rows = x.reshape(-1, m1 * m2)  # (T, m1 m2)
@@ -440,7 +402,7 @@ def kron_linear(x, A, B, bias, order=None):
         z = from_left(A.permute(2, 0, 1).reshape(n1 * r, m1), rows.reshape(-1, m1, m2)).reshape(-1, r * m2)  # (T n1, r m2)
         if n1 == 1:  # low rank, and blocks of one column
             y = torch.addmm(bias, z, B.reshape(r * m2, n2))
-        elif r * m2 == 1:  # a multiple of B for each element of z
+        elif r * m2 == 1:  # a multiple of B for each number in z
             y = torch.addcmul(bias.view(n1, n2), z.view(-1, n1, 1), B.view(1, n2))
         else:
             y = (z @ B.reshape(r * m2, n2)).view(-1, n1 * n2) + bias
@@ -455,35 +417,31 @@ def kron_linear(x, A, B, bias, order=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The loss: its logits are never whole in memory, but computed for a chunk of tokens at a time, so that memory does not grow
-# with tokens × vocabulary. Under torch.compile they are whole, and the compiler fuses what follows.
-# (F.linear_cross_entropy of torch 2.13 sums the loss in the dtype of its inputs: in bfloat16, 10.0 in place of 10.5 for
-# 12,288 tokens in 37 chunks.)
+# The loss: logits are computed for a chunk of tokens at a time, so that memory does not grow with tokens × vocabulary. Under
+# torch.compile they are whole, and the compiler fuses what follows. (F.linear_cross_entropy of torch 2.13 sums the loss in
+# the dtype of its inputs: in bfloat16, 10.0 in place of 10.5 for 12,288 tokens in 37 chunks.)
 
 IGNORE_INDEX = -100  # a target with this value is not scored (the default of F.cross_entropy)
 
 
 def chunk_rows(W, dtype):
-    """Tokens in a chunk of logits x Wᵀ.
-
-    In float32 on a CPU, 2^23 numbers: 32 MiB, which malloc reuses. In half precision each chunk adds its gradient of W to a
-    float32 sum, so fewer, larger chunks are faster. On a GPU they launch fewer kernels.
-    """
+    """Tokens in a chunk of logits x Wᵀ. In float32 on a CPU a chunk has 2^23 numbers: 32 MiB, which malloc reuses. In half
+    precision each chunk adds its gradient of W to a float32 sum, and on a GPU it launches kernels: few chunks are faster."""
     numbers = 2**27 if W.device.type == "cuda" else 2**23 if dtype == torch.float32 else 2**26
     return max(1, numbers // W.shape[0])
 
 
 class ChunkedLinearLoss(torch.autograd.Function):
-    """The sum over chunks of tokens of chunk_loss(x Wᵀ, *per_token).
+    """The sum over chunks of tokens of chunk_loss(x Wᵀ, *per_token), which can be differentiated once.
 
     Forward computes the gradients as well, while it has the logits of a chunk: autograd that of the loss with respect to
-    the logits, and two products those of x and W. It can be differentiated once.
+    the logits, and two products those of x and W.
     """
 
     @staticmethod
     def forward(ctx, chunk_loss, dtype, x, W, *per_token):
-        W_cast, total = W.to(dtype), x.new_zeros((), dtype=torch.float32)
-        grad_x, grad_W = (torch.zeros_like(t) if needed else None for t, needed in zip((x, W), ctx.needs_input_grad[2:]))
+        W_cast, total, grad_x = W.to(dtype), x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
+        grad_W = torch.zeros_like(W) if ctx.needs_input_grad[3] else None
         for begin in range(0, len(x), step := chunk_rows(W, dtype)):
             rows = x[begin:begin + step].to(dtype)
             logits = (rows @ W_cast.T).requires_grad_()  # (step, vocab_size)
@@ -491,20 +449,19 @@ class ChunkedLinearLoss(torch.autograd.Function):
                 loss = chunk_loss(logits, *(t[begin:begin + step] for t in per_token))
             grad, = torch.autograd.grad(loss, logits)
             total += loss.detach()
-            if grad_x is not None:
-                grad_x[begin:begin + step] = grad @ W_cast
+            grad_x[begin:begin + step] = grad @ W_cast
             if grad_W is not None and dtype == W.dtype:
                 grad_W.addmm_(grad.T, rows)
             elif grad_W is not None:
                 grad_W += grad.T @ rows
         ctx.save_for_backward(grad_x, grad_W)
-        ctx.n_inputs = 4 + len(per_token)
+        ctx.n_per_token = len(per_token)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         scaled = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)  # in place: they are as large as W
-        return None, None, *scaled, *[None] * (ctx.n_inputs - 4)
+        return None, None, *scaled, *[None] * ctx.n_per_token
 
 
 def chunked_mean(chunk_loss, x, W, targets, *per_token):
@@ -532,12 +489,7 @@ def summed_cross_entropy(logits, targets):
 
 
 def linear_cross_entropy(x, W, targets):
-    """Mean cross entropy in nats of the logits x Wᵀ, a float32 scalar; 0 where nothing is scored.
-
-    Args:
-        x: (T, C).
-        W: [vocab_size, C].
-        targets: (T,), IGNORE_INDEX where not scored.
-    """
+    """Mean cross entropy in nats of the logits x Wᵀ, for x (T, C), W [vocab_size, C] and targets (T,) that are IGNORE_INDEX
+    where not scored: a float32 scalar, 0 where nothing is scored."""
     # F.cross_entropy(x @ W.T, targets)
     return chunked_mean(summed_cross_entropy, x, W, targets)

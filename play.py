@@ -1,11 +1,12 @@
 """A web page to play with one or two models: the same prompt, tokens as they come, speed, size, and the loss on a text.
 
-    python play.py out/demo/base/best.pt out/demo/small
+    python play.py out/demo/dense_trained_further_128_512_1/seed_1337/best.pt out/demo/small
     python play.py gpt2 checkpoints/best_82M.pt --port=8001 --temperature=1
 
 A model is a .pt file, a Hugging Face directory, a name under models/ or a hub name: a dense one first, then one made of it.
-The page is served to this machine alone, and loads nothing from elsewhere. The models take turns, one token each, in the
-order of the requests: tokens per second are those of a model that has the machine for itself. Ctrl-C ends it.
+If the second one was trained further, so should the first one be: that is the fair pair. The page is served to this machine
+alone, and loads nothing from elsewhere. It asks one model after the other, so that each has the machine for itself; several
+pages take turns, one token each. Ctrl-C ends it.
 """
 import codecs
 import json
@@ -18,25 +19,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
-from kronygpt.configurator import UserError, check_range, checked_value, option_types, run
+from kronygpt.configurator import UserError, run
 
 port = 8017  # of the page at 127.0.0.1; 0 takes any that is free
 prompt = "The function returns"  # what the page begins with, as do the next four options
 max_new_tokens = 200  # tokens to add
 temperature = 0.8  # divides the logits; 0 takes the most likely token
 top_k = 200  # sample among the N most likely tokens; 0 for all
-seed = 1337  # of the sampling
+seed = 1337  # seed for sampling
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
 dtype = "float32"  # bfloat16 or float16, by autocast
 
-MAY_BE_EMPTY = ("prompt",)
 CONTROLS = ("prompt", "max_new_tokens", "temperature", "top_k", "seed")
 HOST = "127.0.0.1"
 LARGEST_REQUEST = 2**18  # bytes
 PATIENCE = 30  # seconds for a client that neither reads nor writes
 PAGE = Path(__file__).parent / "kronygpt" / "play.html"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+          "frame-ancestors 'none'")
 
 
 class Player(NamedTuple):
@@ -62,8 +63,9 @@ def load_player(ckpt):
 
 
 def generate(player, request):
-    """Yield {"text", "tokens", "of", "tokens_per_second"} after each new token. Text comes as soon as its bytes are UTF-8;
-    the speed is that after the first token, which reads the prompt."""
+    """Yield {"text", "tokens", "of", "tokens_per_second", "prompt", "seen"} after each new token: the last two are the
+    tokens of the prompt, and how many of them the model sees. Text comes as soon as its bytes are UTF-8; the speed is that
+    after the first token, which reads the prompt."""
     import numpy as np
     import torch
 
@@ -73,51 +75,42 @@ def generate(player, request):
     def to_bytes(tokens):  # an unknown tokenizer has no bytes, and writes numbers
         return player.tokenizer.decode_bytes(tokens) or player.tokenizer.decode(tokens).encode()
 
-    types = option_types(globals())
-    options = {name: checked_value(name, request.get(name, globals()[name]), types[name]) for name in CONTROLS}
-    tokens = player.tokenizer.encode_prompt(options["prompt"])
+    text, n, divisor, k, number = (type(globals()[name])(request.get(name, globals()[name])) for name in CONTROLS)
+    tokens, context = player.tokenizer.encode_prompt(text), player.model.config.block_size
     if not tokens:
         raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: type one")
     check_tokens(np.array(tokens, TOKEN_TYPE), player.model.config.vocab_size)
     idx = torch.tensor([tokens], device=player.model.lm_head.weight.device)
-    n, last, seconds, to_text = options["max_new_tokens"], tokens[-1], 0.0, codecs.getincrementaldecoder("utf-8")("replace")
+    last, seconds, to_text = tokens[-1], 0.0, codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
-    for done, token in enumerate(player.model.generate(idx, n, options["temperature"], options["top_k"] or None,
-                                                     options["seed"]), 1):
+    for done, token in enumerate(player.model.generate(idx, n, divisor, k or None, number), 1):
         token = token.item()
         seconds += time.perf_counter() - start if done > 1 else 0
         new = to_bytes([last, token])[len(to_bytes([last])):]  # some tokenizers write a token by the one before it
-        yield dict(text=to_text.decode(new, final=done == n), tokens=done, of=n,
-                   tokens_per_second=(done - 1) / seconds if seconds else None)
+        yield dict(text=to_text.decode(new, final=done == n), tokens=done, of=n, prompt=len(tokens),
+                   seen=min(len(tokens), context), tokens_per_second=(done - 1) / seconds if seconds else None)
         last, start = token, time.perf_counter()
 
 
 def score(player, request):
     """Yield {"loss": nats per token so far, "tokens", "of"} after each window of the text. Windows do not overlap, and the
     first token of each is not scored, as in perplexity.py."""
-    import torch
+    from kronygpt import data
 
-    from kronygpt.data import check_tokens
-
-    tokens = player.tokenizer.encode(checked_value("text", request.get("text"), str))
-    check_tokens(tokens, player.model.config.vocab_size)
-    tokens = torch.from_numpy(tokens.astype("int64")).to(player.model.lm_head.weight.device)
-    windows = [window for window in tokens[None].split(player.model.config.block_size, dim=1) if window.shape[1] > 1]
+    tokens, context = player.tokenizer.encode(request["text"]), player.model.config.block_size
+    windows = [(begin, begin + 1, min(begin + context, len(tokens))) for begin in range(0, len(tokens) - 1, context)]
     if not windows:
         raise UserError("a token is scored by those before it: give a text of two tokens or more")
-    total, n, n_all = 0.0, 0, sum(window.shape[1] - 1 for window in windows)
-    for window in windows:
-        idx, targets = window[:, :-1], window[:, 1:]
-        with torch.no_grad():
-            total += player.model(idx, targets).item() * targets.numel()
-        n += targets.numel()
+    for total, n in data.score(player.model, tokens, windows, batch_size=1):
         if not math.isfinite(total):
             raise UserError("the loss is not finite")
-        yield dict(loss=total / n, tokens=n, of=n_all)
+        yield dict(loss=total / n, tokens=n, of=sum(end - first for _, first, end in windows))
 
 
 def in_one_line(error):
-    return " ".join(str(error).removeprefix("--").split())  # the page has no options
+    """What an error says on the page, whatever it is: a tokenizer's panic is no Exception."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:300]
 
 
 ACTIONS = {"/generate": generate, "/loss": score}
@@ -137,8 +130,10 @@ class Server(ThreadingHTTPServer):
 
     def next_event(self, events):
         """The next of a request's events, or None after the last."""
+        import torch
+
         def step():
-            with self.autocast:
+            with self.autocast, torch.no_grad():
                 return next(events, None)
 
         return self.worker.submit(step).result()
@@ -173,6 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
         self.wfile.write(content.encode())
 
@@ -193,37 +189,34 @@ class Handler(BaseHTTPRequestHandler):
             player, request = self.read_request()
             events = ACTIONS[self.path](player, request)
             event = self.server.next_event(events)
-        except UserError as error:
+        except (ConnectionError, TimeoutError):  # the client has gone
+            raise
+        except BaseException as error:
             return self.reply(400, in_one_line(error))
         self.reply(200, "", "application/x-ndjson")
         while event and not self.server.closed:
             self.wfile.write(json.dumps(event).encode() + b"\n")
             try:
                 event = self.server.next_event(events)
-            except UserError as error:
+            except BaseException as error:
                 event, events = dict(error=in_one_line(error)), iter(())
 
     def read_request(self):
         """The Player and the options that a request names."""
-        try:
-            length = int(self.headers["Content-Length"])
-            if length > LARGEST_REQUEST:
-                while length > 0 and self.rfile.read(min(length, LARGEST_REQUEST)):  # a client reads after it has sent
-                    length -= LARGEST_REQUEST
-                raise UserError(f"a text of more than {LARGEST_REQUEST // 2**10} KiB is too long for the page: "
-                                "perplexity.py takes it as a file")
-            request = json.loads(self.rfile.read(max(0, length)))
-            return self.server.players[request["model"]], dict(request)
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise UserError(f"this is no request of the page: {type(error).__name__}: {error}") from None
+        length = int(self.headers.get("Content-Length", 0))
+        if length > LARGEST_REQUEST:
+            while length > 0 and self.rfile.read(min(length, LARGEST_REQUEST)):  # a client reads after it has sent
+                length -= LARGEST_REQUEST
+            raise UserError(f"a text of more than {LARGEST_REQUEST // 2**10} KiB is too long for the page: perplexity.py "
+                            "takes it as a file")
+        request = json.loads(self.rfile.read(max(0, length)))
+        return self.server.players[request["model"]], request
 
     def log_message(self, format, *args):
         """Nothing: the page says what is wrong."""
 
 
 def main(dense, compressed=None):
-
-    check_range(globals(), "port", at_least=0, at_most=2**16 - 1)
     players = [load_player(ckpt) for ckpt in (dense, compressed) if ckpt]
     try:
         server = Server(players)

@@ -25,25 +25,27 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from experiments.pictures import draw_pareto, new_figure, save
+from experiments.compare import markdown, mean_loss, spread, table
+from experiments.pictures import dense_start, draw_pareto
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
+from kronygpt.run_dir import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 base = "out/demo/base/best.pt"  # the dense model of the spectra and errors
 dataset = "pydocs"  # data/<dataset>, for calibration and losses
 calibration_tokens = 131072  # number of its tokens
-documents = "docs/report.md,README.md,docs/learning_rates.md"  # comma list of the files with tables
+documents = "docs/report.md,README.md"  # comma list of the files with tables
 
 # In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `one_core`: it
-# has one thread, and other runs beside it. `reads`: what no run makes; without it, the run is left out. One that is not
-# `automatic` is made by name only.
-Run = namedtuple("Run", "command output feeds one_core reads automatic", defaults=(False, None, True))
+# has one thread, and other runs beside it. `reads`: what no run makes; without it, the run is left out.
+Run = namedtuple("Run", "command output feeds one_core reads", defaults=(False, None))
 BYTES_BASE = "../shared/data/gpt2-bytes"  # as in config/compare_bytes.py
 RUNS = {
     "pydocs": Run("-m experiments.prepare_pydocs", "data/pydocs/meta.json", "the text of all runs below"),
     "base": Run("train.py config/demo_base.py", base, "report: singular values, errors of the fits"),
-    "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json", "README and report: the demo's table"),
+    "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json",
+                "README and report: the demo's table"),
     "compare_bytes": Run("-m experiments.compare config/compare_bytes.py", "out/compare_bytes/results.json",
                          "README and report: results at width 256, ranks of each matrix", one_core=True, reads=BYTES_BASE),
     "compare_small": Run("-m experiments.compare config/compare_small.py", "out/compare_small/results.json",
@@ -53,12 +55,6 @@ RUNS = {
     "predict_bytes": Run(f"-m experiments.predict --init_from={BYTES_BASE} --calibrate=pydocs --shares=0.5,0.25 "
                          "--calibration_tokens=32768 --out_dir=out/predict_bytes", "out/predict_bytes/table.md",
                          "report: predicted and measured loss at width 256", one_core=True, reads=BYTES_BASE),
-    "rates_small": Run("-m experiments.compare config/compare_small.py --seeds=1 --learning_rates=1e-4,3e-4,1e-3,3e-3,1e-2 "
-                       "--out_dir=out/rates_small", "out/rates_small/results.json", "learning rates at width 128",
-                       one_core=True, automatic=False),
-    "rates_bytes": Run("-m experiments.compare config/compare_bytes.py --seeds=1 --learning_rates=3e-5,1e-4,3e-4,6e-4,1e-3,2e-3 "
-                       "--out_dir=out/rates_bytes", "out/rates_bytes/results.json", "learning rates at width 256",
-                       one_core=True, reads=BYTES_BASE, automatic=False),
     "bench": Run("-m experiments.bench --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
                  "README and report: speed at GPT-2's sizes"),
 }
@@ -77,6 +73,7 @@ GPT2_RANK = 288  # of all matrices of GPT-2 with 82M parameters in all
 LABELLED = {(768, 768): "Krony-PT", (768, 1): "low rank"}
 COLORS = {"attn.c_attn": "C0", "attn.c_proj": "C1", "mlp.c_fc": "C2", "mlp.c_proj": "C3"}
 NOT_KNOWN = "—"
+BATCH_SIZE = 8  # windows that are scored together
 
 
 # ---- documents and runs
@@ -176,12 +173,6 @@ def read_results(name):
 
 
 # ---- tables
-
-def markdown(head, rows, n_left=1):
-    """A Markdown table, its first columns to the left and the others to the right."""
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * n_left + "---:|" * (len(head) - n_left)]
-    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
-
 
 def empty_model(config):
     """A KronyGPT without weights, which has the shapes of all parameters."""
@@ -288,40 +279,28 @@ def spectrum_table(spectra):
                      for shape, (trained, random) in spectra.items()])
 
 
-def errors_table(dense, text, held_out, shapes):
+def errors_table(dense, text, tokens, held_out, shapes):
     """Errors of weights and outputs, and losses, of Van Loan's sums and of the same shapes fitted to text, both with the
-    hidden units in the order of calibration."""
-    from kronygpt import calibration, compress
-    from kronygpt.kron import van_loan
+    hidden units in the order of calibration. tokens and held_out as in data.score."""
+    from kronygpt import calibration, compress, data
     from model import mlp_shapes
 
+    def loss(model):
+        return f"{data.mean_loss(model.eval(), tokens, held_out, BATCH_SIZE):.3f}"
+
     config, kinds = dense.config, ["mlp.c_fc", "mlp.c_proj"]
-    hidden, _ = calibration.contributions(dense, text)
-    rows = [("dense", "", "", f"{mean_loss(dense, held_out):.3f}")]
+    rows = [("dense", "", "", loss(dense))]
     for dim_1, dim_2, r in shapes:
         matrices = mlp_shapes(dim_1, dim_2, [r] * config.n_layer)
-        order = [calibration.interleave(scores, dim_2, config.n_inner // dim_2) for scores in hidden]
-        ordered = compress.reorder_units(dense, hidden=order)
-        fisher, _ = calibration.statistics(ordered, text, kinds)
-        fitted = compress.factorize(ordered, matrices, van_loan)
-        before = mean_loss(fitted, held_out)
+        ordered = compress.spread_units(dense, text, dim_2)
+        fisher = calibration.statistics(ordered, text, kinds).fisher
+        fitted = compress.factorize(ordered, matrices)
+        before = loss(fitted)
         fits = calibration.calibrate(ordered, fitted, text, fisher)
         cells = [f"{statistics.mean(getattr(f, f'{what}_error_before') for f in fits):.3f} → "
                  f"{statistics.mean(getattr(f, f'{what}_error') for f in fits):.3f}" for what in ("weight", "output")]
-        rows.append((f"({dim_1}, {dim_2}, {r})", *cells, f"{before:.3f} → {mean_loss(fitted, held_out):.3f}"))
+        rows.append((f"({dim_1}, {dim_2}, {r})", *cells, f"{before} → {loss(fitted)}"))
     return markdown(["shape of the MLPs", "error of the weights", "error of the output", "held-out loss"], rows)
-
-
-def mean_loss(model, held_out):
-    """Mean cross entropy in nats per token of (tokens, targets), each (windows, T)."""
-    import torch
-
-    from kronygpt.calibration import batches
-
-    model.eval()
-    with torch.no_grad():
-        return sum(model(*(side[rows] for side in held_out)).item() * len(held_out[0][rows])
-                   for rows in batches(held_out[0])) / len(held_out[0])
 
 
 def predicted_table(path):
@@ -331,52 +310,21 @@ def predicted_table(path):
     return "\n".join([*kept, "", lines[-1]]) if lines else None
 
 
-def after(row):
-    """Mean loss after training of a row of a comparison, over seeds."""
-    return statistics.mean(r["after"] for r in row["runs"])
-
-
-def spread(row):
-    """after(row) ± the standard deviation over seeds, as text."""
-    losses = [r["after"] for r in row["runs"]]
-    return f"{after(row):.3f}" + (f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else "")
-
-
 def comparison_table(rows):
     """Losses of a comparison in nats per token, ± the standard deviation over seeds, and the rates where they differ."""
-    rates = {row["learning_rate"] for row in rows[1:]}
-    cells = [(rows[0]["name"], f"{rows[0]['parameters']:,}", f"{rows[0]['before']:.3f}", "", "")]
-    cells += [(row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row), f"{row['learning_rate']:g}")
-              for row in rows[1:]]
-    n_columns = 4 + (len(rates) > 1)
-    head = ["start", "parameters", "loss before training", "loss after", "learning rate"]
-    return (markdown(head[:n_columns], [row[:n_columns] for row in cells])
-            + f"\n\nLosses on held-out text in nats per byte; {seeds(rows)}.")
-
-
-def rates_table(rows):
-    """The best learning rate of each start of a comparison that tried several, and the losses at the others."""
-    cells = []
-    for row in rows[1:]:
-        others = [f"{float(other):g}: {loss:.3f}" for other, loss in row["losses_by_rate"].items()
-                  if float(other) != row["learning_rate"]]
-        cells.append((row["name"], f"{row['learning_rate']:g}", ", ".join(others)))
-    return (markdown(["start", "best rate", "losses after training at other rates"], cells)
-            + f"\n\n{seeds(rows)} each, one rate after the other until the loss rises or the list ends.")
+    return f"{markdown(*table(rows))}\n\nLosses on held-out text in nats per byte; {seeds(rows)}."
 
 
 def seeds(rows):
-    """The number of seeds of the starts of a comparison, as text."""
-    numbers = sorted({len(row["runs"]) for row in rows[1:]})
-    return f"{' or '.join(map(str, numbers))} seed{'s' * (numbers != [1])}"
+    n = len(rows[1]["runs"])
+    return f"{n} seed{'s' * (n > 1)}"
 
 
 def peers_table(rows, size):
     """The starts of one size of a comparison, the one with the lowest loss after training first, behind the dense model."""
-    dense = [row for row in rows[1:] if row["shapes"] == rows[0]["shapes"]]
     peers = [row for row in rows[1:] if row["name"].startswith(f"{size} ")]
     cells = [(row["name"].removeprefix(f"{size} "), f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row))
-             for row in dense + sorted(peers, key=after)]
+             for row in [dense_start(rows), *sorted(peers, key=mean_loss)]]
     return markdown(["start", "parameters", "loss before training", "after"], cells) + f"\n\n{seeds(rows)} each."
 
 
@@ -447,7 +395,7 @@ def draw_parameters(config, path):
     axes.set(xlabel="parameters (millions)", title=f"GPT-2: {total / 1e6:.1f}M parameters; colored: what is compressed")
     axes.invert_yaxis()
     axes.margins(x=0.25)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_spectrum(spectra, path):
@@ -464,7 +412,7 @@ def draw_spectrum(spectra, path):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     panels[0][0].set_ylabel("singular value over ‖W‖")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_cost(shapes, path):
@@ -483,7 +431,7 @@ def draw_cost(shapes, path):
              title=f"{len(shapes)} shapes of the MLPs, {min(s.parameters for s in shapes) / 1e6:.1f}M to "
                    f"{max(s.parameters for s in shapes) / 1e6:.1f}M parameters in all")
     axes.grid(alpha=0.3)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_ranks(rows, path):
@@ -498,7 +446,7 @@ def draw_ranks(rows, path):
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("% of its parameters kept")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 # ---- all of it
@@ -507,7 +455,7 @@ def missing_runs(name=None):
     """The runs to make: those whose output is not there, and the one with this name, though it be there."""
     if name and name not in RUNS:
         raise UserError(f"there is no run {name}: the runs are {', '.join(RUNS)}")
-    wanted = [n for n, entry in RUNS.items() if n == name or (entry.automatic and not Path(entry.output).exists())]
+    wanted = [n for n, entry in RUNS.items() if n == name or not Path(entry.output).exists()]
     left_out = [n for n in wanted if RUNS[n].reads and not Path(RUNS[n].reads).exists()]
     if name in left_out:
         raise UserError(f"the run {name} needs {RUNS[name].reads}, which is not there")
@@ -522,20 +470,18 @@ def main(name=None):
 
     from kronygpt import checkpoint, data
     from kronygpt.budget import shapes_within
-    from kronygpt.data import load_tokens, windows
     from model import KronyGPTConfig, Shape, mlp_shapes
 
     gpt2 = KronyGPTConfig()
     low_rank = {kind: [Shape(m, 1, GPT2_RANK)] * gpt2.n_layer for kind, (m, _) in gpt2.matrices.items()}
     models = {"dense": gpt2, "MLPs (768, 768, 1)": KronyGPTConfig(shapes=mlp_shapes(768, 768, [1] * gpt2.n_layer)),
               f"all matrices of rank {GPT2_RANK}": KronyGPTConfig(shapes=low_rank)}
-    dense, rest = checkpoint.load(base)
+    dense, _ = checkpoint.load(base)
     config = dense.config
     text = data.calibration_text(dataset, calibration_tokens, config, "cpu")
-    tokens = load_tokens(dataset, "val", config, config.block_size)
-    starts = range(0, len(tokens) - config.block_size, config.block_size)
-    held_out = windows(tokens, starts, config.block_size, config.vocab_size)
-    results = {n: read_results(n) for n in ("demo", "compare_small", "compare_bytes", "rates_small", "rates_bytes", "bench")}
+    tokens, context = data.load_tokens(dataset, "val", config, config.block_size), config.block_size
+    held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
+    results = {n: read_results(n) for n in ("demo", "compare_small", "compare_bytes", "bench")}
     shapes = quarter_shapes(config)
     spectra = mean_spectra(mlp_matrices(dense), shapes)
 
@@ -549,14 +495,14 @@ def main(name=None):
     draw_ranks(results["compare_small"], "docs/ranks.png")
     for run_name, picture in PARETO.items():
         if rows := results[run_name]:
-            draw_pareto(rows[0], rows[1:], picture, dataset)
+            draw_pareto(rows, picture, dataset)
 
     tables = dict(
         parameters=parameters_table(gpt2),
         shapes=shapes_table(*gpt2.matrices["mlp.c_fc"], GPT2_SHAPES),
         step=step_table(models),
         spectrum=spectrum_table(spectra),
-        errors=errors_table(dense, text, held_out, shapes),
+        errors=errors_table(dense, text, tokens, held_out, shapes),
         predicted=predicted_table(RUNS["predict"].output),
         predicted_bytes=predicted_table(RUNS["predict_bytes"].output),
         ranks=ranks_table(results["compare_small"]),
@@ -564,8 +510,7 @@ def main(name=None):
         ranks_bytes=results["compare_bytes"] and ranks_table(results["compare_bytes"]),
         speed=results["bench"] and speed_table(results["bench"]),
         runs=runs_table(read_records()),
-        **{n: results[n] and comparison_table(results[n]) for n in ("demo", "compare_small", "compare_bytes")},
-        **{n: results[n] and rates_table(results[n]) for n in ("rates_small", "rates_bytes")})
+        **{n: results[n] and comparison_table(results[n]) for n in ("demo", "compare_small", "compare_bytes")})
     rewrite_documents(documents.split(","), tables)
     print(f"wrote docs/*.png and the tables of {documents}")
 

@@ -1,60 +1,10 @@
-"""Pictures of losses: one training run, and several starts side by side. matplotlib is imported when one is drawn."""
-import math
+"""Pictures of comparisons: the losses of several starts side by side."""
 import re
 import statistics
 
-from kronygpt.files import atomic_write
-
-DPI = 120
-SAME_SIZE = 1.1  # starts whose MLPs differ by less than this factor share a panel
+SAME_SIZE = 1.1  # starts whose numbers of parameters differ by less than this factor share a panel
 MARKERS = "osD^vPX*hd"
-TICKS = 8  # of an axis of losses, about
 COLORS = 10  # of matplotlib's cycle, C0 to C9
-
-
-def new_figure(*size):
-    """A figure of a width and a height in inches, which needs no display and no backend."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained")
-
-
-def save(figure, path):
-    """Write a figure as a PNG, with the same bytes each time."""
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-
-
-def use_log_scale(axes):
-    """A logarithmic axis of losses, with evenly spaced plain numbers as ticks: powers of ten are too far apart."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(MaxNLocator(TICKS, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.minorticks_off()
-
-
-def draw_run(log, path, title):
-    """The losses of a run against its steps.
-
-    Args:
-        log: the entries of its log.jsonl: {"step", "loss"} of steps, {"step", "train_loss", "val_loss"} of evaluations.
-        path: of the picture.
-        title: of the picture.
-    """
-    figure = new_figure(8, 5)
-    axes = figure.subplots()
-    for name, label, style in (("loss", "training, batch of the step", dict(color="C0", alpha=0.4, linewidth=1)),
-                               ("train_loss", "training", dict(color="C0", marker="o", markersize=4)),
-                               ("val_loss", "validation", dict(color="C1", marker="o", markersize=4))):
-        points = [(entry["step"], entry[name]) for entry in log if name in entry]
-        axes.plot([step for step, _ in points], [loss for _, loss in points], label=label, **style)
-    axes.set(xlabel="steps", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    use_log_scale(axes)
-    save(figure, path)
 
 
 def method(name):
@@ -68,64 +18,86 @@ def method_styles(rows):
             for i, name in enumerate(dict.fromkeys(method(row["name"]) for row in rows))}
 
 
-def draw_pareto(dense, rows, path, dataset):
+def dense_start(rows):
+    """The start of a comparison with the shapes of its first row, the dense base: that model trained as long. Or None."""
+    return next((row for row in rows[1:] if row["shapes"] == rows[0]["shapes"]), None)
+
+
+def draw_pareto(rows, path, dataset):
     """Loss against parameters, before and after training, with a line for a method at several sizes.
 
     Args:
-        dense: the row of the dense model: {"name", "parameters", "mlp_parameters", "before"}.
-        rows: of the starts: the same, where "before" may be None, and "runs", [{"after", "curve"}] with one for each seed.
+        rows: {"name", "parameters", "shapes", "before"} of the dense base, and of the starts, which also have "runs",
+            [{"after", "curve"}] with one for each seed.
         path: of the picture.
         dataset: name of the held-out text.
     """
-    figure = new_figure(11, 5.5)
+    from kronygpt.run_dir import new_figure, save_figure, use_log_scale
+
+    figure, dense = new_figure(11, 5.5), dense_start(rows)
     left, right = figure.subplots(1, 2)
-    for axes, title in ((left, "before training"), (right, "after training")):
-        axes.plot(dense["parameters"] / 1e6, dense["before"], "k*", markersize=14,
-                  label=dense["name"] if axes is right else None)
+    loss_of_dense = statistics.mean(r["after"] for r in dense["runs"]) if dense else rows[0]["before"]
+    for axes, title, loss in ((left, "before training", rows[0]["before"]), (right, "after training", loss_of_dense)):
+        axes.plot(rows[0]["parameters"] / 1e6, loss, "k*", markersize=14)
+        axes.axhline(loss, color="k", linestyle=":", linewidth=1)
         axes.set(xlabel="parameters (millions)", ylabel=f"loss on held-out {dataset} (nats per token)", title=title)
         axes.grid(alpha=0.3)
         axes.margins(x=0.15)
-    for name, style in method_styles(rows).items():
-        same = sorted((row for row in rows if method(row["name"]) == name), key=lambda row: row["parameters"])
+    right.plot([], [], "k*:", markersize=14, label="dense" + " (on the right: trained as long)" * bool(dense))
+    others = [row for row in rows[1:] if row is not dense]
+    for name, style in method_styles(others).items():
+        same = sorted((row for row in others if method(row["name"]) == name), key=lambda row: row["parameters"])
         x, losses = [row["parameters"] / 1e6 for row in same], [[r["after"] for r in row["runs"]] for row in same]
-        left.plot(x, [math.nan if row["before"] is None else row["before"] for row in same], markersize=7, **style)
+        left.plot(x, [row["before"] for row in same], markersize=7, **style)
         means, spread = zip(*((statistics.mean(ls), statistics.stdev(ls) if len(ls) > 1 else 0) for ls in losses))
         right.errorbar(x, means, spread if any(spread) else None, capsize=4, markersize=7, **style)
         right.plot([], [], label=name, markersize=7, **style)  # in the legend, without the error bar
     for axes in left, right:
         use_log_scale(axes)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def group_by_size(dense, rows):
-    """Starts in groups of about the same number of MLP parameters, smallest first; without the dense ones, if others are
-    there."""
+def group_by_size(rows):
+    """Starts in groups of about the same number of parameters, smallest first."""
     groups = []
-    for row in sorted(rows, key=lambda row: row["mlp_parameters"]):
-        if groups and row["mlp_parameters"] < SAME_SIZE * groups[-1][0]["mlp_parameters"]:
+    for row in sorted(rows, key=lambda row: row["parameters"]):
+        if groups and row["parameters"] < SAME_SIZE * groups[-1][0]["parameters"]:
             groups[-1].append(row)
         else:
             groups.append([row])
-    return [group for group in groups if group[0]["mlp_parameters"] < dense["mlp_parameters"]] or groups
+    return groups
 
 
-def draw_curves(dense, rows, path):
-    """Validation loss against steps, the mean over seeds, with a panel for each size; arguments as of draw_pareto."""
-    groups, styles = group_by_size(dense, rows), method_styles(rows)
+def mean_curve(row):
+    """Steps and validation losses of a start, the means over seeds at the steps that all of them have."""
+    curves = [dict(r["curve"]) for r in row["runs"]]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return steps, [statistics.mean(curve[step] for curve in curves) for step in steps]
+
+
+def draw_curves(rows, path):
+    """Validation loss against steps, with a panel for each size. In each of them the reference is the dense model trained
+    as long, and what it began with, on the same text; rows as of draw_pareto."""
+    from kronygpt.run_dir import new_figure, save_figure, use_log_scale
+
+    dense = dense_start(rows)
+    others = [row for row in rows[1:] if row is not dense]
+    groups, styles = group_by_size(others or rows[1:]), method_styles(others)
     figure = new_figure(1 + 6 * len(groups), 6)
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, group in zip(panels, groups):
-        axes.axhline(dense["before"], color="k", linestyle=":", label=dense["name"])
+        if dense:
+            steps, losses = mean_curve(dense)
+            axes.axhline(losses[0], color="k", linestyle=":", label="dense, before training")
+            axes.plot(steps, losses, "k*-", markersize=8, label="dense, trained as long")
         for row in group:
-            curves = [dict(r["curve"]) for r in row["runs"]]
-            common = sorted(set.intersection(*map(set, curves)))
-            axes.plot(common, [statistics.mean(c[step] for c in curves) for step in common], markersize=4,
-                      label=row["name"], **styles[method(row["name"])])
-        share = group[0]["mlp_parameters"] / dense["mlp_parameters"]
-        axes.set(xlabel="steps", title=f"{share:.0%} of the MLP parameters")
+            if row is not dense:
+                axes.plot(*mean_curve(row), markersize=4, label=row["name"], **styles[method(row["name"])])
+        share = group[0]["parameters"] / rows[0]["parameters"]
+        axes.set(xlabel="steps", title=f"{share:.0%} of the parameters")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     use_log_scale(panels[0])
     panels[0].set_ylabel("validation loss (nats per token)")
-    save(figure, path)
+    save_figure(figure, path)

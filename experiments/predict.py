@@ -1,15 +1,14 @@
 """Check the prediction behind `kron_decompose.py --budget`: predicted against measured loss added, table and picture.
 
-    python -m experiments.predict --init_from=models/mine --calibrate=pydocs        # → out/predict/table.md and predicted.png
+    python -m experiments.predict --init_from=models/mine --calibrate=pydocs     # → out/predict/table.md, predicted.png
 
 Budgets from nearly all parameters to few of them are shared among all matrices, and each matrix is compressed alone to some
 shares of its parameters. Each model is calibrated as kron_decompose.py does it, without training, and scored on
-held-out text.
+held-out text. The table is written anew after each model.
 """
 from pathlib import Path
 
-from experiments import pictures
-from kronygpt.configurator import UserError, check_range, run
+from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
 
 init_from = "gpt2"  # the dense model: a hub name, a Hugging Face directory or a checkpoint
@@ -21,18 +20,25 @@ shares = "0.5,0.25,0.1"  # comma list: shares of its parameters that a matrix ke
 device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
 out_dir = "out/predict"  # directory of the results
 
+BATCH_SIZE = 8  # windows that are scored together
 COLORS = {"attn.c_attn": "C0", "attn.c_proj": "C1", "mlp.c_fc": "C2", "mlp.c_proj": "C3"}
 
 
 def parse_shares(name):
     """The numbers of an option that is a comma list of shares."""
-    try:
-        numbers = [float(text) for text in globals()[name].split(",")]
-    except ValueError:
-        numbers = [0.0]
+    numbers = [float(text) for text in globals()[name].split(",")]
     if not all(0 < number < 1 for number in numbers):
         raise UserError(f"--{name} is a comma list of numbers between 0 and 1, not {globals()[name]}")
     return numbers
+
+
+def feasible(budget_shares, config, n_parameters):
+    """The shares that leave each matrix a rank of 1 or more; the embeddings and vectors keep all of theirs."""
+    saved = config.n_layer * sum(max(0, m * n - m - n) for m, n in config.matrices.values())
+    least = (n_parameters - saved) / n_parameters
+    if left_out := [share for share in budget_shares if share <= least]:
+        print(f"budgets {', '.join(map(str, left_out))} are left out: with rank 1 in all matrices it is {least:.3f}")
+    return [share for share in budget_shares if share > least]
 
 
 def rank_correlation(pairs):
@@ -45,86 +51,85 @@ def rank_correlation(pairs):
 
 def draw(rows, path):
     """Predicted against measured loss added on logarithmic axes, with the line on which they are equal."""
-    figure = pictures.new_figure(7, 6)
+    from kronygpt.run_dir import new_figure, save_figure
+
+    figure = new_figure(7, 6)
     axes = figure.subplots()
-    for kind, color in COLORS.items():
-        points = [(predicted, measured) for name, _, _, predicted, measured in rows if name.endswith(kind)]
-        axes.plot(*zip(*points), "o", color=color, alpha=0.7, label=f"{kind}, alone")
-    points = [(predicted, measured) for name, _, _, predicted, measured in rows if name == "budget"]
-    axes.plot(*zip(*points), "k*-", markersize=10, label="all matrices, by budget")
+    for end, style in [*((kind, dict(color=color, marker="o", alpha=0.7, linestyle="", label=f"{kind}, alone"))
+                         for kind, color in COLORS.items()),
+                       ("budget", dict(color="k", marker="*", markersize=10, label="all matrices, by budget"))]:
+        points = [row[3:] for row in rows if row[0].endswith(end)]
+        axes.plot([x for x, _ in points], [y for _, y in points], **style)
     ends = [min(min(row[3:]) for row in rows if min(row[3:]) > 0), max(max(row[3:]) for row in rows)]
     axes.plot(ends, ends, "k:", label="predicted = measured")
     axes.set(xscale="log", yscale="log", xlabel="predicted loss added (nats per token)",
              ylabel=f"measured on held-out {calibrate} (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    pictures.save(figure, path)
+    save_figure(figure, path)
 
 
-def table(rows):
-    """The results as a Markdown table, with the rank correlations."""
+def row_cells(name, size, share, predicted, measured):
+    return f"| {name} | {size:,} | {share:.1%} | {predicted:.5f} | {measured:.5f} |"
+
+
+def write_table(rows):
+    """Write table.md: the results so far, and the rank correlations."""
     lines = ["| compressed | parameters | of them | predicted | measured |", "|---|---:|---:|---:|---:|"]
-    lines += [f"| {name} | {size:,} | {share:.1%} | {predicted:.5f} | {measured:.5f} |"
-              for name, size, share, predicted, measured in rows]
     alone, together = ([row[3:] for row in rows if (row[0] == "budget") == is_budget] for is_budget in (False, True))
-    lines += ["", f"Loss added in nats per token. Rank correlation: {rank_correlation(alone):.3f} over {len(alone)} "
-                  f"matrices alone, {rank_correlation(together):.3f} over {len(together)} budgets.", ""]
-    return "\n".join(lines)
+    correlations = " and ".join(f"{rank_correlation(pairs):.3f} over {len(pairs)} {what}" for pairs, what in
+                                ((alone, "matrices alone"), (together, "budgets")) if len(pairs) > 1)
+    with atomic_write(Path(out_dir, "table.md"), "w") as file:
+        file.write("\n".join([*lines, *(row_cells(*row) for row in rows), "",
+                              f"Loss added in nats per token. Rank correlation: {correlations or 'not yet'}.", ""]))
 
 
 def main():
     import torch
-    from tqdm import tqdm
 
     from kronygpt import calibration, checkpoint, data
-    from kronygpt.budget import allocate
-    from kronygpt.compress import factorize
-    from kronygpt.data import load_tokens, windows
-    from kronygpt.kron import van_loan
+    from kronygpt.budget import Plan, plan_ranks
+    from kronygpt.compress import apply
     from model import Shape
 
-    check_range(globals(), "eval_tokens", at_least=1)
     budget_shares, matrix_shares = parse_shares("budgets"), parse_shares("shares")
     dense, _ = checkpoint.load(init_from)
-    config = dense.config
+    config, n_parameters = dense.config, dense.count_parameters()["total"]
+    budget_shares = feasible(budget_shares, config, n_parameters)
     text = data.calibration_text(calibrate, calibration_tokens, config, device)
-    tokens = load_tokens(calibrate, "val", config, config.block_size)
-    starts = range(0, min(eval_tokens, len(tokens) - 1) - config.block_size + 1, config.block_size)
-    held_out = windows(tokens, starts or [0], config.block_size, config.vocab_size, text.device)
-    dense.to(text.device).eval()
-    fisher, spectra = calibration.statistics(dense, text, [*config.matrices])
+    tokens, context = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens], config.block_size
+    held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
+    dense.to(text.device)
+    statistics = calibration.statistics(dense, text, [*config.matrices])
 
     @torch.no_grad()
     def loss(model):
-        rows = calibration.batches(held_out[0])
-        return sum(model(*(side[r] for side in held_out)).item() * len(held_out[0][r]) for r in rows) / len(held_out[0])
+        return data.mean_loss(model.eval(), tokens, held_out, BATCH_SIZE)
 
-    def measured(shapes):
-        new = factorize(dense, shapes, van_loan).eval()
-        calibration.calibrate(dense, new, text, fisher)
-        return new.count_parameters()["total"], loss(new) - base
+    rows, base = [], loss(dense)
 
-    base, n_parameters, rows = loss(dense), dense.count_parameters()["total"], []
-    print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {held_out[0].numel():,} tokens")
-    bar = dict(unit="model", leave=False, disable=None)
-    for share in tqdm(budget_shares, "budgets", **bar):
-        allocations = allocate(config, [*config.matrices], int(share * n_parameters), spectra)
-        shapes = {kind: [a.shape for a in allocations if a.kind == kind] for kind in config.matrices}
-        total, added = measured(shapes)
-        rows.append(("budget", total, total / n_parameters, sum(a.loss for a in allocations), added))
-    for name, sigma in tqdm(spectra.items(), "matrices", **bar):
-        _, _, layer, kind = name.split(".", 3)
-        m, n = config.matrices[kind]
+    def measure(name, plan, predicted, size=None, of=n_parameters):
+        """Compress the model to a plan, score it, and write the table with the new row."""
+        new, _ = apply(dense, plan, text)
+        size = size or new.count_parameters()["total"]
+        rows.append((name, size, size / of, predicted, loss(new) - base))
+        print(row_cells(*rows[-1]), flush=True)
+        write_table(rows)
+
+    print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out) * (context - 1):,} tokens", flush=True)
+    for share in budget_shares:
+        plan = plan_ranks(config, [*config.matrices], int(share * n_parameters), statistics)
+        measure("budget", plan, plan.loss)
+    for layer, kind, matrix in dense.matrices():
+        m, n = matrix.weight.shape
         for share in matrix_shares:
             rank = max(1, int(share * m * n / (m + n)))
             shapes = [Shape(m, n, 1)] * config.n_layer
-            shapes[int(layer)] = Shape(m, 1, rank)
-            rows.append((f"block {layer} {kind}", rank * (m + n), rank * (m + n) / (m * n), sigma[rank:].sum().item() / 2,
-                         measured({kind: shapes})[1]))
-    with atomic_write(Path(out_dir, "table.md"), "w") as file:
-        file.write(table(rows))
+            shapes[layer] = Shape(m, 1, rank)
+            plan = Plan("one matrix alone", {kind: shapes}, fisher=statistics.fisher)
+            predicted = statistics.spectra[f"transformer.h.{layer}.{kind}"][rank:].sum().item() / 2
+            measure(f"block {layer} {kind}", plan, predicted, rank * (m + n), m * n)
     draw(rows, Path(out_dir, "predicted.png"))
-    print(table(rows))
     print(f"wrote {out_dir}/table.md and predicted.png")
 
 

@@ -1,13 +1,56 @@
 """Budgets: the ranks of all matrices that cost a model least, and the table of shapes that fit a number of parameters."""
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 
 import torch
 
 from kronygpt.configurator import UserError
+from kronygpt.narrow import tails
 from model import KronyGPT, Shape, multiply_adds
 
 SLACK = 0.99  # share of the budget that a shape in the table must use
 HALVINGS = 100  # of the interval in which the price of a parameter is searched
+
+
+@dataclass
+class Plan:
+    """What becomes of a model: the input of compress.apply().
+
+    how: how it was chosen, in words.
+    shapes: {kind: [Shape of each block]}; matrices that it does not name stay as they are.
+    losses: {kind: [nats per token that are predicted to be lost in each block]}, or {}.
+    fisher: {name of a matrix: F [n, n]} of calibration.statistics(), for the metric of the fit, or None.
+    """
+
+    how: str
+    shapes: dict
+    losses: dict = field(default_factory=dict)
+    fisher: dict | None = None
+
+    @property
+    def loss(self):  # predicted in all, nats per token
+        return sum(map(sum, self.losses.values()))
+
+
+def parse_budget(text):
+    """A number of parameters such as 82M, 1.5B or 82000000, and the largest that is written so: 82M is 82.x million."""
+    units = {"K": 10**3, "M": 10**6, "B": 10**9}
+    unit = units.get(text[-1:].upper(), 1)
+    try:
+        number = Decimal(text[:-1] if unit > 1 else text)
+        if number <= 0:
+            raise ValueError
+        last_digit = Decimal(1).scaleb(number.as_tuple().exponent) * unit
+        return int(number * unit), int(number * unit + last_digit) - 1
+    except (ArithmeticError, ValueError, TypeError):
+        raise UserError(f"--budget takes a number of parameters such as 82M, not {text}") from None
+
+
+def count_parameters(config, without=()):
+    """Number of parameters of a KronyGPTConfig's model in which the matrices of the kinds `without` are dense."""
+    with torch.device("meta"):
+        shapes = {kind: shapes for kind, shapes in config.shapes.items() if kind not in without}
+        return KronyGPT(replace(config, shapes=shapes)).count_parameters()["total"]
 
 
 @dataclass
@@ -38,24 +81,23 @@ def shapes_within(config, limit, largest=None):
         UserError: there is none; names the nearest number of parameters that can be had.
     """
     C, hidden, largest = config.n_embd, config.n_inner, largest or limit
-    with torch.device("meta"):
-        counts = KronyGPT(replace(config, shapes={})).count_parameters()
-    rest = counts["total"] - 2 * config.n_layer * C * hidden
+    total = count_parameters(config, config.matrices)
+    rest = total - 2 * config.n_layer * C * hidden
     shapes = []
     for dim_1 in (d for d in range(1, C + 1) if C % d == 0):
         for dim_2 in (d for d in range(1, hidden + 1) if hidden % d == 0):
             m1, n1, m2, n2 = dim_1, dim_2, C // dim_1, hidden // dim_2
             per_factor = 2 * config.n_layer * (m1 * n1 + m2 * n2)
             r = max(1, min((largest - rest) // per_factor, m1 * n1, m2 * n2))
-            shape = MLPShape(dim_1, dim_2, r, rest + r * per_factor, 0.0, min(C, r * min(m1, n1) * min(m2, n2)))
             sides = ((r, m1, n1), (r, m2, n2)), ((r, n1, m1), (r, n2, m2))  # of c_fc, and of c_proj, its mirror image
             macs = sum(min(multiply_adds(*pair).values()) for pair in sides)
-            shapes.append(replace(shape, multiply_adds=macs / (2 * C * hidden)))
+            shapes.append(MLPShape(dim_1, dim_2, r, rest + r * per_factor, macs / (2 * C * hidden),
+                                   min(C, r * min(m1, n1) * min(m2, n2))))
     fitting = [shape for shape in shapes if SLACK * limit <= shape.parameters <= largest]
     if not fitting:
-        nearest = min((min(shape.parameters, counts["total"]) for shape in shapes), key=lambda total: abs(total - limit))
-        raise UserError(f"no shapes fit {limit:,} parameters: the nearest size is {nearest:,}; without its MLP matrices the "
-                        f"model has {rest:,}, with them {counts['total']:,}")
+        nearest = min((min(shape.parameters, total) for shape in shapes), key=lambda size: abs(size - limit))
+        raise UserError(f"no shape of the MLPs makes a model of {limit:,} parameters: the nearest size is {nearest:,}, and "
+                        f"{rest:,} are outside of the MLP matrices. With --calibrate=DATASET all matrices share the budget")
 
     def interest(shape):
         is_krony_pt, is_low_rank = shape.dim_1 == C and shape.n_factors == 1, (shape.dim_1, shape.dim_2) == (C, 1)
@@ -64,99 +106,116 @@ def shapes_within(config, limit, largest=None):
     return sorted(fitting, key=interest)
 
 
-@dataclass
-class Allocation:
-    """What a matrix of a block gets: its shape, (m, 1, rank) or dense, its parameters without the bias, and the loss that is
-    predicted for it in nats per token, or None."""
+def room(config, kinds, limit):
+    """How many numbers a budget of parameters leaves for the matrices of some kinds in all blocks together.
 
-    layer: int
-    kind: str
-    shape: Shape
-    parameters: int
-    loss: float | None
+    Raises:
+        UserError: too few for rank 1, or enough for the dense matrices.
+    """
+    total, sizes = count_parameters(config, kinds), [config.matrices[kind] for kind in kinds]
+    dense, least = (config.n_layer * sum(numbers) for numbers in (
+        [m * n for m, n in sizes], [min(m + n, m * n) for m, n in sizes]))
+    if not least <= limit - (total - dense) < dense:
+        raise UserError(f"a budget of {limit:,} parameters is not between {total - dense + least:,}, with rank 1 in all "
+                        f"matrices, and {total:,}, which the dense model has")
+    return limit - (total - dense)
 
 
-def allocate(config, kinds, limit, spectra=None):
+def plan_ranks(config, kinds, limit, statistics):
     """Ranks for a number of parameters by predicted loss; each matrix is free to stay dense.
 
-    Rank r of a matrix [m, n] has r (m + n) parameters and costs ½ Σ_{i>r} σ_i²; dense has m n and costs nothing. With a
-    price for each parameter every matrix chooses for itself, and bisection finds the price at which the model fits. What
-    is then left goes, step by step, where it lowers the loss most per parameter.
+    Rank r of a matrix [m, n] has r (m + n) parameters and costs ½ Σ_{i>r} σ_i²; dense has m n and costs nothing.
 
     Args:
         config: a KronyGPTConfig.
         kinds: names of the matrices of a block to compress, such as "mlp.c_fc"; the shapes of the others stay.
         limit: number of parameters in all, which is never exceeded.
-        spectra: {name of a matrix: σ²} of calibration.statistics(). Default: all matrices keep about the same share of
-            their parameters.
+        statistics: calibration.Statistics of the model.
 
     Returns:
-        [Allocation] of all layers and kinds, in the order of the model.
+        A Plan.
 
     Raises:
         UserError: the budget is too small for any rank, or large enough for the dense model.
     """
-    with torch.device("meta"):
-        whole = KronyGPT(replace(config, shapes={k: s for k, s in config.shapes.items() if k not in kinds}))
-    places = [(layer, kind, *config.matrices[kind]) for layer in range(config.n_layer) for kind in config.matrices
-              if kind in kinds]
-    dense, total = sum(m * n for *_, m, n in places), whole.count_parameters()["total"]
-    least, spare = sum(min(m + n, m * n) for *_, m, n in places), limit - (total - dense)
-    if not least <= spare < dense:
-        raise UserError(f"a budget of {limit:,} parameters is not between {total - dense + least:,}, with rank 1 in all "
-                        f"matrices, and {total:,}, which the dense model has")
-
-    sizes, losses = [], []  # of the choices of each matrix: rank 1, 2, ..., dense
+    spare, kinds = room(config, kinds, limit), [kind for kind in config.matrices if kind in kinds]
+    places = [(layer, kind, *config.matrices[kind]) for layer in range(config.n_layer) for kind in kinds]
+    parts = []
     for layer, kind, m, n in places:
-        ranks = torch.arange(1, 1 + (m * n - 1) // (m + n))
-        sizes.append(torch.cat((ranks * (m + n), torch.tensor([m * n]))))
-        if spectra is None:
-            losses.append(None)
-            continue
-        tail = spectra[f"transformer.h.{layer}.{kind}"].cpu().flip(0).cumsum(0).flip(0) / 2
-        losses.append(torch.cat((tail[ranks], tail.new_zeros(1))))
-
-    if spectra is None:
-        share = (spare - least) / (dense - least)
-        chosen = [int(share * (size[-1] - size[0]) / size[0]) for size in sizes]
-    else:
-        chosen = cheapest(sizes, losses, spare)
-    result = []
-    for (layer, kind, m, n), size, loss, choice in zip(places, sizes, losses, chosen):
-        shape = Shape(m, 1, choice + 1) if choice + 1 < len(size) else Shape(m, n, 1)
-        result.append(Allocation(layer, kind, shape, size[choice].item(), None if loss is None else loss[choice].item()))
-    return result
+        costs = tails(statistics.spectra[f"transformer.h.{layer}.{kind}"])
+        parts.append([Choice((layer, kind), 0, 0.0, [rank_table(m, n, costs)])])
+    plan = Plan(f"ranks for {limit:,} parameters, by predicted loss", {kind: [] for kind in kinds},
+                {kind: [] for kind in kinds}, statistics.fisher)
+    for (_, kind, m, n), (choice, (row,)) in zip(places, cheapest(parts, spare)):
+        (sizes, losses), = choice.tables
+        plan.shapes[kind].append(Shape(m, 1, row + 1) if row + 1 < len(sizes) else Shape(m, n, 1))
+        plan.losses[kind].append(losses[row].item())
+    return plan
 
 
-def cheapest(sizes, losses, limit):
-    """One choice for each matrix whose sizes sum up to at most the limit and whose losses to about the least that can be
-    had so.
+@dataclass
+class Choice:
+    """One way to make a part of a model.
+
+    what: describes it, for whoever reads the result, such as the widths of a block.
+    size, loss: parameters and predicted loss in nats per token that it has in any case.
+    tables: [(sizes, losses)] of each matrix whose rank is free; sizes rise, losses fall.
+    """
+
+    what: object
+    size: int
+    loss: float
+    tables: list
+
+
+def cheapest(parts, limit):
+    """One Choice for each part of a model, and one row of each of its tables, whose sizes sum up to at most the limit and
+    whose losses to about the least that can be had so.
+
+    With a price for each parameter every part chooses for itself, and bisection finds the price at which the sum fits.
+    What is then left goes, step by step, where it lowers the loss most per parameter.
 
     Args:
-        sizes, losses: for each matrix those of its choices: sizes rise, losses fall.
+        parts: [[Choice]] of each part.
         limit: at least the sum of the smallest sizes.
 
     Returns:
-        [index of a choice] for each matrix.
+        [(Choice, [index of the row of each table])] for each part.
     """
     def choose(price):
-        return [int((loss + price * size).argmin()) for size, loss in zip(sizes, losses)]
+        return [min((priced(choice, price) for choice in choices), key=lambda option: option[0])[1:] for choices in parts]
 
     def used(chosen):
-        return sum(size[i].item() for size, i in zip(sizes, chosen))
+        return sum(choice.size + sum(size[i].item() for (size, _), i in zip(choice.tables, rows)) for choice, rows in chosen)
 
-    low, high = 0.0, 1.0 + sum(loss[0].item() for loss in losses)  # at which nothing is worth a parameter
+    largest = max(choice.loss + sum(loss[0].item() for _, loss in choice.tables) for choices in parts for choice in choices)
+    low, high = 0.0, 1.0 + len(parts) * largest  # at which nothing is worth a parameter
     for _ in range(HALVINGS):
         price = (low + high) / 2
         low, high = (low, price) if used(choose(price)) <= limit else (price, high)
     chosen = choose(high)
     while True:
-        left, best = limit - used(chosen), (0.0, None)
-        for k, (size, loss, i) in enumerate(zip(sizes, losses, chosen)):
-            extra, gain = size[i + 1:] - size[i], loss[i] - loss[i + 1:]
-            rates = torch.where(extra <= left, gain / extra, 0)
-            if len(rates) and rates.max() > best[0]:
-                best = rates.max().item(), (k, i + 1 + int(rates.argmax()))
-        if best[1] is None:
+        left, best, target = limit - used(chosen), 0.0, None
+        for choice, rows in chosen:
+            for k, ((size, loss), i) in enumerate(zip(choice.tables, rows)):
+                extra, gain = size[i + 1:] - size[i], loss[i] - loss[i + 1:]
+                rates = torch.where(extra <= left, gain / extra, 0)
+                if len(rates) and rates.max() > best:
+                    best, target = rates.max().item(), (rows, k, i + 1 + int(rates.argmax()))
+        if target is None:
             return chosen
-        chosen[best[1][0]] = best[1][1]
+        rows, k, row = target
+        rows[k] = row
+
+
+def priced(choice, price):
+    """(loss and size at a price, the Choice, [its best row of each table])."""
+    costs = [loss + price * size for size, loss in choice.tables]
+    rows = [int(cost.argmin()) for cost in costs]
+    return choice.loss + price * choice.size + sum(cost[i].item() for cost, i in zip(costs, rows)), choice, rows
+
+
+def rank_table(m, n, costs):
+    """(sizes, losses) of a matrix [m, n] at rank 1, 2, ... and dense, from the costs of the ranks from 0."""
+    ranks = torch.arange(1, 1 + min((m * n - 1) // (m + n), len(costs) - 1))
+    return torch.cat((ranks * (m + n), torch.tensor([m * n]))), torch.cat((costs[ranks].cpu(), costs.new_zeros(1).cpu()))

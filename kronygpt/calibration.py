@@ -7,6 +7,7 @@ matrix compensates for the errors of the earlier ones.
 """
 import math
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +15,27 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from kronygpt.device import float64, float64_device
-from kronygpt.least_squares import ROUNDING, Moments, Problem, check_size, fit, gram, metric, share
+from kronygpt.least_squares import Moments, Problem, fit, gram, share
 from model import ChunkedLinearLoss
 
 TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
 GRADIENT_TOKENS = 1024  # in a batch of a backward pass
 STATISTICS_TOKENS = 32768  # at most, of statistics(); with a quarter or four times as many the loss is within 0.001
-REFINE_RATE = 1e-3  # learning rate of the refinement, at its beginning
-REFINE_TOKENS = 1024  # in a gradient step of the refinement
 HALVES = {"attn": ("ln_1", "c_attn"), "mlp": ("ln_2", "c_fc")}  # the norm and the first matrix; the second is c_proj
-BAR = dict(leave=False, disable=not sys.stderr.isatty())
+SECONDS = 30  # between two lines of progress where there is no terminal
+
+
+def progress(items, what, unit):
+    """Yield the items of a sequence, and show how far it is: a bar on a terminal, elsewhere a line now and then."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, what, unit=unit, leave=False)
+        return
+    begin = last = time.monotonic()
+    for i, item in enumerate(items):
+        if (now := time.monotonic()) - last >= SECONDS:
+            last = now
+            print(f"{what}: {unit} {i} of {len(items)} after {now - begin:.0f} s", file=sys.stderr, flush=True)
+        yield item
 
 
 class ResidualStream:
@@ -76,6 +88,18 @@ def batches(x, n_tokens=TOKENS_AT_ONCE):
     return [slice(begin, begin + step) for begin in range(0, len(x), step)]
 
 
+@dataclass
+class Statistics:
+    """What errors cost, for each matrix by its name in the model, in float64.
+
+    fisher: F [n, n], second moments of the gradient of the summed loss at the output.
+    spectra: σ² [min(m, n)], descending, of G^(1/2) W F^(1/2) with the covariance G of the inputs.
+    """
+
+    fisher: dict
+    spectra: dict
+
+
 def statistics(model, tokens, kinds, seed=0):
     """What errors in the outputs of a model's matrices cost: one pass forward and backward over a text, of which an even
     sample of STATISTICS_TOKENS is enough.
@@ -93,17 +117,16 @@ def statistics(model, tokens, kinds, seed=0):
         model: a KronyGPT.
         tokens: (windows, T), on the model's device.
         kinds: names of the matrices of a block, such as "mlp.c_fc".
-        seed: of the labels.
+        seed: for the labels.
 
     Returns:
-        {name of a matrix: F [n, n]} and {name: σ², [min(m, n)], descending}, in float64.
+        Statistics of these matrices of all blocks.
     """
     device = float64_device(tokens.device)
     matrices = {matrix: f"transformer.h.{layer}.{kind}" for layer, kind, matrix in model.matrices() if kind in kinds}
     fisher = {name: torch.zeros(len(matrix.bias), len(matrix.bias), dtype=torch.float64, device=device)
               for matrix, name in matrices.items()}
     moments = {name: Moments() for name in fisher}
-    generator = torch.Generator(tokens.device).manual_seed(seed)
     tokens = tokens[::math.ceil(tokens.numel() / STATISTICS_TOKENS)]
 
     def add_to_sums(matrix, inputs, output):
@@ -115,25 +138,98 @@ def statistics(model, tokens, kinds, seed=0):
 
         output.register_hook(add_gradient)
 
-    def loss_of_samples(logits):
-        labels = torch.multinomial(F.softmax(logits.detach(), -1), 1, generator=generator)
-        return F.cross_entropy(logits, labels[:, 0], reduction="sum")
-
     hooks = [matrix.register_forward_hook(add_to_sums) for matrix in matrices]
-    for rows in tqdm(batches(tokens, GRADIENT_TOKENS), "gradients", unit="batch", **BAR):
-        start = ResidualStream(model, tokens[rows]).x.detach().requires_grad_()
-        x = start
-        for block in model.transformer.h:
-            x = block(x)
-        x, W = model.transformer.ln_f(x).flatten(0, 1), model.transformer.wte.weight.detach()
-        torch.autograd.grad(ChunkedLinearLoss.apply(loss_of_samples, x.dtype, x, W), start)
+    differentiate_samples(model, tokens, seed)
     for hook in hooks:
         hook.remove()
-    spectra = {}
-    for matrix, name in matrices.items():
+    for name in fisher:
         fisher[name] /= tokens.numel()
-        spectra[name] = spectrum(float64(matrix.weight.detach()), fisher[name], moments[name].centred()[2])
-    return fisher, spectra
+    return Statistics(fisher, {name: spectrum(float64(matrix.weight.detach()), fisher[name], moments[name].centred()[2])
+                               for matrix, name in matrices.items()})
+
+
+def differentiate_samples(model, tokens, seed, see=lambda x, p: None):
+    """Forward and backward passes over a text with labels that are drawn from the model itself, for hooks in the model.
+
+    Args:
+        see: function of the final hidden states (tokens, C) and probabilities (tokens, vocab_size) of each part.
+    """
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+
+    def loss_of_samples(logits, x):
+        p = F.softmax(logits.detach(), -1)
+        see(x, p)
+        return F.cross_entropy(logits, torch.multinomial(p, 1, generator=generator)[:, 0], reduction="sum")
+
+    model.eval()
+    for rows in progress(batches(tokens, GRADIENT_TOKENS), "gradients", "batch"):
+        x, W = model.hidden(tokens[rows]).flatten(0, 1), model.transformer.wte.weight.detach()
+        loss = ChunkedLinearLoss.apply(loss_of_samples, x.dtype, x, W, x.detach())
+        torch.autograd.grad(loss, model.transformer.wpe.weight)  # which goes back through all blocks
+
+
+@dataclass
+class WholeStatistics:
+    """What the widths and ranks of a whole model cost follows from these, all in float64.
+
+    For each matrix [m, n], by its name in the model: fisher F [n, n], second moments of the gradient of the summed loss at
+    the output; means [m] and covariances [m, m] of the inputs. For each block: slopes [n_inner, n_inner], second moments of
+    the slopes of gelu. For the embeddings: embedding_fisher [C, C], of the gradient at their sum; hidden [C, C], second
+    moments of the final hidden states; frequencies [vocab_size] of the tokens; probabilities [vocab_size], the means of
+    those in the predictions.
+    """
+
+    fisher: dict
+    means: dict
+    covariances: dict
+    slopes: list
+    embedding_fisher: torch.Tensor
+    hidden: torch.Tensor
+    frequencies: torch.Tensor
+    probabilities: torch.Tensor
+
+
+def whole_statistics(model, tokens, seed=0):
+    """The WholeStatistics of a KronyGPT on a text (windows, T), from one pass over an even sample of STATISTICS_TOKENS.
+
+    Memory for L blocks of width C with 4 C hidden units: 8 bytes for each of L 62 C² numbers (GPT-2 small: 3.5 GB, XL: 61
+    GB), and what a backward pass of GRADIENT_TOKENS tokens, or one window, takes.
+    """
+    device, config = float64_device(tokens.device), model.config
+    frequencies = float64(torch.bincount(tokens.flatten(), minlength=config.vocab_size)) / tokens.numel()
+    tokens = tokens[::math.ceil(tokens.numel() / STATISTICS_TOKENS)]
+    moments, grams, probabilities = {}, {}, 0
+
+    def add_gram(key, x):
+        grams[key] = grams.get(key, 0) + gram(x.detach().flatten(0, -2)).to(device, torch.float64)
+
+    def watch(module, key):
+        def hook(module, inputs, output):
+            if key != "embedding":
+                moments.setdefault(key, Moments()).add(inputs[0].detach().flatten(0, -2))
+            if key.endswith("c_fc"):
+                z = output.detach().requires_grad_()
+                add_gram(("slopes", key), torch.autograd.grad(F.gelu(z, approximate="tanh").sum(), z)[0])
+            output.register_hook(lambda g: add_gram(key, g))
+
+        return module.register_forward_hook(hook)
+
+    def see(x, p):
+        nonlocal probabilities
+        add_gram("hidden", x)
+        probabilities = probabilities + float64(p.sum(0))
+
+    names = [f"transformer.h.{layer}.{kind}" for layer, kind, _ in model.matrices()]
+    hooks = [watch(model.get_submodule(name), name) for name in names] + [watch(model.transformer.drop, "embedding")]
+    differentiate_samples(model, tokens, seed, see)
+    for hook in hooks:
+        hook.remove()
+    grams = {key: total / tokens.numel() for key, total in grams.items()}
+    centred = {name: moments[name].centred() for name in names}
+    return WholeStatistics({name: grams[name] for name in names}, {name: centred[name][0] for name in names},
+                           {name: centred[name][2] for name in names},
+                           [grams["slopes", name] for name in names if name.endswith("c_fc")], grams["embedding"],
+                           grams["hidden"], frequencies, probabilities / tokens.numel())
 
 
 def spectrum(W, fisher, covariance):
@@ -145,50 +241,33 @@ def spectrum(W, fisher, covariance):
     return torch.linalg.eigvalsh(root.T @ cost @ root).clamp(min=0).flip(0)
 
 
-def interleave(contribution, n1, n2):
-    """An order of the hidden units of an MLP in which those that contribute most share no column of A.
+def interleave(contribution, n_groups):
+    """An order of units in which the n_groups strongest are in different groups.
 
-    Unit j of c_fc takes column j // n2 of A and column j % n2 of B. The n1 strongest units take the first column of B, the
-    next n1 the second, and so on: each of the strongest has a column of A of its own, and a B of a one and zeros would prune
-    the others.
+    Unit j of c_fc takes column j // n2 of A and column j % n2 of B. The n_groups strongest units take the first column of B,
+    the next n_groups the second, and so on. So each of the strongest has a column of A to itself, and a B of a one and
+    zeros would prune the others.
+
+    Args:
+        contribution: [n_groups n2].
 
     Returns:
-        [n1 n2], the old index of each unit in its new place.
+        [n_groups n2], the old index of each unit in its new place.
     """
-    return contribution.argsort(descending=True).view(n2, n1).T.reshape(-1)
+    return contribution.argsort(descending=True).view(-1, n_groups).T.reshape(-1)
 
 
 @torch.no_grad()
 def contributions(model, tokens):
-    """How much hidden units and dimensions of the residual stream contribute on real text.
-
-    Returns:
-        hidden [n_layer, n_inner], the variance that each unit adds to the residual stream: that of its activation times the
-        squared norm of its row in c_proj; and embd [C], the variance that each dimension gives to the pre-activations of
-        all MLPs: that of the MLP's input times the squared norm of its row in c_fc.
-    """
-    def variance(sums):
-        mean, square = sums / tokens.numel()
-        return square - mean.square()
-
-    stream, hidden, embd = ResidualStream(model, tokens), [], 0
+    """How much each hidden unit contributes on real text, [n_layer, n_inner]: the variance that it adds to the residual
+    stream, which is that of its activation times the squared norm of its row in c_proj."""
+    stream, result = ResidualStream(model, tokens), []
     for layer, block in enumerate(model.transformer.h):
         stream.move(layer, "attn")
-        x_sums = h_sums = 0
-        for _, x, _, h, _ in stream.through(layer, "mlp"):
-            x_sums, h_sums = (sums + float64(torch.stack((v.sum(0), v.square().sum(0))))
-                              for sums, v in ((x_sums, x), (h_sums, h)))
-        hidden.append(variance(h_sums) * float64(block.mlp.c_proj.weight.square().sum(1)))
-        embd = embd + variance(x_sums) * float64(block.mlp.c_fc.weight.square().sum(1))
-    return torch.stack(hidden), embd
-
-
-@torch.no_grad()
-def norms(model):
-    """The same as contributions(), by the weights alone: squared norms of the rows of c_fc (embd), and the product of
-    those of each hidden unit's column in c_fc and row in c_proj."""
-    squares = [(block.mlp.c_fc.weight.square(), block.mlp.c_proj.weight.square()) for block in model.transformer.h]
-    return torch.stack([fc.sum(0) * proj.sum(1) for fc, proj in squares]), sum(fc.sum(1) for fc, _ in squares)
+        sums = sum(float64(torch.stack((h.sum(0), h.square().sum(0)))) for *_, h, _ in stream.through(layer, "mlp"))
+        mean, square = sums / tokens.numel()
+        result.append((square - mean.square()) * float64(block.mlp.c_proj.weight.square().sum(1)))
+    return torch.stack(result)
 
 
 @dataclass
@@ -238,7 +317,7 @@ def fit_half(teacher, student, layer, half, fisher, fixed_B):
 
 
 @torch.no_grad()
-def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, refine_steps=0):
+def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False):
     """Fit the factored matrices of a compressed model so that its blocks do to real text what those of the dense model do.
 
     It goes through the blocks in order. c_attn and c_fc are fitted to the dense model's outputs; both c_proj to the
@@ -246,9 +325,8 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, refine_step
     are dense in the compressed model stay as they are.
 
     For N tokens, width C and L layers it takes about L N (120 C² + 12 C T) floating point operations with a context of T:
-    50 C² are moments, the others the dense model, once, and the compressed one, twice. Refinement takes another L S (3 M)
-    for S tokens in all its steps and M of one token in a block; least squares with many factors can take minutes a matrix.
-    Memory: 8 N C bytes of hidden states, with refinement 12 N C, and about 800 C² for moments and their factorisations.
+    50 C² are moments, the others the dense model, once, and the compressed one, twice. Least squares with many factors can
+    take minutes a matrix. Memory: 8 N C bytes of hidden states, and about 800 C² for moments and their factorizations.
 
     Args:
         dense: a KronyGPT.
@@ -256,60 +334,13 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, refine_step
         tokens: (windows, T), on that device.
         fisher: {name of a matrix: F [n, n]} of statistics(), for the metric of errors. Default: all errors count alike.
         fixed_B: keep each B and fit A alone.
-        refine_steps: gradient steps on each block after the closed form.
 
     Returns:
         [Fit], one for each factored matrix, in the order of the model.
-
-    Raises:
-        UserError: a shape whose normal matrix is too large.
     """
     fisher = fisher or {}
-    for _, _, matrix in compressed.matrices():
-        if not matrix.is_dense:
-            check_size(matrix.A.shape, matrix.B.shape)
     teacher, student, fits = ResidualStream(dense, tokens), ResidualStream(compressed, tokens), []
-    for layer in tqdm(range(dense.config.n_layer), "calibrating", unit="block", **BAR):
-        before = student.x.clone() if refine_steps else None
+    for layer in progress(range(dense.config.n_layer), "calibrating", "block"):
         for half in HALVES:
             fits += fit_half(teacher, student, layer, half, fisher, fixed_B)
-        if refine_steps:
-            student.x = before
-            refine(teacher, student, layer, fisher.get(f"transformer.h.{layer}.mlp.c_proj"), refine_steps)
-            for half in HALVES:
-                student.move(layer, half)
     return fits
-
-
-def refine(teacher, student, layer, fisher, steps):
-    """Gradient steps on the factors and their biases in one block, towards the dense model's hidden states behind it
-    (AA-SVD, arXiv 2604.02119, does this for low rank).
-
-    Args:
-        teacher: the dense model's ResidualStream, behind the block.
-        student: the compressed model's, in front of it.
-        fisher: F [C, C] behind the block, for the metric of errors, or None.
-    """
-    block = student.model.transformer.h[layer]
-    trained = [p.requires_grad_() for matrix in (*block.attn.children(), *block.mlp.children())
-               if not getattr(matrix, "is_dense", True) for p in matrix.parameters()]
-    if not trained:
-        return
-    root = torch.linalg.cholesky(metric(fisher, teacher.x.shape[2], float64_device(teacher.x.device))).to(teacher.x)
-    optimizer = torch.optim.Adam(trained, lr=REFINE_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(layer)
-    n_rows = max(1, REFINE_TOKENS // teacher.x.shape[1])
-    for _ in range(steps):
-        rows = torch.randint(len(teacher.x), (n_rows,), generator=generator).to(teacher.x.device)
-        x, y = student.x[rows], teacher.x[rows]
-        with torch.enable_grad():
-            loss = ((block(x) - y) @ root).square().mean() / (y - x).var().clamp(min=ROUNDING)
-            gradients = torch.autograd.grad(loss, trained)
-        for p, gradient in zip(trained, gradients):
-            p.grad = gradient
-        optimizer.step()
-        schedule.step()
-    optimizer.zero_grad()
-
-

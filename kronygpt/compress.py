@@ -1,97 +1,82 @@
 """A model in another shape: make it, report what that costs each matrix, write it.
 
-The path of every compression, in kron_decompose.py and prune.py:
-
-    new = factorize(dense, shapes, van_loan)            # or another method
-    fits = calibrate(dense, new, tokens)                # if there is text
-    print_errors(dense, new, fits)
-    write(path, dense, new, options, remark, recipe)
+    new, fits = apply(dense, plan, text)
+    report(dense, new, fits)
+    write(path, dense, new, options, recipe)
 """
 import os
-from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from kronygpt import checkpoint
+from kronygpt import checkpoint, data
+from kronygpt.calibration import calibrate, contributions, interleave, statistics
 from kronygpt.configurator import UserError
 from kronygpt.kron import van_loan
 from kronygpt.least_squares import share
 from kronygpt.tokenizer import GPT2_VOCAB_SIZE
-from model import KronyGPT
+from model import KronyGPT, Shape, mlp_shapes
+
+HELD_OUT_TOKENS = 32768  # of the validation split, at most, that tell the loss before and after
+BATCH_TOKENS = 8192  # in a batch of them
+RECIPE_BLOCK_SIZE = 1024  # context of the recipes for GPT-2
 
 
-def reshaped(config, shapes):
-    """A KronyGPTConfig with other shapes of some matrices, {name: [Shape of each block]}.
+def apply(dense, plan, text=None):
+    """The model that a budget.Plan makes of another.
 
-    Raises:
-        UserError: shapes that do not fit, or with more factors than a matrix can use.
-    """
-    config = replace(config, shapes=config.shapes | shapes)
-    for name in shapes:
-        m, n = config.matrices[name]
-        for dim_1, dim_2, r in config.shapes[name]:
-            most = min(dim_1 * dim_2, m * n // (dim_1 * dim_2))
-            if r > most:
-                raise UserError(f"{name}: {r} factors of ({dim_1}, {dim_2}), where a sum of {most} reaches every matrix")
-    return config
-
-
-@torch.no_grad()
-def factorize(model, shapes, method):
-    """A KronyGPT with other factors, and copies of all other tensors.
+    Without text, each matrix becomes the nearest of its shape in the Frobenius norm. With text, calibration.calibrate()
+    then fits the factors, in the metric of the plan. For shapes that were given, which have none, the hidden units are first
+    moved so that the strongest get different columns of A.
 
     Args:
-        model: a KronyGPT, dense or not.
-        shapes: {name: [Shape of each block]} of the matrices to factorize; the others stay as they are.
-        method: function (W [m, n], dim_1, dim_2, n_factors) -> A [n_factors, dim_1, dim_2], B [n_factors, ...] of one
-            matrix, such as van_loan.
+        dense: a KronyGPT, dense or not.
+        plan: a budget.Plan.
+        text: tokens (windows, T) on the model's device, or None.
 
-    Raises:
-        UserError: as in reshaped().
+    Returns:
+        The new KronyGPT, and the [Fit] of calibration, [] without text.
     """
-    config = reshaped(model.config, shapes)
+    if text is None:
+        return factorize(dense, plan.shapes), []
+    fisher = plan.fisher
+    if fisher is None:
+        dense = spread_units(dense, text, plan.shapes["mlp.c_fc"][0].dim_2)
+        fisher = statistics(dense, text, [*plan.shapes]).fisher
+    new = factorize(dense, plan.shapes)
+    return new, calibrate(dense, new, text, fisher)
+
+
+def factorize(model, shapes):
+    """A KronyGPT in other shapes, {kind: [Shape of each block]}, by Van Loan's decomposition, with copies of the rest."""
+    return with_factors(model, {(layer, kind): van_loan(matrix.weight.detach(), *shapes[kind][layer])
+                                for layer, kind, matrix in model.matrices() if kind in shapes})
+
+
+def with_factors(model, factors):
+    """A KronyGPT with other factors, {(layer, kind): (A, B)}, whose shapes may differ, and with copies of other tensors."""
+    shapes = {kind: list(of_blocks) for kind, of_blocks in model.config.shapes.items()}
     state_dict = {name: p.clone() for name, p in model.state_dict().items()}
-    for layer, kind, matrix in model.matrices():
-        if kind in shapes:
-            name = f"transformer.h.{layer}.{kind}"
-            state_dict[f"{name}.A"], state_dict[f"{name}.B"] = method(matrix.weight, *config.shapes[kind][layer])
+    for (layer, kind), (A, B) in factors.items():
+        shapes[kind][layer] = Shape(A.shape[1], A.shape[2], len(A))
+        state_dict |= {f"transformer.h.{layer}.{kind}.A": A, f"transformer.h.{layer}.{kind}.B": B}
     state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
-    return KronyGPT.from_state_dict(config.as_plain_types(), state_dict)
+    return KronyGPT.from_state_dict(dict(model.config.as_plain_types(), shapes=shapes), state_dict)
 
 
 @torch.no_grad()
-def reorder_units(model, hidden=None, embd=None):
-    """The same function as a KronyGPT with its units in another order, in which their matrices are dense.
-
-    Args:
-        model: a KronyGPT.
-        hidden: [n_layer, n_inner], the old index of each hidden unit in its new place, or None.
-        embd: [C], that of each dimension of the residual stream, or None.
-    """
-    config = model.config
-    dense_shapes = {name: [(m, n, 1)] * config.n_layer for name, (m, n) in config.matrices.items()
-                    if embd is not None or name.startswith("mlp.")}
-    new = factorize(model, dense_shapes, van_loan)
-    for layer, block in enumerate(new.transformer.h):
-        fc, proj, attention = block.mlp.c_fc, block.mlp.c_proj, block.attn
-        if hidden is not None:
-            order = hidden[layer]
-            fc.A.data, fc.bias.data, proj.A.data = fc.A[:, :, order], fc.bias[order], proj.A[:, order]
-        if embd is not None:
-            for reader in attention.c_attn, fc:
-                reader.A.data = reader.A[:, embd]
-            for writer in attention.c_proj, proj:
-                writer.A.data, writer.bias.data = writer.A[:, :, embd], writer.bias[embd]
-    if embd is not None:
-        norms = [norm for block in new.transformer.h for norm in (block.ln_1, block.ln_2)]
-        for module in (*norms, new.transformer.ln_f, new.transformer.wte, new.transformer.wpe):
-            for p in module.parameters():
-                p.data = p[..., embd]
+def spread_units(model, text, n_groups):
+    """The same function as a KronyGPT with dense MLPs whose n_groups strongest hidden units on a text stand apart: each is
+    the first of n_inner / n_groups units."""
+    new = factorize(model, mlp_shapes(model.config.n_embd, model.config.n_inner, [1] * model.config.n_layer))
+    for block, scores in zip(new.transformer.h, contributions(model, text)):
+        fc, proj, order = block.mlp.c_fc, block.mlp.c_proj, interleave(scores, n_groups)
+        fc.A.data, fc.bias.data, proj.A.data = fc.A[:, :, order], fc.bias[order], proj.A[:, order]
     return new
 
 
 @torch.no_grad()
-def print_errors(dense, new, fits=None):
+def report(dense, new, fits=()):
     """Print the relative errors of the matrices in which a new model differs from the one that it was made of.
 
     Args:
@@ -100,29 +85,42 @@ def print_errors(dense, new, fits=None):
     """
     if fits:
         print("relative errors of the weights ‖W - Ŵ‖/‖W‖ and of the output on text, before → after calibration\n"
-              f"{'layer':>5}  {'matrix':<11}  {'factors':>7}  {'weights':>17}  {'output':>17}")
+              f"{'block':>5}  {'matrix':<11}  {'factors':>7}  {'weights':>17}  {'output':>17}")
         for fit in fits:
             print(f"{fit.layer:>5}  {fit.name:<11}  {fit.n_factors:>7}  "
                   f"{fit.weight_error_before:>7.4f} → {fit.weight_error:>7.4f}  "
                   f"{fit.output_error_before:>7.4f} → {fit.output_error:>7.4f}")
         return
-    print(f"{'layer':>5}  {'matrix':<11}  {'factors':>7}  {'error ‖W - Ŵ‖/‖W‖':>18}  {'energy kept':>11}")
-    for (layer, kind, old), (_, _, matrix) in zip(dense.matrices(), new.matrices()):
-        if kind.startswith("attn.") and torch.equal(old.weight, matrix.weight):  # left as it was
-            continue
-        error = share((old.weight - matrix.weight).norm(), old.weight.norm())
+    changed = [(layer, kind, old.weight, matrix) for (layer, kind, old), (_, _, matrix)
+               in zip(dense.matrices(), new.matrices()) if not torch.equal(old.weight, matrix.weight)]
+    if not changed:
+        return print("all weights stay as they were")
+    print(f"{'block':>5}  {'matrix':<11}  {'factors':>7}  {'error ‖W - Ŵ‖/‖W‖':>18}  {'energy kept':>11}")
+    for layer, kind, W, matrix in changed:
+        error = share((W - matrix.weight).norm(), W.norm())
         print(f"{layer:>5}  {kind:<11}  {len(matrix.A):>7}  {error:>18.4f}  {1 - error**2:>11.1%}")
 
 
-def write(path, dense, new, options, remark, recipe):
-    """Write the checkpoint of a new model made from another, print how much smaller it is, and verify the file.
+def report_loss(dense, new, tokens, plan):
+    """Print the losses of two KronyGPTs on windows that are spread evenly over an array of tokens, beside what a budget.Plan
+    predicts."""
+    T = dense.config.block_size
+    starts = data.even_starts(len(tokens), T, max(1, min(len(tokens), HELD_OUT_TOKENS) // T))
+    windows = [(start, start + 1, start + T) for start in starts]
+    before, after = (data.mean_loss(model.eval(), tokens, windows, max(1, BATCH_TOKENS // T)) for model in (dense, new))
+    predicted = f" (predicted, order only: {plan.loss:.4f})" if plan.losses else ""
+    print(f"loss on {len(windows) * (T - 1):,} held-out tokens: {before:.4f} → {after:.4f} nats per token, "
+          f"{after - before:.4f} added{predicted}")
+
+
+def write(path, dense, new, options, recipe):
+    """Write the checkpoint of a new model made from another, verify the file, and print how much smaller the model is.
 
     Args:
         path: of the .pt file.
         dense, new: KronyGPTs.
         options: {option: value} to keep in it.
-        remark: printed behind that.
-        recipe: the config file of train.py to go on with, which is printed for models with GPT-2's vocabulary.
+        recipe: the config file of train.py to go on with, which is printed for models of GPT-2's vocabulary and context.
 
     Raises:
         UserError: what was read back is not what was written.
@@ -134,9 +132,9 @@ def write(path, dense, new, options, remark, recipe):
     again, _ = checkpoint.load(str(path))
     if not all(torch.equal(p, q) for p, q in zip(new.state_dict().values(), again.state_dict().values(), strict=True)):
         raise UserError(f"{path} does not hold what was written to it", status=1)
-    print(f"wrote {path} ({os.path.getsize(path) / 2**20:.0f} MiB), and verified it; {remark}")
-    if new.config.vocab_size == GPT2_VOCAB_SIZE:
-        print(f"next: python train.py {recipe} --init_from={path}")
+    print(f"wrote {path} ({os.path.getsize(path) / 2**20:.0f} MiB), and verified it")
+    if (new.config.vocab_size, new.config.block_size) == (GPT2_VOCAB_SIZE, RECIPE_BLOCK_SIZE):
+        print(f"next: python train.py {recipe} --init_from={path} --out_dir=out/{Path(path).stem}")
 
 
 @torch.no_grad()

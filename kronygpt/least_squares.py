@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 from torch.linalg import cholesky, solve_triangular
 
-from kronygpt.configurator import UserError
 from kronygpt.device import float64, float64_device
 from kronygpt.kron import balanced, rearrange, van_loan
 from model import kron_weight
@@ -24,7 +23,6 @@ BLEND = 0.1  # share of the identity in a metric; 0.02 to 0.5 do the same
 POWER_STEPS = 20  # of the separable metric; more change nothing that matters
 ALS_STEPS = 30  # steps of alternating least squares, at most
 TOLERANCE = 1e-4  # relative gain of a step, below which they end
-LARGEST_SYSTEM = 8192  # order of the largest normal matrix: 512 MB in float64
 ROUNDING = 1e-12  # relative size of a number that counts as zero in float64
 GRAM_COLUMNS = 512  # columns of a strip of XᵀX
 
@@ -175,14 +173,6 @@ def is_low_rank(A_shape, B_shape):
     return (n1 == 1 and m2 == 1) or (m1 == 1 and n2 == 1)
 
 
-def check_size(A_shape, B_shape):
-    """Raise UserError where the normal matrix of a fit of A [r, m1, n1] and B [r, m2, n2] is larger than LARGEST_SYSTEM."""
-    r, dim_1, dim_2 = A_shape
-    if not is_low_rank(A_shape, B_shape) and (order := r * max(dim_1, B_shape[1])) > LARGEST_SYSTEM:
-        raise UserError(f"calibration of {r} factors of ({dim_1}, {dim_2}) needs a normal matrix of order {order:,}, and "
-                        f"the largest is {LARGEST_SYSTEM:,}: choose fewer factors or a more even shape")
-
-
 def reduced_rank(problem, r, A_is_column):
     """The exact least squares of rank r in the metric: inputs and outputs whitened, and one SVD (reduced-rank regression;
     A. J. Izenman, 1975. SVD-LLM, arXiv 2403.07378, whitens the inputs).
@@ -247,9 +237,6 @@ def fit(problem, A, B, fixed_B=False):
 
     Returns:
         A, B in float64.
-
-    Raises:
-        UserError: the normal matrix is too large.
     """
     r, m1, n1 = A.shape
     if fixed_B:
@@ -257,5 +244,4 @@ def fit(problem, A, B, fixed_B=False):
         return als_step(problem.ridged_G, problem.ridged_C, B, m1, separable(problem.M, n1)[1]), B
     if is_low_rank(A.shape, B.shape):
         return reduced_rank(problem, r, A_is_column=n1 == 1)
-    check_size(A.shape, B.shape)
     return alternate(problem, *initial_factors(problem, m1, n1, r))

@@ -1,13 +1,17 @@
 """The directory of a training run: its checkpoints, its log with a picture, and wandb's copy of the log."""
 import json
+import math
 import os
 import re
 import warnings
 from pathlib import Path
 
-from experiments import pictures
+from kronygpt import checkpoint
 from kronygpt.configurator import UserError
-from kronygpt.files import atomic_write, lock, remove_leftovers
+from kronygpt.files import atomic_write, link_or_copy, lock, remove_leftovers
+
+DPI = 120
+TICKS = 8  # of an axis of losses, about
 
 
 class RunDir:
@@ -17,14 +21,14 @@ class RunDir:
     OLDER = re.compile(r"ckpt_(\d{7,})\.pt")
 
     def __init__(self, path):
-        self.path, self.wandb_run = Path(path), None
+        self.path, self.wandb_run, self.log_file = Path(path), None, None
         self.last, self.best, self.log_path, self.picture = (
             self.path / name for name in ("ckpt.pt", "best.pt", "log.jsonl", "loss.png"))
 
     def older(self):
-        """The older checkpoints, in the order of their steps."""
+        """The older checkpoints, {step: path} in the order of their steps."""
         found = {int(match[1]): path for path in self.path.iterdir() if (match := self.OLDER.fullmatch(path.name))}
-        return [found[step] for step in sorted(found)]
+        return dict(sorted(found.items()))
 
     def check(self, is_resume, overwrite):
         """Raise UserError unless it holds what a resume needs, or nothing that a new run would destroy or be mixed with."""
@@ -37,12 +41,23 @@ class RunDir:
             raise UserError(f"{self.path} holds a run already ({there[0].name}): --init_from=resume continues it, "
                             "--overwrite=True starts over, another --out_dir keeps it")
 
-    def claim(self, is_resume, overwrite):
-        """Lock it for this process and clear it of half-written files."""
+    def claim(self, overwrite, rest):
+        """Lock it for this process and clear it of half-written files.
+
+        Args:
+            overwrite: whether a new run may replace what it holds.
+            rest: what its ckpt.pt holds besides the model, for a resume; {} for a new run.
+
+        Raises:
+            UserError: another process has it, or as in check.
+        """
         self.lock = lock(self.path)
-        self.check(is_resume, overwrite)  # again: another run may have ended here since the first time
+        self.check(bool(rest), overwrite)  # again: another run may have ended here since the first time
         names = [re.escape(path.name) for path in (self.last, self.best, self.log_path, self.picture)]
-        remove_leftovers(self.path, "|".join([*names, self.OLDER.pattern]), is_locked=True)
+        remove_leftovers(self.path, "|".join([*names, self.OLDER.pattern]))
+        if rest:
+            self.open_log(rest["iter_num"])
+        self.best_val_loss = rest["best_val_loss"] if rest and self.best.exists() else math.inf
 
     def start_wandb(self, options, run_id):
         """Start a wandb run, or continue one, unless the option wandb_mode is "off".
@@ -69,15 +84,16 @@ class RunDir:
                             "--wandb_mode=offline needs no login, off none of it", status=1) from None
         options["wandb_run_id"] = self.wandb_run.id
 
-    def open_log(self, first_step, is_resume):
-        """Open log.jsonl for appending, once ckpt.pt is there: without the lines of what will be done again, which are steps
-        after first_step and the evaluation behind it. A new run removes what is left of an older one."""
-        lines = self.log_path.read_text(errors="replace").splitlines(keepends=True) if self.log_path.exists() else []
+    def open_log(self, step):
+        """Open log.jsonl for appending, once ckpt.pt is there, which has done `step` steps. What is newer goes: lines of the
+        log, an evaluation of this very step included, which is repeated, and older checkpoints that another run left."""
+        lines = self.log_path.read_text("utf-8", "replace").splitlines(keepends=True) if self.log_path.exists() else []
         with atomic_write(self.log_path, "w") as file:
-            file.writelines(line for line in lines if is_resume and is_done(line, first_step))
-        for path in () if is_resume else (*self.older(), self.best, self.picture):
+            file.writelines(line for line in lines if is_done(line, step))
+        newer = [path for older_step, path in self.older().items() if older_step >= step]
+        for path in newer if step else (*newer, self.best, self.picture):
             path.unlink(missing_ok=True)
-        self.log_file = self.log_path.open("a", buffering=1, encoding="utf-8")
+        self.log_file, self.saved_step = self.log_path.open("a", buffering=1, encoding="utf-8"), step
 
     def log(self, **entry):
         """Append a line to log.jsonl."""
@@ -85,23 +101,51 @@ class RunDir:
         if self.wandb_run:
             self.wandb_run.log(entry, step=entry["step"])
 
-    def name_to_keep(self, last_step, keep):
-        """The second name of ckpt.pt, whose steps are last_step, when a new one replaces it; None unless it is kept. The
-        log is flushed: a resume from the new one does not write its lines again."""
-        os.fsync(self.log_file.fileno())
-        return self.path / f"ckpt_{last_step:07d}.pt" if keep else None
+    def save(self, step, model, losses, options, **states):
+        """Write ckpt.pt; after an evaluation also best.pt, if the validation loss is the lowest, and a line of the log. The
+        first ckpt.pt of a new run removes what is left of an older run.
 
-    def remove_older(self, keep):
-        """Remove older checkpoints but the last `keep`; all stay where it is 0."""
-        for path in self.older()[:-keep] if keep else ():
+        Args:
+            step: number of steps done.
+            model: a KronyGPT.
+            losses: {"train_loss", "val_loss"}, or {} without an evaluation.
+            options: {option: value} of train.py. `keep` is the number of older checkpoints to keep. They are of multiples of
+                `eval_interval`, so that a run that was stopped and resumed keeps those that an uninterrupted one keeps.
+            states: the optimizer and the scaler, as in checkpoint.save.
+        """
+        if self.log_file:
+            os.fsync(self.log_file.fileno())  # a resume from the new checkpoint does not write these lines again
+            if options["keep"] > 0 and self.saved_step != step and self.saved_step % options["eval_interval"] == 0:
+                self.keep_last()
+        is_best = bool(losses) and losses["val_loss"] <= self.best_val_loss  # equal where a resume repeats the evaluation
+        if is_best:
+            self.best_val_loss = losses["val_loss"]
+        content = dict(iter_num=step, best_val_loss=self.best_val_loss, config=options)
+        checkpoint.save(self.last, model, **content, **states)
+        if not self.log_file:
+            self.open_log(step)
+        self.saved_step = step
+        for path in list(self.older().values())[:-options["keep"]] if options["keep"] > 0 else ():
             path.unlink()
+        if is_best:
+            checkpoint.save(self.best, model, **content)
+        if losses:
+            self.log(step=step, **losses)
+
+    def keep_last(self):
+        """Give ckpt.pt, which is going to be replaced, its second name."""
+        path = self.path / f"ckpt_{self.saved_step:07d}.pt"
+        try:
+            link_or_copy(self.last, path)
+        except OSError as error:  # the new checkpoint is worth more than the old one
+            warnings.warn(f"{self.last} is not kept as {path}: {error.strerror}", stacklevel=2)
 
     def draw(self):
         """Draw the log, which a resume has continued, as loss.png; a warning where that fails, as without matplotlib or on a
         full disk: the run is saved."""
         try:
             if log := read_log(self.log_path):
-                pictures.draw_run(log, self.picture, self.path.name)
+                draw_run(log, self.picture, self.path.name)
         except Exception as error:
             warnings.warn(f"no {self.picture}: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2)
 
@@ -125,10 +169,58 @@ def entry_of(line):
 
 def read_log(path):
     """The entries of a log.jsonl."""
-    return [entry for line in Path(path).read_text(errors="replace").splitlines() if (entry := entry_of(line))]
+    return [entry for line in Path(path).read_text("utf-8", "replace").splitlines() if (entry := entry_of(line))]
 
 
 def is_done(line, first_step):
     """Whether a line of log.jsonl is of a step up to first_step, and of no evaluation behind it, which a resume repeats."""
     entry = entry_of(line)
     return entry is not None and line.endswith("\n") and entry["step"] <= first_step - ("val_loss" in entry)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures; matplotlib is imported when one is drawn
+
+def new_figure(*size):
+    """A figure of a width and a height in inches, which needs no display and no backend."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def save_figure(figure, path):
+    """Write a figure as a PNG, with the same bytes each time."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+
+
+def use_log_scale(axes):
+    """A logarithmic axis of losses, with evenly spaced plain numbers as ticks: powers of ten are too far apart."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(TICKS, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def draw_run(log, path, title):
+    """Draw the losses of a run against its steps.
+
+    Args:
+        log: the entries of its log.jsonl: {"step", "loss"} of steps, {"step", "train_loss", "val_loss"} of evaluations.
+        path: of the picture.
+        title: of the picture.
+    """
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    for name, label, style in (("loss", "training, batch of the step", dict(color="C0", alpha=0.4, linewidth=1)),
+                               ("train_loss", "training", dict(color="C0", marker="o", markersize=4)),
+                               ("val_loss", "validation", dict(color="C1", marker="o", markersize=4))):
+        points = [(entry["step"], entry[name]) for entry in log if name in entry]
+        axes.plot([step for step, _ in points], [loss for _, loss in points], label=label, **style)
+    axes.set(xlabel="steps", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    use_log_scale(axes)
+    save_figure(figure, path)

@@ -43,7 +43,7 @@ def workdir(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """A train.py in this process draws no loss.png, which takes a quarter of a second; test_pictures.py draws."""
-    monkeypatch.setattr("experiments.pictures.draw_run", lambda log, path, title: None)
+    monkeypatch.setattr("kronygpt.run_dir.draw_run", lambda log, path, title: None)
 
 
 class StandIn:

@@ -5,129 +5,147 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments.peers import even_ranks
 from kronygpt import budget
+from kronygpt.calibration import Statistics
 from kronygpt.configurator import UserError
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 CONFIG = KronyGPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
-LIMIT = 6_000  # of the 8,112 parameters of that shape when it is dense
 TINY = KronyGPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=6, n_inner=10)
 
 
-def n_parameters(config):
-    return sum(p.numel() for p in KronyGPT(config).parameters())
+def n_parameters(config, shapes=None):
+    with torch.device("meta"):
+        return sum(p.numel() for p in KronyGPT(replace(config, shapes=config.shapes | (shapes or {}))).parameters())
 
 
-def test_shapes_are_those_that_a_plain_loop_finds():
-    found = {(s.dim_1, s.dim_2, s.n_factors): s for s in budget.shapes_within(CONFIG, LIMIT)}
+@pytest.mark.parametrize("n_layer, n_embd, limit", [(2, 16, 6_000), (12, 768, 82_000_000), (48, 1600, 1_000_000_000)])
+def test_table_lists_every_shape_that_comes_near_the_budget(n_layer, n_embd, limit):
+    config = KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 16, vocab_size=CONFIG.vocab_size)
+    hidden, dense = 4 * n_embd, n_parameters(config)
+    rest = dense - 2 * n_layer * n_embd * hidden
+    limit += rest if n_layer == 2 else 0
+
+    def divisors(n):
+        return [d for d in range(1, n + 1) if n % d == 0]
+
     expected = set()
-    for dim_1 in (1, 2, 4, 8, 16):
-        for dim_2 in (1, 2, 4, 8, 16, 32, 64):
-            fitting = []
-            for r in range(1, min(dim_1 * dim_2, 1024 // (dim_1 * dim_2)) + 1):
-                total = n_parameters(replace(CONFIG, shapes=mlp_shapes(dim_1, dim_2, [r, r])))
-                if total <= LIMIT:
-                    fitting.append((total, r))
-            if fitting and max(fitting)[0] >= budget.SLACK * LIMIT:
-                expected.add((dim_1, dim_2, max(fitting)[1]))
-                assert found[dim_1, dim_2, max(fitting)[1]].parameters == max(fitting)[0]
-    assert expected and set(found) == expected
+    for dim_1, dim_2 in itertools.product(divisors(n_embd), divisors(hidden)):
+        a, b = dim_1 * dim_2, n_embd * hidden // (dim_1 * dim_2)
+        fitting = [r for r in range(1, min(a, b) + 1) if rest + 2 * n_layer * r * (a + b) <= 1.005 * limit]
+        total = rest + 2 * n_layer * max(fitting, default=0) * (a + b)
+        if fitting and total >= 0.99 * limit:
+            expected.add((total, dim_1, dim_2, max(fitting)))
+    shapes = budget.shapes_within(config, limit, int(1.005 * limit))
+    assert {(s.parameters, s.dim_1, s.dim_2, s.n_factors) for s in shapes} == expected
+    assert len(shapes) == len(expected) > 1
+    s = shapes[-1]
+    assert n_parameters(config, mlp_shapes(s.dim_1, s.dim_2, [s.n_factors] * n_layer)) == s.parameters
 
 
-def test_no_shape_is_one_clear_line():
-    with pytest.raises(UserError, match="no shapes fit 100 parameters"):
-        budget.shapes_within(CONFIG, 100)
+@pytest.mark.parametrize("text, smallest, largest", [
+    ("67M", 67_000_000, 67_999_999), ("67.9M", 67_900_000, 67_999_999), ("1.5B", 1_500_000_000, 1_599_999_999),
+    ("900K", 900_000, 900_999), ("82000000", 82_000_000, 82_000_000), ("1.716m", 1_716_000, 1_716_999)])
+def test_a_budget_means_its_last_digit(text, smallest, largest):
+    assert budget.parse_budget(text) == (smallest, largest)
 
 
-def random_spectra(config, kinds, seed):
+def random_statistics(config, kinds, seed):
     """Squared singular values that fall at a rate of their own in each matrix, in descending order."""
+    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    return {f"transformer.h.{layer}.{kind}": torch.rand(()) * 10 ** -torch.linspace(
+    return Statistics({}, {f"transformer.h.{layer}.{kind}": torch.rand(()) * 10 ** -torch.linspace(
         0, 1 + 3 * torch.rand((), generator=generator).item(), min(config.matrices[kind])).double()
-        for layer in range(config.n_layer) for kind in kinds}
-
-
-def shapes_of(allocations, kinds):
-    return {kind: [a.shape for a in allocations if a.kind == kind] for kind in kinds}
+        for layer in range(config.n_layer) for kind in kinds})
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9, 0.97])
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_lose_little_more_than_the_best_of_all_combinations(share, seed):
-    torch.manual_seed(seed)
-    kinds = [*TINY.matrices]
-    spectra = random_spectra(TINY, kinds, seed)
-    dense, least = n_parameters(TINY), n_parameters(replace(
-        TINY, shapes={kind: [(m, 1, 1)] for kind, (m, n) in TINY.matrices.items()}))
+    statistics = random_statistics(TINY, TINY.matrices, seed)
+    dense, least = n_parameters(TINY), n_parameters(TINY, {kind: [(m, 1, 1)] for kind, (m, n) in TINY.matrices.items()})
     limit = int(least + share * (dense - least))
-    found = budget.allocate(TINY, kinds, limit, spectra)
+    plan = budget.plan_ranks(TINY, TINY.matrices, limit, statistics)
 
     choices = []  # of each matrix: (parameters, loss), by rank, and dense
     for kind, (m, n) in TINY.matrices.items():
-        values = spectra[f"transformer.h.0.{kind}"]
+        values = statistics.spectra[f"transformer.h.0.{kind}"]
         ranks = [(r * (m + n), values[r:].sum().item() / 2) for r in range(1, len(values)) if r * (m + n) < m * n]
         choices.append([*ranks, (m * n, 0.0)])
+        (_, dim_2, r), = plan.shapes[kind]
+        assert (m * n if dim_2 == n else r * (m + n), pytest.approx(plan.losses[kind][0])) in choices[-1]
     spare = limit - dense + sum(m * n for m, n in TINY.matrices.values())
     best = min(sum(loss for _, loss in combination) for combination in itertools.product(*choices)
                if sum(size for size, _ in combination) <= spare)
-    lost = sum(a.loss for a in found)
-    assert best * (1 - 1e-9) <= lost <= 1.3 * best + 1e-9
-    for a, options in zip(found, choices):
-        assert (a.parameters, pytest.approx(a.loss)) in options
-    total = n_parameters(replace(TINY, shapes=shapes_of(found, kinds)))
-    assert total <= limit and total - dense == sum(a.parameters for a in found) - spare - dense + limit
+    assert best * (1 - 1e-9) <= plan.loss <= 1.3 * best + 1e-9
+    assert n_parameters(TINY, plan.shapes) <= limit
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_widths_and_ranks_lose_little_more_than_the_best_of_all_combinations(seed):
+    """Parts with up to three choices of two tables each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.rand(shape, generator=generator).double()
+
+    def table():
+        return (10 * random(5)).int().cumsum(0) + 1, random(5).sort(descending=True).values / 10
+
+    parts = [[budget.Choice(k, int(20 * random()), random().item() / 20, [table(), table()]) for k in range(1 + p)]
+             for p in range(3)]
+    every = [[(choice.size + a[0][i].item() + b[0][j].item(), choice.loss + a[1][i].item() + b[1][j].item())
+              for choice in choices for a, b in [choice.tables] for i in range(5) for j in range(5)] for choices in parts]
+    smallest = sum(min(size for size, _ in options) for options in every)
+    for limit in (smallest, smallest + 20, smallest + 50):
+        best = min(a[1] + b[1] + c[1] for a, b, c in itertools.product(*every) if a[0] + b[0] + c[0] <= limit)
+        found = budget.cheapest(parts, limit)
+        sizes, losses = zip(*((choice.size + sum(size[i].item() for (size, _), i in zip(choice.tables, rows)),
+                               choice.loss + sum(loss[i].item() for (_, loss), i in zip(choice.tables, rows)))
+                              for choice, rows in found))
+        assert sum(sizes) <= limit and best <= sum(losses) + 1e-12 <= 1.5 * best + 1e-9
 
 
 def test_what_the_price_leaves_is_spent():
-    """No single change within the budget lowers the predicted loss; the dense model is reached at its own size."""
+    """No single change within the budget lowers the predicted loss. Shapes of other matrices stay."""
     kinds = ["attn.c_attn", "mlp.c_fc", "mlp.c_proj"]
-    torch.manual_seed(0)
-    spectra = random_spectra(CONFIG, kinds, 0)
-    dense = n_parameters(CONFIG)
-    for limit in range(3_500, dense, 97):
-        for found in (budget.allocate(CONFIG, kinds, limit), budget.allocate(CONFIG, kinds, limit, spectra)):
-            total = n_parameters(replace(CONFIG, shapes=shapes_of(found, kinds)))
-            assert total <= limit
-        for a in found:
-            m, n = CONFIG.matrices[a.kind]
-            if a.shape.dim_2 == 1:
-                assert total + m + n > limit and total - a.parameters + m * n > limit, a
+    config = replace(CONFIG, shapes={"attn.c_proj": [(16, 1, 2), (4, 4, 3)]})
+    statistics = random_statistics(config, kinds, 0)
+    for limit in range(3_500, n_parameters(config), 397):
+        plan = budget.plan_ranks(config, kinds, limit, statistics)
+        total = n_parameters(config, plan.shapes)
+        assert total <= limit and [*plan.shapes] == kinds
+        for kind, (m, n) in ((kind, config.matrices[kind]) for kind in kinds):
+            for r in (r for _, dim_2, r in plan.shapes[kind] if dim_2 == 1):
+                assert total + m + n > limit and total - r * (m + n) + m * n > limit, (limit, kind)
+        again = replace(config, shapes=config.shapes | plan.shapes)  # what was factored before does not matter
+        assert budget.plan_ranks(again, kinds, limit, statistics) == plan
 
 
 def test_a_matrix_stays_dense_where_that_is_cheap():
     """One matrix whose singular values do not fall, beside others of low rank."""
-    kinds = [*CONFIG.matrices]
     spectra = {f"transformer.h.{layer}.{kind}": torch.tensor([1.0] + 15 * [1e-9], dtype=torch.double)
-               for layer in range(2) for kind in kinds}
+               for layer in range(2) for kind in CONFIG.matrices}
     spectra["transformer.h.1.attn.c_proj"] = torch.ones(16, dtype=torch.double)
-    least = n_parameters(replace(CONFIG, shapes={kind: [(m, 1, 1)] * 2 for kind, (m, n) in CONFIG.matrices.items()}))
-    found = budget.allocate(CONFIG, kinds, least + 16 * 16 - 32, spectra)
-    assert [a.kind for a in found if a.layer == 1 and a.shape == (16, 16, 1)] == ["attn.c_proj"]
-    assert all(a.shape.factors == 1 for a in found)
+    least = n_parameters(CONFIG, {kind: [(m, 1, 1)] * 2 for kind, (m, n) in CONFIG.matrices.items()})
+    plan = budget.plan_ranks(CONFIG, CONFIG.matrices, least + 16 * 16 - 32, Statistics({}, spectra))
+    assert plan.shapes["attn.c_proj"] == [(16, 1, 1), (16, 16, 1)]
+    assert all(shape.factors == 1 for shapes in plan.shapes.values() for shape in shapes)
 
 
-@pytest.mark.parametrize("kinds", [["mlp.c_fc", "mlp.c_proj"], [*CONFIG.matrices]])
-def test_even_ranks_keep_the_same_share_of_each_matrix(kinds):
-    config = replace(CONFIG, n_embd=64, n_inner=256, shapes={})
+def test_even_ranks_keep_the_same_share_of_each_matrix():
+    config = KronyGPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=64)
     limit = n_parameters(config) * 6 // 10
-    found = budget.allocate(config, kinds, limit)
-    total = n_parameters(replace(config, shapes=shapes_of(found, kinds)))
-    assert 0.97 * limit < total <= limit
-    shares = [a.parameters / (config.matrices[a.kind][0] * config.matrices[a.kind][1]) for a in found]
-    assert max(shares) - min(shares) < 0.04 and all(a.loss is None for a in found)
+    shapes = even_ranks(config, limit)
+    assert 0.97 * limit < n_parameters(config, shapes) <= limit
+    shares = [r * (m + n) / (m * n) for kind, (m, n) in config.matrices.items() for _, _, r in shapes[kind]]
+    assert len(shares) == 8 and max(shares) - min(shares) < 0.04
 
 
-def test_shapes_of_other_matrices_stay():
-    config = replace(CONFIG, shapes={"attn.c_proj": [(16, 1, 2), (4, 4, 3)]})
-    found = budget.allocate(config, ["mlp.c_fc", "mlp.c_proj"], 5_000)
-    total = n_parameters(replace(config, shapes=config.shapes | shapes_of(found, ["mlp.c_fc", "mlp.c_proj"])))
-    assert 4_800 < total <= 5_000
-    again = replace(config, shapes=config.shapes | shapes_of(found, ["mlp.c_fc", "mlp.c_proj"]))
-    assert budget.allocate(again, ["mlp.c_fc", "mlp.c_proj"], 5_000) == found  # what was factored before does not matter
-
-
-def test_a_budget_out_of_range_is_one_clear_line():
+@pytest.mark.parametrize("choose", [even_ranks, lambda config, limit: budget.plan_ranks(config, ["mlp.c_fc"], limit, None)])
+def test_a_budget_out_of_range_is_one_clear_line(choose):
     dense = n_parameters(CONFIG)
     for limit in (1_000, dense, dense + 1):
         with pytest.raises(UserError, match=rf"budget of {limit:,} parameters is not between [\d,]+, with .* and {dense:,}"):
-            budget.allocate(CONFIG, ["mlp.c_fc"], limit)
+            choose(CONFIG, limit)

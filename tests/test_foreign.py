@@ -16,7 +16,6 @@ from test_train import write_dataset
 from kronygpt import checkpoint
 from kronygpt.compress import factorize
 from kronygpt.configurator import UserError
-from kronygpt.kron import van_loan
 from model import mlp_shapes
 
 IDX = random_tokens(2, 32)
@@ -279,7 +278,7 @@ def save_compressed(directory):
 
     model, _ = checkpoint.load(str(directory))
     shapes = mlp_shapes(32, 64, [2] * model.config.n_layer)
-    to_compressed(factorize(model, shapes, van_loan)).save_pretrained(directory)
+    to_compressed(factorize(model, shapes)).save_pretrained(directory)
 
 
 def trap(directory, kind):

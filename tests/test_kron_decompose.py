@@ -6,11 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, kron_sum, random_matrix, run_here, smallest_error
-from transformers import GPT2Config, GPT2LMHeadModel
-
-import kron_decompose
-from kronygpt import budget
-from model import KronyGPTConfig
+from transformers import GPT2LMHeadModel
 
 
 def n_parameters(model):
@@ -38,13 +34,8 @@ def test_script_prints_and_writes_the_best_approximation(gpt2_dir, workdir):
 
     n_factor_parameters = 2 * (2 + 3) * (32 * 64 + 2 * 4)
     after = n_parameters(dense) - 4 * 64 * 256 + n_factor_parameters
-    assert f" → {after:,} " in said.stdout
+    assert f"in all: {n_parameters(dense):,} → {after:,} " in said.stdout
     assert f" → {n_factor_parameters + 2 * (64 + 256):,} " in said.stdout  # of the MLPs, with their biases
-
-
-def test_script_prints_the_parameters_of_the_source(gpt2_dir, workdir):
-    said = run_here("kron_decompose.py", 32, 64, 1, f"--init_from={gpt2_dir}")
-    assert f"in all: {n_parameters(GPT2LMHeadModel.from_pretrained(gpt2_dir)):,} → " in said.stdout
 
 
 def test_everything_but_the_mlp_weights_is_kept(gpt2_dir, workdir):
@@ -60,57 +51,32 @@ def test_everything_but_the_mlp_weights_is_kept(gpt2_dir, workdir):
 
 
 @pytest.mark.parametrize("args, message", [
-    ((60, 64, 1), "dim_1=60 does not divide the 64 rows of mlp.c_fc"),
-    ((64, 100, 1), "dim_2=100 does not divide the 256 columns of mlp.c_fc"),
-    ((-64, 64, 1), "dim_1, dim_2 and factors must be at least 1"),
+    ((60, 64, 1), "mlp.c_fc [64, 256] cannot have the shape (60, 64, 1)"),
     ((64, 64, 5), "5 factors of (64, 64), where a sum of 4 reaches every matrix"),
-    ((64, 64, "1,5"), "5 factors"),
-    ((64, 64, 0), "dim_1, dim_2 and factors must be at least 1"),
     ((64, 64, "1,2,3"), "mlp.c_fc has 3 shapes for 2 blocks"),
-    ((64, 64, "many"), "whole numbers"),
-    (("half", 64, 1), "whole numbers"),
-    ((0, 0, 1), "dim_1, dim_2 and factors must be at least 1"),
+    ((64, 64, "many"), "dim_1, dim_2 and n_factors (perhaps a comma list): invalid literal"),
     ((64, 64), "all three"),
-    ((64, 64, 1, 1), "unexpected argument '1'"),
     ((64, 64, 1, "--init_from=nothing.pt"), "no checkpoint nothing.pt"),
-    ((64, 64, 1, "--init_from=nobody/nothing"), "no file or directory nobody/nothing"),
-    ((64, 64, 1, "--init=gpt2"), "did you mean --init_from?"),
+    ((64, 64, 1, "--out=q9/"), "q9/ names a directory"),
+    (("--matrices=attn",), "matrices is all or mlp"),
+    ((64, 64, 1, "--calibrate=nothing"), "data/nothing"),
 ])
 def test_wrong_arguments_get_one_line_and_write_nothing(args, message, gpt2_dir, workdir):
     said = run_here("kron_decompose.py", f"--init_from={gpt2_dir}", *args)
-    assert said.returncode == 2
-    assert message in said.stderr and said.stderr.count("\n") == 1
+    assert said.returncode and message in said.stderr and said.stderr.count("\n") == 1, said.stderr
     assert not any(workdir.iterdir())
+
+
+def test_a_dense_start_stays_as_it_is(gpt2_dir, workdir):
+    said = run_here("kron_decompose.py", 64, 256, 1, f"--init_from={gpt2_dir}", "--out=dense.pt")
+    assert "all weights stay as they were" in said.stdout and "mlp.c_fc" not in said.stdout
+    assert "next:" not in said.stdout  # the recipes are for GPT-2's vocabulary and context
 
 
 def table(stdout):
     """Rows of (parameters, dim_1, dim_2, factors) and of (share of dense multiply-adds, rank)."""
     words = [line.replace("× dense", "").replace(",", "").split() for line in stdout.splitlines() if "× dense" in line]
     return [tuple(map(int, row[:4])) for row in words], [(float(row[4]), int(row[5])) for row in words]
-
-
-@pytest.mark.parametrize("n_layer, n_embd, limit", [
-    (12, 768, 82_000_000), (24, 1024, 220_000_000), (36, 1280, 500_000_000), (48, 1600, 1_000_000_000)])
-def test_table_lists_every_shape_that_comes_near_the_budget(n_layer, n_embd, limit):
-    with torch.device("meta"):
-        dense = n_parameters(GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64)))
-    hidden, rest = 4 * n_embd, dense - 2 * n_layer * 4 * n_embd**2
-
-    def divisors(n):
-        return [d for d in range(1, n + 1) if n % d == 0]
-
-    expected = set()
-    for dim_1 in divisors(n_embd):
-        for dim_2 in divisors(hidden):
-            a, b = dim_1 * dim_2, n_embd * hidden // (dim_1 * dim_2)
-            fitting = [r for r in range(1, min(a, b) + 1) if rest + 2 * n_layer * r * (a + b) < limit + 1_000_000]
-            total = rest + 2 * n_layer * max(fitting, default=0) * (a + b)
-            if fitting and total >= 0.99 * limit:
-                expected.add((total, dim_1, dim_2, max(fitting)))
-    config = KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64)
-    shapes = budget.shapes_within(config, *kron_decompose.parse_budget(f"{limit // 10**6}M"))
-    found = [(s.parameters, s.dim_1, s.dim_2, s.n_factors) for s in shapes]
-    assert set(found) == expected and len(found) == len(expected)
 
 
 @pytest.mark.parametrize("source, first", [
@@ -123,27 +89,10 @@ def test_table_begins_with_the_shapes_that_people_ask_for(source, first):
     rows, columns = table(said.stdout)
     for row, wanted in zip(rows, first):
         assert all(w is None or w == value for value, w in zip(row, wanted)), rows
+    assert source != "gpt2" or columns[0] == (0.25, 768)
     costs = [cost for cost, _ in columns[len(first):]]
     assert costs == sorted(costs) and len(rows) == 20
     assert re.search(r"^\.\.\. and \d+ more", said.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("text, smallest, largest", [
-    ("67M", 67_000_000, 67_999_999), ("67.9M", 67_900_000, 67_999_999), ("1.5B", 1_500_000_000, 1_599_999_999),
-    ("900K", 900_000, 900_999), ("82000000", 82_000_000, 82_000_000), ("1.716m", 1_716_000, 1_716_999)])
-def test_a_budget_means_its_last_digit(text, smallest, largest):
-    assert kron_decompose.parse_budget(text) == (smallest, largest)
-
-
-def test_the_smallest_size_of_the_group_is_there():
-    said = run_here("kron_decompose.py", "--budget=67M")
-    assert said.returncode == 0 and all(67_000_000 <= row[0] < 68_000_000 for row in table(said.stdout)[0])
-
-
-def test_table_has_the_82M_model():
-    rows, columns = table(run_here("kron_decompose.py").stdout)
-    found = rows.index((81_972_576, 768, 768, 1))
-    assert columns[found] == (0.25, 768)
 
 
 def test_rank_in_the_table_is_what_random_factors_reach(gpt2_dir):
@@ -157,9 +106,9 @@ def test_rank_in_the_table_is_what_random_factors_reach(gpt2_dir):
 
 
 @pytest.mark.parametrize("size, message", [
-    ("lots", "82M"), ("", "--budget is empty"), ("nan", "82M"), ("-82M", "82M"), ("0", "82M"),
-    ("1K", "no shapes fit 1,000 parameters: the nearest size is 67,890,432"), ("500M", "nearest size is 124,439,808"),
-])
+    ("lots", "82M"), ("nan", "82M"), ("-82M", "82M"),
+    ("1K", "no shape of the MLPs makes a model of 1,000 parameters: the nearest size is 67,890,432"),
+    ("50M", "With --calibrate=DATASET all matrices share the budget"), ("500M", "nearest size is 124,439,808")])
 def test_a_budget_that_no_shape_meets_gets_one_line(size, message):
     said = run_here("kron_decompose.py", f"--budget={size}")
     assert said.returncode == 2
@@ -168,7 +117,7 @@ def test_a_budget_that_no_shape_meets_gets_one_line(size, message):
 
 def test_help_comes_without_torch():
     command = [sys.executable, "-X", "importtime", ROOT / "kron_decompose.py", "--help"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert said.returncode == 0 and "--budget=82M" in said.stdout
     imported = {line.split("|")[-1].strip() for line in said.stderr.splitlines()}
-    assert "configurator" in imported and not imported & {"torch", "numpy", "transformers"}
+    assert "kronygpt.configurator" in imported and not imported & {"torch", "numpy", "transformers"}

@@ -7,14 +7,12 @@ import torch
 from conftest import kron_sum, random_matrix
 
 from kronygpt import least_squares
-from kronygpt.configurator import UserError
 from kronygpt.kron import van_loan
 from kronygpt.least_squares import (
     Moments,
     Problem,
     als_step,
     alternate,
-    check_size,
     fit,
     initial_factors,
     reduced_rank,
@@ -192,18 +190,6 @@ def test_the_start_is_exact_for_separable_moments(dim_1, dim_2, r):
     best = min(problem.objective(kron_sum(*alternate(problem, *(random_matrix(r * s, t, seed).view(r, s, t) for s, t in (
         (dim_1, dim_2), (12 // dim_1, 20 // dim_2))), steps=200)), *metric) for seed in range(3))
     assert start <= best * (1 + 1e-6)
-
-
-def test_a_normal_matrix_that_is_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(least_squares, "LARGEST_SYSTEM", 12)
-    check_size((3, 4, 5), (3, 3, 4))
-    check_size((100, 12, 1), (100, 1, 20))  # low rank has a closed form
-    for shapes in ((4, 4, 5), (4, 3, 4)), ((3, 2, 5), (3, 6, 4)):
-        with pytest.raises(UserError, match=r"normal matrix of order 1[68], and the largest is 12"):
-            check_size(*shapes)
-    _, _, W, problem = random_problem()
-    with pytest.raises(UserError, match="normal matrix"):
-        fit(problem, *van_loan(W, 4, 5, 4))
 
 
 def constant_problem(value, noise=0.0):

@@ -448,8 +448,12 @@ def test_a_unit_that_adds_something_stays(names, index, value, pruned):
 
 def test_other_shapes_are_not_narrowed(mixed_model, small_model, gpt2_dir):
     dense = checkpoint.load(str(gpt2_dir))[0]
-    embd = compress.factorize(dense, {"mlp.c_fc": [(32, 256, 1)] * 2, "mlp.c_proj": [(256, 32, 1)] * 2}, prune_matrix)
-    fc_alone = compress.factorize(dense, {"mlp.c_fc": [(64, 128, 1)] * 2}, prune_matrix)
-    other_side = compress.factorize(fc_alone, {"mlp.c_proj": [(256, 32, 1)] * 2}, prune_matrix)
+
+    def pruned(**sides):
+        return compress.with_factors(dense, {(layer, kind): prune_matrix(matrix.weight.detach(), *sides[kind[4:]])
+                                             for layer, kind, matrix in dense.matrices() if kind[4:] in sides})
+
+    embd, fc_alone = pruned(c_fc=(32, 256), c_proj=(256, 32)), pruned(c_fc=(64, 128))
+    other_side = pruned(c_fc=(64, 128), c_proj=(256, 32))
     for model in mixed_model, small_model, dense, embd, fc_alone, other_side:
         assert compress.without_dropped_units(model) is model

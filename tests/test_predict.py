@@ -10,7 +10,8 @@ from conftest import randomize_vectors, run_here
 from torch.nn import functional as F
 
 from experiments.predict import rank_correlation
-from kronygpt import checkpoint
+from kronygpt import checkpoint, compress
+from kronygpt.configurator import UserError
 from kronygpt.data import load_tokens
 from model import KronyGPT, KronyGPTConfig
 
@@ -35,10 +36,9 @@ def dense(workdir):
 
 
 def plain_loss(model):
-    tokens = torch.from_numpy(load_tokens("pattern", "val", 256).astype(np.int64))
-    windows = [tokens[begin:begin + 33] for begin in range(0, len(tokens) - 32, 32)]
+    tokens = torch.from_numpy(load_tokens("pattern", "val", model.config).astype(np.int64))
     with torch.no_grad():
-        return np.mean([F.cross_entropy(model(w[None, :-1])[0], w[1:]).item() for w in windows if len(w) == 33])
+        return np.mean([F.cross_entropy(model(w[None, :-1])[0], w[1:]).item() for w in tokens.split(32) if len(w) == 32])
 
 
 def test_what_is_measured_is_the_loss_of_the_models_that_are_written(dense):
@@ -58,7 +58,7 @@ def test_what_is_measured_is_the_loss_of_the_models_that_are_written(dense):
         made = checkpoint.load("made.pt")[0].eval()
         assert int(row[1].replace(",", "")) == made.count_parameters()["total"] <= limit
         assert float(row[4]) == pytest.approx(plain_loss(made) - plain_loss(dense), abs=2e-5)
-        predicted = re.search(r"([\d.]+) nats per token added", said.stdout)[1]
+        predicted = re.search(r"predicted, order only: ([\d.]+)", said.stdout)[1]
         assert float(row[3]) == pytest.approx(float(predicted), abs=1e-4)
 
 
@@ -69,8 +69,30 @@ def test_rank_correlation():
     assert rank_correlation([(1, 10), (2, 20), (3, 30)]) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("option", ["--budgets=1.5", "--budgets=x", "--shares=0", "--shares=,", "--eval_tokens=0"])
-def test_wrong_options_get_one_line(option, dense):
+def test_budgets_that_are_too_small_are_left_out_before_the_work(dense):
+    """The embeddings alone are more than a quarter of this model."""
+    said = run_here("experiments/predict.py", *OPTIONS, "--budgets=0.9,0.3,0.25", "--shares=0.5")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.index("budgets 0.3, 0.25 are left out") < said.stdout.index("dense:")
+    assert Path("out/predict/table.md").read_text().count("| budget") == 1
+
+
+def test_what_was_measured_is_there_when_a_later_model_fails(dense, monkeypatch):
+    apply, done = compress.apply, []
+
+    def fail_later(*args):
+        done.append(1)
+        if len(done) > 2:
+            raise UserError("an error")
+        return apply(*args)
+
+    monkeypatch.setattr(compress, "apply", fail_later)
+    assert run_here("experiments/predict.py", *OPTIONS).stderr == "error: an error\n"
+    assert Path("out/predict/table.md").read_text().count("| budget") == 2
+
+
+@pytest.mark.parametrize("option", ["--budgets=1.5", "--shares=0"])
+def test_wrong_shares_get_one_line(option, dense):
     said = run_here("experiments/predict.py", *OPTIONS, option)
     assert said.returncode == 2 and said.stderr.count("\n") == 1 and option.partition("=")[0] in said.stderr
     assert not Path("out").exists()

@@ -70,7 +70,7 @@ def test_kept_hidden_units_alone_are_the_same_function(gpt2_dir, workdir):
     said = run_here("prune.py", *options, "--plain=True")
     assert said.returncode == 0, said.stderr
     plain, kron = (checkpoint.load(path)[0].eval() for path in ("checkpoints/plain_64_64_offset2.pt", "kron.pt"))
-    assert plain.config.n_inner == 64 and all(matrix.is_dense for _, matrix in plain.matrices())
+    assert plain.config.n_inner == 64 and all(matrix.is_dense for *_, matrix in plain.matrices())
     idx = torch.randint(256, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(plain(idx), kron(idx), rtol=0, atol=1e-5)
@@ -90,21 +90,23 @@ def test_error_and_energy_are_printed_as_numpy_counts_them(gpt2_dir, workdir):
     assert line[2:] == ["1", f"{error:.4f}", f"{kept:.1%}"]
 
 
-@pytest.mark.parametrize("option, message", [
+@pytest.mark.parametrize("options, message", [
     ("--keep=3", "--keep=3 does not divide the 64 units of --dim=embd"),
-    ("--keep=1", "--keep is at least 2"),
     ("--offset=2", "--offset from 0 to keep - 1"),
-    ("--offset=-1", "--offset from 0 to keep - 1"),
     ("--dim=heads", "--dim is embd, hidden or layer"),
-    ("--dim=layer --keep=4 --offset=3", "--offset=3 leaves no block of 2"),
+    ("--dim=layer --keep=4 --offset=3", "--offset from 0"),
     ("--dim=layer --epsilon=0.1", "--dim=layer drops whole blocks"),
-    ("--plain=True", "--plain=True goes with --dim=hidden"),
     ("--plain=True --dim=hidden --epsilon=0.1", "--plain=True goes with --dim=hidden, and not with --epsilon"),
-    ("--keep=half", "--keep takes a whole number"),
+    ("--select=norm", "--select is even or contribution, not norm"),
+    ("--dim=hidden --select=contribution --offset=1", "goes with --dim=hidden, and not with --offset"),
+    ("--dim=hidden --select=contribution", "they go with --calibrate"),
+    ("--calibrate=tiny", "they go with --calibrate"),
+    ("--refit=True --calibrate=nothing", "data/nothing"),
+    ("--out=q9/", "q9/ names a directory"),
     ("--init_from=nothing.pt", "no checkpoint nothing.pt"),
 ])
-def test_wrong_options_get_one_line_and_write_nothing(option, message, gpt2_dir, workdir):
-    said = run_here("prune.py", f"--init_from={gpt2_dir}", *option.split())
+def test_wrong_options_get_one_line_and_write_nothing(options, message, gpt2_dir, workdir):
+    said = run_here("prune.py", f"--init_from={gpt2_dir}", *options.split())
     assert said.returncode == 2
     assert message in said.stderr and said.stderr.count("\n") == 1
     assert not any(workdir.iterdir())

@@ -1,0 +1,55 @@
+"""Compress a GPT-2 by the methods of others, for the comparisons.
+
+    python -m experiments.peers even_ranks 0.931M --init_from=out/base/best.pt  # → checkpoints/even_ranks_0.931M.pt
+    python -m experiments.peers even_ranks 0.931M --init_from=out/base/best.pt --calibrate=pydocs
+
+even_ranks: each matrix of each block becomes low rank and keeps the same share of its parameters. Without text this is the
+truncated SVD. With --calibrate it is the activation-aware SVD: the least squares on the inputs of a text, in which all
+errors of the output count alike, in the way of SVD-LLM (arXiv 2403.07378), but with the inputs of the model compressed so
+far and with refitted biases.
+"""
+import time
+
+from kronygpt.configurator import UserError, run
+
+init_from = "gpt2"  # the model to compress: a hub name, a Hugging Face directory or a checkpoint
+out: str | None = None  # file to write; default: checkpoints/even_ranks_....pt
+calibrate: str | None = None  # data set under data/ to fit the factors to
+calibration_tokens = 131072  # number of its tokens
+device = ""  # where to calibrate; default: CUDA if available, else the CPU
+
+
+def even_ranks(config, limit):
+    """The shapes {kind: [Shape of each block]} with which all matrices keep the same share of their parameters."""
+    from kronygpt.budget import room
+    from model import Shape
+
+    sizes = config.matrices.values()
+    dense, least = (config.n_layer * sum(numbers) for numbers in ([m * n for m, n in sizes], [m + n for m, n in sizes]))
+    share = (room(config, [*config.matrices], limit) - least) / (dense - least)
+    return {kind: [Shape(m, 1, 1 + int(share * (m * n / (m + n) - 1)))] * config.n_layer
+            for kind, (m, n) in config.matrices.items()}
+
+
+def main(method, budget):
+    from kronygpt import calibration, checkpoint, compress, data
+    from kronygpt.budget import parse_budget
+    from kronygpt.files import output_file
+
+    if method != "even_ranks":
+        raise UserError(f"the methods of peers are: even_ranks, not {method}")
+    path, start = output_file(out or f"checkpoints/{method}_{budget}.pt"), time.perf_counter()
+    dense, _ = checkpoint.load(init_from)
+    new, fits = compress.factorize(dense, even_ranks(dense.config, parse_budget(budget)[0])), []
+    if calibrate:
+        text = data.calibration_text(calibrate, calibration_tokens, dense.config, device)
+        fits = calibration.calibrate(dense.to(text.device), new.to(text.device), text)
+    compress.report(dense, new, fits)
+    print(f"compressed in {time.perf_counter() - start:.1f} s")
+    options = dict(init_from=init_from, method=method, budget=budget, calibrate=calibrate,
+                   calibration_tokens=calibration_tokens if calibrate else None)
+    compress.write(path, dense, new, options, "config/train_gpt2_budget.py")
+
+
+if __name__ == "__main__":
+    run(main)
