@@ -290,7 +290,7 @@ def errors_table(dense, text, tokens, held_out, shapes):
     def loss(model):
         return f"{data.mean_loss(model.eval(), tokens, held_out, BATCH_SIZE):.3f}"
 
-    config, kinds = dense.config, ["mlp.c_fc", "mlp.c_proj"]
+    config = dense.config
     rows = [("dense", "", "", loss(dense))]
     for dim_1, dim_2, r in shapes:
         matrices = mlp_shapes(dim_1, dim_2, [r] * config.n_layer)

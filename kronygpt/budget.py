@@ -228,9 +228,11 @@ def cheapest(parts, limit):
         return [min((priced(choice, price) for choice in choices), key=lambda option: option[0])[1:] for choices in parts]
 
     def used(chosen):
-        return sum(choice.size + sum(table.sizes[i].item() for table, i in zip(choice.tables.values(), rows)) for choice, rows in chosen)
+        return sum(choice.size + sum(table.sizes[i].item() for table, i in zip(choice.tables.values(), rows))
+                   for choice, rows in chosen)
 
-    largest = max(choice.loss + sum(table.losses[0].item() for table in choice.tables.values()) for choices in parts for choice in choices)
+    largest = max(choice.loss + sum(table.losses[0].item() for table in choice.tables.values())
+                  for choices in parts for choice in choices)
     low, high = 0.0, 1.0 + len(parts) * largest  # at which nothing is worth a parameter
     for _ in range(HALVINGS):
         price = (low + high) / 2
@@ -271,6 +273,6 @@ class RankTable(NamedTuple):
 
 
 def rank_table(m, n, squares):
-    """The RankTable of a matrix [m, n] with the σ² of narrow.spectrum(). A file stores each rank once: r (m + n - r) numbers."""
+    """The RankTable of a matrix [m, n] with the σ² of narrow.spectrum(). Each rank is stored once: r (m + n - r) numbers."""
     ranks = torch.arange(1, min(m, n))
     return RankTable(m, n, torch.cat((ranks * (m + n - ranks), torch.tensor([m * n]))), tails(squares.cpu())[1:])

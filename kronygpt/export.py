@@ -40,8 +40,8 @@ def sizes(config):
 
 
 def state_dict_for_transformers(model, expand):
-    """A KronyGPT's state dict with W [in, out] in place of A and B: of each matrix, or of those that are dense, with low rank
-    as modeling_kronygpt.LowRankLinear stores it."""
+    """A KronyGPT's state dict with W [in, out] in place of A and B: of each matrix, or of those that are dense. Low rank is
+    stored as in modeling_kronygpt.LowRankLinear."""
     state_dict = model.state_dict()
     for layer, kind, matrix in model.matrices():
         name = f"transformer.h.{layer}.{kind}"

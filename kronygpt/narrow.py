@@ -25,10 +25,13 @@ def root(S):
 def spectrum(W, covariance, fisher):
     """The squared singular values [min(m, n)], descending, of G^(1/2) W F^(1/2) for W [m, n], G [m, m] and F [n, n]."""
     if len(W) <= W.shape[1]:
-        R, inner = root(covariance), W @ fisher @ W.T
-    else:
-        R, inner = root(fisher), W.T @ covariance @ W
-    return torch.linalg.eigvalsh(R.mT @ inner @ R).clamp(min=0).flip(0)
+        return squares(W @ fisher @ W.T, root(covariance))
+    return squares(W.T @ covariance @ W, root(fisher))
+
+
+def squares(S, R):
+    """The eigenvalues of Rᵀ S R, which are at least 0 but for rounding, in descending order."""
+    return torch.linalg.eigvalsh(R.mT @ S @ R).clamp(min=0).flip(0)
 
 
 def tails(squares):
@@ -229,12 +232,9 @@ class Block:
         names = {kind: f"transformer.h.{layer}.{kind}" for kind in kinds}
         self.W = {kind: model.get_submodule(name).weight.detach().double() for kind, name in names.items()}
         self.b = {kind: model.get_submodule(name).bias.detach().double() for kind, name in names.items()}
-        self.F = {kind: statistics.fisher[name] for kind, name in names.items()}
-        self.mean, self.G = ({kind: of_inputs[name] for kind, name in names.items()} for of_inputs in (statistics.means, statistics.covariances))
+        self.F, self.mean, self.G = ({kind: of_all[name] for kind, name in names.items()} for of_all in (
+            statistics.fisher, statistics.means, statistics.covariances))
         self.bases = self.order = None
-
-    def matrix(self, kind, W, G, F):
-        return kind, (*W.shape, spectrum(W, G, F))
 
     def attention(self, is_narrowed):
         """Options for the heads at all multiples of an eighth of their width, or at their own only."""
@@ -245,29 +245,36 @@ class Block:
         step = max(1, head // HEAD_STEPS)
         grid = range(step, head + 1, step) if is_narrowed else [head]
         qk_costs, vo_costs = bases.qk_costs.sum(0), bases.vo_costs.sum(0)
+        R_attn, R_proj = root(self.G["attn.c_attn"]), root(self.F["attn.c_proj"])
         result = []
         for v in grid:
-            proj = None
+            D_v, T_v = (side[2 * C:, 2 * H * head:] for side in reversed(head_maps(bases, head, v)))
+            W_v = D_v.T @ self.W["attn.c_proj"]  # (n_head v, C)
+            proj = H * v, C, squares(W_v.T @ (T_v.T @ self.G["attn.c_proj"] @ T_v) @ W_v, R_proj)[:H * v]
             for qk in grid:
                 T, D = head_maps(bases, qk, v)
-                T_v, D_v = T[2 * C:, 2 * H * qk:], D[2 * C:, 2 * H * qk:]
-                proj = proj or self.matrix("attn.c_proj", D_v.T @ self.W["attn.c_proj"], T_v.T @ self.G["attn.c_proj"] @ T_v,
-                                           self.F["attn.c_proj"])
-                attn = self.matrix("attn.c_attn", W @ T, self.G["attn.c_attn"], D.T @ F @ D)
+                W_qkv = W @ T  # (C, n_head (2 qk + v))
+                attn = *W_qkv.shape, squares(W_qkv @ (D.T @ F @ D) @ W_qkv.T, R_attn)[:W_qkv.shape[1]]
                 loss = (qk_costs[qk] if qk < head else 0) + (vo_costs[v] if v < head else 0)
-                result.append(Option(dict(head_qk=qk, head_v=v), float(loss), H * (2 * qk + v) + C, dict((attn, proj))))
+                result.append(Option(dict(head_qk=qk, head_v=v), float(loss), H * (2 * qk + v) + C,
+                                     {"attn.c_attn": attn, "attn.c_proj": proj}))
         return result
 
     def mlp(self, is_narrowed):
         """Options for the hidden units at all multiples of a 32nd of their number, or with all of them only."""
         W, G, n = self.W["mlp.c_proj"], self.G["mlp.c_proj"], len(self.W["mlp.c_proj"])
-        self.order, costs = brain_surgeon(W, G, self.F["mlp.c_proj"]) if is_narrowed else (torch.arange(n), torch.zeros(n + 1))
+        R_fc, R_proj = root(self.G["mlp.c_fc"]), root(self.F["mlp.c_proj"])
+        self.order, costs = torch.arange(n), torch.zeros(n + 1)
+        if is_narrowed:
+            self.order, costs = brain_surgeon(W, G, self.F["mlp.c_proj"])
         step, result = max(1, n // HIDDEN_STEPS), []
         for width in range(step, n + 1, step) if is_narrowed else [n]:
             kept = self.kept(width)
-            fc = self.matrix("mlp.c_fc", self.W["mlp.c_fc"][:, kept], self.G["mlp.c_fc"], self.F["mlp.c_fc"][kept][:, kept])
-            proj = self.matrix("mlp.c_proj", self.output(kept), G[kept][:, kept], self.F["mlp.c_proj"])
-            result.append(Option(dict(n_inner=width), float(costs[n - width]), width + self.config.n_embd, dict((fc, proj))))
+            W_fc, W_proj = self.W["mlp.c_fc"][:, kept], self.output(kept)
+            fc = *W_fc.shape, squares(W_fc @ self.F["mlp.c_fc"][kept][:, kept] @ W_fc.T, R_fc)[:width]
+            proj = *W_proj.shape, squares(W_proj.T @ G[kept][:, kept] @ W_proj, R_proj)[:width]
+            result.append(Option(dict(n_inner=width), float(costs[n - width]), width + self.config.n_embd,
+                                 {"mlp.c_fc": fc, "mlp.c_proj": proj}))
         return result
 
     def kept(self, width):
@@ -279,20 +286,19 @@ class Block:
 
     def narrowed(self, head_qk, head_v, n_inner):
         """(weights, biases, fisher) by kind, in these widths."""
-        W, b, F, C = dict(self.W), dict(self.b), dict(self.F), self.config.n_embd
-        T, D = head_maps(self.bases, head_qk, head_v)
-        W["attn.c_attn"], b["attn.c_attn"], F["attn.c_attn"] = W["attn.c_attn"] @ T, b["attn.c_attn"] @ T, D.T @ F["attn.c_attn"] @ D
-        W["attn.c_proj"] = D[2 * C:, 2 * self.config.n_head * head_qk:].T @ W["attn.c_proj"]
-        kept = self.kept(n_inner)
-        W["mlp.c_fc"], b["mlp.c_fc"], F["mlp.c_fc"] = W["mlp.c_fc"][:, kept], b["mlp.c_fc"][kept], F["mlp.c_fc"][kept][:, kept]
-        W["mlp.c_proj"] = self.output(kept)
+        (T, D), kept = head_maps(self.bases, head_qk, head_v), self.kept(n_inner)
+        D_v = D[2 * self.config.n_embd:, 2 * self.config.n_head * head_qk:]
+        W = {"attn.c_attn": self.W["attn.c_attn"] @ T, "attn.c_proj": D_v.T @ self.W["attn.c_proj"],
+             "mlp.c_fc": self.W["mlp.c_fc"][:, kept], "mlp.c_proj": self.output(kept)}
+        b = dict(self.b, **{"attn.c_attn": self.b["attn.c_attn"] @ T, "mlp.c_fc": self.b["mlp.c_fc"][kept]})
+        F = dict(self.F, **{"attn.c_attn": D.T @ self.F["attn.c_attn"] @ D, "mlp.c_fc": self.F["mlp.c_fc"][kept][:, kept]})
         return W, b, F
 
 
 @torch.no_grad()
 def narrowed(dense, blocks, widths):
-    """A dense KronyGPT in other widths, {"head_qk", "head_v", "n_inner": [of each block]}, and the Fisher metrics {name: F} of
-    its outputs, from the Blocks of another one."""
+    """A dense KronyGPT in other widths, {"head_qk", "head_v", "n_inner": [of each block]}, and the Fisher metrics {name: F}
+    of its outputs, from the Blocks of another one."""
     state_dict, fisher = dict(dense.state_dict()), {}
     for layer, block in enumerate(blocks):
         for values, end in zip(block.narrowed(*(widths[name][layer] for name in ("head_qk", "head_v", "n_inner"))), "AbF"):
