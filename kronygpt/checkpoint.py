@@ -3,7 +3,7 @@
 A checkpoint that we write is a dict of plain types and tensors: `model` (a state dict), `model_args` (the fields of
 KronyGPTConfig), `optimizer` (a state dict or None), `iter_num`, `best_val_loss` and `config` (the script's options).
 Its tensors have the published names of Krony-PT: a factored matrix is `<name>_0` (A), `<name>_1` (B) and `<name>_bias`,
-always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and `<name>.bias`. Each rank is stored once: in the
+always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and `<name>.bias`. Each rank is stored once: in a
 side [m, r] of low rank, r rows are an identity, `<name>_pivots` [r] tells which, and the file holds the others. Beside an
 optimizer's state, both sides are whole. load() also takes
 
