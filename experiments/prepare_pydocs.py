@@ -12,11 +12,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from kronygpt.configurator import UserError, check_range, run
+from kronygpt.configurator import run
 
 out = "pydocs"  # name of the data set, a directory under data/
 val_fraction = 0.05  # share of the documents in the validation split
-seed = 1337  # of the shuffle
+seed = 1337  # seed for the shuffle
 
 # Not the standard library, not installed everywhere, or not about it.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "ensurepip",
@@ -46,19 +46,15 @@ def documents():
 
 
 def main():
-    from kronygpt.data import DatasetWriter
+    from kronygpt.data import DATA_DIR, dataset_writer
     from kronygpt.tokenizer import BytesTokenizer
 
-    check_range(globals(), "val_fraction", above=0, below=1)
-    check_range(globals(), "seed", at_least=0)
     texts = documents()
     random.Random(seed).shuffle(texts)
     n_val = max(1, round(len(texts) * val_fraction))
-    if n_val >= len(texts):
-        raise UserError(f"--val_fraction={val_fraction} leaves none of {len(texts):,} documents for training")
     tokenizer = BytesTokenizer()
     source = f"documentation of CPython {sys.version.split()[0]}: pydoc topics and docstrings"
-    with DatasetWriter(out, tokenizer, source) as writer:
+    with dataset_writer(DATA_DIR / out, tokenizer, source) as writer:
         for i, text in enumerate(texts):
             writer.add("val" if i < n_val else "train", tokenizer.encode(text))
     print(writer.report)

@@ -373,15 +373,15 @@ def infer(state_dict, content):
     for name, size in sizes.items():
         if stated.get(name) not in (None, size):
             raise ValueError(f"it does not fit together: its config says {name}={stated[name]}, its weights {size}")
-    n_head = stated.get("n_head")
+    options = content.get("config")  # where nanoGPT repeats it, and the second edition kept the record of the tokenizer
+    options = options if isinstance(options, dict) else {}
+    n_head = stated.get("n_head", options.get("n_head"))
     if n_head is None:
         n_head = max(1, n_embd // GPT2_HEAD_DIM)
         if n_embd not in GPT2_WIDTHS:
             warnings.warn(f"the file does not say its number of heads: {n_head} of width {n_embd // n_head} taken",
                           stacklevel=3)
-    options = content.get("config")  # where the second edition kept the record of the tokenizer
-    tokenizer = stated.get("tokenizer") or (options.get("tokenizer") if isinstance(options, dict) else None)
-    return dict(sizes, n_head=n_head, shapes=shapes, tokenizer=tokenizer)
+    return dict(sizes, n_head=n_head, shapes=shapes, tokenizer=stated.get("tokenizer", options.get("tokenizer")))
 
 
 def check(model):

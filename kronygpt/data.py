@@ -1,113 +1,48 @@
-"""Data sets of tokens: data/<name>/{train,val}.bin and meta.json, and the batch of a step.
+"""Data sets of tokens, the batch of a step, the loss of a model on tokens, and texts in files.
 
-A .bin file is a plain array of uint16 tokens, as nanoGPT writes it. A directory without meta.json (one that nanoGPT's
-own script made) holds GPT-2 tokens. Tokenizers are in tokenizer.py.
+A data set is data/<name>/{train,val}.bin and meta.json. A .bin file is a plain array of uint16 tokens, as nanoGPT writes
+it. A directory without meta.json (one that nanoGPT's own script made) holds GPT-2 tokens. Tokenizers are in tokenizer.py.
 """
+import csv
+import io
 import json
 import os
-import re
-from contextlib import ExitStack
+import shutil
+import sys
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from kronygpt.configurator import UserError
 from kronygpt.device import pick_device
-from kronygpt.files import atomic_write, lock, remove_leftovers
+from kronygpt.files import atomic_write, lock, output_file
 from kronygpt.tokenizer import (
     GPT2_VOCAB_SIZE,
     TOKEN_TYPE,
     BytesTokenizer,
     GPT2Tokenizer,
     UnknownTokenizer,
+    check_no_pointer,
+    extends,
     is_same,
+    read_json,
     tokenizer_name,
 )
 from model import linear_cross_entropy
 
 DATA_DIR = Path("data")
 SPLITS = ("train", "val")
-MAGICS = {  # how files of other programs begin
-    b"\x93NUMPY": "a .npy of numpy: array.astype('uint16').tofile(path) writes plain tokens",
-    (20240520).to_bytes(4, "little"): "a .bin of llm.c with a header of 256 int32: its uint16 tokens begin at byte 1024",
-    (20240801).to_bytes(4, "little"): "a .bin of llm.c with a header of 256 int32 and uint32 tokens",
-    b"PK\x03\x04": "a zip archive (.npz, torch.save)",
-    b"\x1f\x8b\x08": "a gzip archive",
-    b"\x28\xb5\x2f\xfd": "a zstd archive",
-    b"\x89HDF": "an HDF5 file",
-    b"ARROW1": "an Arrow file",
-    b"PAR1": "a parquet file",
-}
-FORMAT_BYTES = 2**16  # of the beginning of a .bin, whose format is looked at
-SMALLEST_FORMAT = 64  # bytes that tell a format
+LLM_C = (20240520, 20240801)  # how a .bin of llm.c begins: a header of 256 int32
 CHECKED_TOKENS = 1024  # looked at, spread evenly over a split, before anything is done with it
-ROWS = (".jsonl", ".json", ".parquet")
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow")
+ROWS = (*JSON_LINES, ".json", *TABLES)
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 CHARACTERS_AT_ONCE = 2**20  # of a text that is split
-
-
-class DatasetWriter:
-    """Writes data/<name>/ as a context manager: the files appear under their names when all of them are complete, and then
-    `report` says what they hold.
-
-    with DatasetWriter("mytext", tokenizer, source="where it came from") as writer:
-        writer.add("train", tokens_of_a_document)
-    """
-
-    def __init__(self, name, tokenizer, source):
-        self.directory = DATA_DIR / name
-        self.tokenizer = tokenizer
-        self.source = source
-
-    def __enter__(self):
-        if self.tokenizer.end_of_text is None:
-            raise UserError(f"the tokenizer {self.tokenizer.name} has no end-of-text token: name one as eos_token in its "
-                            "tokenizer_config.json")
-        self.lock = lock(self.directory)
-        self.writes = ExitStack()
-        paths = {split: self.directory / f"{split}.bin" for split in SPLITS}
-        names = [re.escape(path.name) for path in (*paths.values(), self.directory / "meta.json")]
-        remove_leftovers(self.directory, "|".join(names), is_locked=True)
-        self.files = {split: self.writes.enter_context(atomic_write(path)) for split, path in paths.items()}
-        self.documents = dict.fromkeys(SPLITS, 0)
-        self.end_of_text = np.array([self.tokenizer.end_of_text], dtype=TOKEN_TYPE)
-        return self
-
-    def add(self, split, tokens):
-        """Append a document's tokens (uint16) and an end-of-text token."""
-        self.files[split].write(tokens.data)
-        self.files[split].write(self.end_of_text.data)
-        self.documents[split] += 1
-
-    def __exit__(self, error_type, error, traceback):
-        try:
-            if error is None:
-                self.finish()
-            else:
-                if isinstance(error, OSError):  # a write that fails does not say to which file
-                    error.filename = error.filename or str(self.directory)
-                self.writes.__exit__(error_type, error, traceback)
-        finally:
-            self.directory.joinpath(".lock").unlink()
-            if not any(self.directory.iterdir()):
-                self.directory.rmdir()
-            self.lock.release()
-
-    def finish(self):
-        """Give the files their names; a reader in between finds counts in meta.json that are not those of the files."""
-        tokens = {split: file.tell() // self.end_of_text.itemsize for split, file in self.files.items()}
-        with self.writes:
-            for file in self.files.values():  # whatever fails, fails before the first one has its name
-                file.flush()
-                os.fsync(file.fileno())
-        meta = dict(vocab_size=self.tokenizer.vocab_size, tokenizer=self.tokenizer.name, tokens=tokens,
-                    documents=self.documents, source=self.source)
-        if self.tokenizer.directory:
-            meta["tokenizer_path"] = str(self.tokenizer.directory)
-        with atomic_write(self.directory / "meta.json", "w") as file:
-            file.write(json.dumps(meta, indent=2) + "\n")
-        self.report = "\n".join(f"{self.directory / split}.bin: {tokens[split]:,} tokens of {self.documents[split]:,} "
-                                "documents" for split in SPLITS)
+LOG_SECONDS = 30  # between lines of progress in a log
 
 
 def find_dataset(name):
@@ -135,30 +70,16 @@ def load_meta(name):
     """
     path = find_dataset(name) / "meta.json"
     if not path.exists() and path.with_name("meta.pkl").exists():  # a pickle, which could run code: not opened
-        meta = json.dumps(dict(vocab_size=largest_token(path.parent) + 1, tokenizer=UnknownTokenizer.name))
+        files = [file for split in SPLITS if (file := path.with_name(f"{split}.bin")).exists() and file.stat().st_size]
+        largest = max((int(np.memmap(file, TOKEN_TYPE, "r").max()) for file in files), default=0)
+        meta = json.dumps(dict(vocab_size=largest + 1, tokenizer=UnknownTokenizer.name))
         raise UserError(f"{path.parent} has a meta.pkl, so its tokens are not GPT-2's, and no meta.json: "
                         f"write {meta} into {path}")
-    if not path.exists():
-        return dict(vocab_size=GPT2_VOCAB_SIZE, tokenizer=GPT2Tokenizer.name, tokens={})
-    try:
-        if not path.is_file():
-            raise ValueError("no regular file")
-        meta = dict(tokens={}) | json.loads(path.read_bytes())
-        texts = meta["tokenizer"], meta.get("tokenizer_path", "")
-        if not (isinstance(meta["vocab_size"], int) and all(isinstance(text, str) for text in texts)
-                and isinstance(meta["tokens"], dict) and all(isinstance(n, int) for n in meta["tokens"].values())):
-            raise TypeError("vocab_size and the numbers of tokens are whole numbers and tokenizer a string")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data set again") from None
+    default = dict(vocab_size=GPT2_VOCAB_SIZE, tokenizer=GPT2Tokenizer.name)
+    meta = dict(tokens={}) | read_json(path, default)
+    if not default.keys() <= meta.keys():
+        raise UserError(f"{path} is damaged: it has no vocab_size or no tokenizer; prepare the data set again")
     return meta
-
-
-def largest_token(directory):
-    """The largest token of a data set, from all of it."""
-    paths = [path for split in SPLITS if (path := directory / f"{split}.bin").exists()]
-    for path in paths:
-        check_format(path)
-    return max((int(np.memmap(path, TOKEN_TYPE, "r").max()) for path in paths if path.stat().st_size), default=0)
 
 
 def data_tokenizer(name):
@@ -168,47 +89,6 @@ def data_tokenizer(name):
     if meta["tokenizer"] in (GPT2Tokenizer.name, BytesTokenizer.name):
         return None
     return dict(name=meta["tokenizer"], path=meta.get("tokenizer_path"))
-
-
-def check_format(path):
-    """Raise UserError where a .bin shows another format than plain uint16 tokens."""
-    if not path.is_file():
-        raise UserError(f"{path} is no file of plain uint16 tokens: it is no regular file")
-    with open(path, "rb") as file:
-        head = file.read(FORMAT_BYTES)
-    n_bytes = path.stat().st_size
-    seen = next((kind for magic, kind in MAGICS.items() if head.startswith(magic)), None) or seen_width(head)
-    if seen:
-        raise UserError(f"{path} is no file of plain uint16 tokens: it looks like {seen}")
-    if n_bytes % np.dtype(TOKEN_TYPE).itemsize:
-        raise UserError(f"{path} has {n_bytes} bytes, an odd number, so it is no file of uint16 tokens; prepare it again")
-
-
-def seen_width(head):
-    """What the beginning of a .bin shows of another width than 16 bits, or None."""
-    if len(head) < SMALLEST_FORMAT:
-        return None
-    if is_text(head):
-        return "text, or tokens of 8 bits (uint8)"
-    for width in 8, 4:
-        parts = np.frombuffer(head[:len(head) // width * width], "<u2").reshape(-1, width // 2)
-        low, second, rest = parts[:, 0], parts[:, 1], parts[:, 2:]
-        # a wide token has zeros in its upper half, or in vocabularies of over 65,536 tokens a small number
-        if not rest.any() and second.max() <= 3 and low.max() > 3:
-            return f"tokens of {8 * width} bits (uint{8 * width} or int{8 * width}): array.astype('uint16').tofile(path) " \
-                   "writes plain ones"
-    return None
-
-
-def is_text(head):
-    """Whether bytes are UTF-8 with no control characters, which uint16 tokens are not."""
-    try:
-        text = head[:-4].decode()  # a character may be cut at the end
-    except UnicodeDecodeError as error:
-        if error.end < len(head) - 8:
-            return False
-        text = head[:error.start].decode()
-    return all(character >= " " or character in "\t\n\r" for character in text)
 
 
 def load_tokens(name, split, config, block_size=1):
@@ -222,17 +102,12 @@ def load_tokens(name, split, config, block_size=1):
 
     Raises:
         FileNotFoundError: no such data set or split.
-        UserError: the file is damaged or too short, or the tokens are not of this vocabulary.
+        UserError: the file is of another format or too short, or the tokens are not of this vocabulary.
     """
-    path = find_dataset(name) / f"{split}.bin"
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}: prepare the data set again")
-    meta = load_meta(name)
+    path, meta = find_dataset(name) / f"{split}.bin", load_meta(name)
     check_tokenizer(path, meta, config)
-    vocab_size = config.vocab_size
     check_format(path)
-    n_bytes = path.stat().st_size
-    n_tokens = n_bytes // np.dtype(TOKEN_TYPE).itemsize
+    n_tokens = path.stat().st_size // np.dtype(TOKEN_TYPE).itemsize
     if n_tokens != meta["tokens"].get(split, n_tokens):
         raise UserError(f"{path} has {n_tokens:,} tokens, and meta.json counts {meta['tokens'][split]:,}: "
                         "prepare the data set again")
@@ -241,23 +116,35 @@ def load_tokens(name, split, config, block_size=1):
                         "use a smaller block_size or more text")
     tokens = np.memmap(path, dtype=TOKEN_TYPE, mode="r")
     sample = np.linspace(0, n_tokens - 1, CHECKED_TOKENS).astype(np.int64)  # the others are checked when they are used
-    bad = sample[tokens[sample] >= vocab_size]
+    bad = sample[tokens[sample] >= config.vocab_size]
     if len(bad):
-        raise unknown_token(tokens[bad[0]], tokens, bad[0], vocab_size)
+        raise unknown_token(tokens[bad[0]], tokens, bad[0], config.vocab_size)
     return tokens
 
 
+def check_format(path):
+    """Raise UserError where a .bin shows another format than plain uint16 tokens."""
+    check_no_pointer(path)
+    head = np.fromfile(path, "<u4", count=2**14)
+    if len(head) and head[0] in LLM_C:
+        raise UserError(f"{path} is a .bin of llm.c with a header of 256 int32: its tokens begin at byte 1024")
+    # a wide token has zeros in its upper half, or in vocabularies of over 65,536 tokens a small number
+    if len(head) >= 16 and (head >> 16).max() <= 3 and (head & 0xffff).max() > 3:
+        raise UserError(f"{path} looks like tokens of 32 or 64 bits: array.astype('uint16').tofile(path) writes plain ones")
+
+
 def check_tokenizer(path, meta, config):
-    """Raise UserError unless a data set and a model have the same tokenizer."""
-    ours, vocab_size, tokenizer = tokenizer_name(config), config.vocab_size, config.tokenizer
-    fits = meta["vocab_size"] <= vocab_size
-    if ours == UnknownTokenizer.name:
-        fits = (tokenizer is not None and fits) or meta["vocab_size"] == vocab_size  # the size is all that is known
-    elif tokenizer is not None:
-        fits = True  # tokens that were added to it may be none of the model's
-    if not (fits and is_same(meta["tokenizer"], ours)):
-        raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {meta['vocab_size']}, and the model "
-                        f"has a vocabulary of {vocab_size}, of {ours} tokens: use data and a model that belong together")
+    """Raise UserError unless a model knows the tokens of a data set: its tokenizer is theirs, or extends it."""
+    ours, vocab_size, size = tokenizer_name(config), config.vocab_size, meta["vocab_size"]
+    if not is_same(meta["tokenizer"], ours):
+        fits = extends(config, meta["tokenizer"], size)
+    elif config.tokenizer is None:  # of an unknown tokenizer the size is all that is known
+        fits = size == vocab_size if ours == UnknownTokenizer.name else size <= vocab_size
+    else:  # tokens that were added to a known tokenizer may be none of the model's
+        fits = size <= vocab_size or ours != UnknownTokenizer.name
+    if not fits:
+        raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {size}, and the model has a "
+                        f"vocabulary of {vocab_size}, of {ours} tokens: use data and a model that belong together")
 
 
 def unknown_token(token, tokens, position, vocab_size):
@@ -375,7 +262,117 @@ def mean_loss(model, tokens, windows, batch_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Texts in files: a column of rows in .jsonl, .json and .parquet; a file with another ending is one UTF-8 text
+# Writing a data set
+
+class DatasetWriter:
+    """What dataset_writer() yields."""
+
+    def __init__(self, directory, files, tokenizer):
+        self.directory = directory
+        self.files = files
+        self.end_of_text = np.array([tokenizer.end_of_text], dtype=TOKEN_TYPE)
+        self.documents = dict.fromkeys(SPLITS, 0)
+        self.tokens = dict.fromkeys(SPLITS, 0)
+
+    def add(self, split, tokens):
+        """Append a document's tokens (uint16) and an end-of-text token."""
+        self.files[split].write(tokens.data)
+        self.files[split].write(self.end_of_text.data)
+        self.documents[split] += 1
+        self.tokens[split] += len(tokens) + 1
+
+    @property
+    def report(self):
+        return "\n".join(f"{self.directory / split}.bin: {self.tokens[split]:,} tokens of {self.documents[split]:,} "
+                         "documents" for split in SPLITS)
+
+
+@contextmanager
+def dataset_writer(directory, tokenizer, source):
+    """Write a data set: its files appear under their names when all of them are complete.
+
+    with dataset_writer(DATA_DIR / "mytext", tokenizer, source="where it came from") as writer:
+        writer.add("train", tokens_of_a_document)
+    """
+    try:
+        with ExitStack() as writes:  # the file that is opened last has its name first
+            files = {split: writes.enter_context(atomic_write(directory / f"{split}.bin")) for split in SPLITS}
+            meta_file = writes.enter_context(atomic_write(directory / "meta.json", "w"))
+            writer = DatasetWriter(directory, files, tokenizer)
+            yield writer
+            meta = dict(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.name, tokens=writer.tokens,
+                        documents=writer.documents, source=source)
+            if tokenizer.directory:
+                meta["tokenizer_path"] = str(tokenizer.directory)
+            meta_file.write(json.dumps(meta, indent=2) + "\n")
+            for file in (*files.values(), meta_file):  # whatever fails, fails before the first one has its name
+                file.flush()
+                os.fsync(file.fileno())
+    finally:
+        with suppress(OSError):  # only empty ones can be removed
+            os.removedirs(directory)
+
+
+@contextmanager
+def scratch_folder(directory):
+    """Lock the directory of a data set that is going to be written, and make an empty folder in it for what is large. What
+    a process that was killed has left there is removed first."""
+    for name in (*(f"{split}.bin" for split in SPLITS), "meta.json"):
+        output_file(directory / name)
+    held, folder = lock(directory), directory / ".scratch"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        directory.joinpath(".lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            os.removedirs(directory)
+        held.release()
+
+
+def progress(**options):
+    """A tqdm bar on a terminal; in a log a line every LOG_SECONDS."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {elapsed} so far, {remaining} left\n"
+        options |= dict(bar_format=line, miniters=1, **dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_SECONDS))
+    return tqdm(unit_scale=True, leave=False, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts in files: a column of rows in .jsonl, .json, .csv, .tsv, .parquet, .arrow or a folder that datasets' save_to_disk
+# wrote; a file with another ending is one UTF-8 text. Texts may be compressed, as in .jsonl.gz
+
+def kind_of(path):
+    """The ending of a file in lower case, without that of its compression: ".jsonl" of a.jsonl.gz; ".arrow" of a folder
+    of save_to_disk."""
+    path = Path(path)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return ".arrow"
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+
+
+@contextmanager
+def reading(path):
+    """Errors in this block name the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # those of gzip, csv, pyarrow and UTF-8 have no class in common
+        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from None
+
+
+def open_text(path, newline=None):
+    """Open a text, which may be compressed, as UTF-8 without its byte order mark."""
+    check_no_pointer(path)
+    compression = "infer" if Path(path).suffix.lower() in COMPRESSED else None
+    file = LocalFileSystem().open(str(path), "rb", compression=compression)
+    return io.TextIOWrapper(file, "utf-8-sig", newline=newline)
+
 
 def read_rows(path, column="text"):
     """Yield the texts of a file, None for a row whose text is null; a byte order mark and empty lines are no text.
@@ -385,26 +382,17 @@ def read_rows(path, column="text"):
         column: name of the column, or field, with the texts.
 
     Raises:
-        FileNotFoundError: there is no file.
-        UserError: it is damaged, or has no such column of strings.
+        UserError: it cannot be read, or has no such column of strings.
     """
-    path = Path(path)
-    check_is_text(path)
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        yield from parquet_rows(path, column)
-    elif kind in ROWS:
-        yield from json_rows(path, column) if kind == ".json" else jsonl_rows(path, column)
-    else:
+    kind = kind_of(path)
+    if kind not in ROWS:
         yield "".join(read_pieces(path, newline=""))
-
-
-def check_is_text(path):
-    """Raise an error where there is no file, or one that would be waited for, such as a pipe."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no file {path}")
-    if not Path(path).is_file():
-        raise UserError(f"{path} is no regular file")
+        return
+    with reading(path):
+        for where, text in table_rows(path, kind, column) if kind in TABLES else json_rows(path, kind, column):
+            if not isinstance(text, str | None):
+                raise UserError(f"{where}: the `{column}` is no string but {type(text).__name__}")
+            yield text
 
 
 def read_pieces(path, separator=None, newline=None):
@@ -415,69 +403,58 @@ def read_pieces(path, separator=None, newline=None):
         separator: between pieces.
         newline: as of open(): None reads every line end as "\\n", "" leaves all as they are.
     """
-    check_is_text(path)
     rest = ""
-    try:
-        with open(path, encoding="utf-8-sig", newline=newline) as file:
-            while chunk := file.read(CHARACTERS_AT_ONCE):
-                *pieces, rest = (rest + chunk).split(separator) if separator else (chunk, "")
-                yield from pieces
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    with reading(path), open_text(path, newline) as file:
+        while chunk := file.read(CHARACTERS_AT_ONCE):
+            *pieces, rest = (rest + chunk).split(separator) if separator else (chunk, "")
+            yield from pieces
     yield rest
 
 
-def jsonl_rows(path, column):
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if line.strip():
-                yield text_of(line, column, f"{path}, line {number}")
+def json_rows(path, kind, column):
+    """Yield (place, text) of JSON lines, or of a .json: a list of objects or strings, one object, or JSON lines."""
+    content = None
+    if kind == ".json":
+        with suppress(ValueError):
+            content = json.loads("".join(read_pieces(path)))
+    if content is None:
+        lines = enumerate(read_pieces(path, "\n", newline="\n"), 1)
+        rows = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
+    else:
+        rows = enumerate(content if isinstance(content, list) else [content], 1)
+        rows = ((f"{path}, row {number}", row) for number, row in rows)
+    for where, row in rows:
+        try:
+            row = json.loads(row) if content is None else row
+            yield where, row if content is not None and isinstance(row, str) else row[column]
+        except (ValueError, KeyError, TypeError):
+            fields = f", but {', '.join(row)}" if isinstance(row, dict) else ""
+            raise UserError(f"{where} is no JSON with a string `{column}`{fields}") from None
 
 
-def json_rows(path, column):
-    """The rows of a list of objects or of strings, of one object, or of JSON lines."""
-    try:
-        rows = json.loads(path.read_bytes())  # which finds a byte order mark
-    except (ValueError, RecursionError):
-        return jsonl_rows(path, column)
-    rows = rows if isinstance(rows, list) else [rows]
-    return (row if isinstance(row, str) else text_of(row, column, f"{path}, row {i}") for i, row in enumerate(rows, 1))
+def table_rows(path, kind, column):
+    """Yield (path, text) of a table."""
+    check_no_pointer(path)
+    if kind in (".csv", ".tsv"):
+        csv.field_size_limit(2**31 - 1)
+        rows = csv.DictReader(open_text(path, newline=""), dialect="excel" if kind == ".csv" else "excel-tab")
+        names, texts = rows.fieldnames or (), (row[column] for row in rows)
+    elif kind == ".parquet":
+        from pyarrow.parquet import ParquetFile
 
+        rows = ParquetFile(path)
+        names = rows.schema_arrow.names
+        texts = (text for batch in rows.iter_batches(columns=[column]) for text in batch[column].to_pylist())
+    else:
+        import pyarrow as pa
+        from datasets import Dataset, load_from_disk
 
-def text_of(row, column, where):
-    """The text of an object, or of a line of JSON."""
-    try:
-        row = json.loads(row.decode()) if isinstance(row, bytes) else row
-        text = row[column]
-        if text is not None and not isinstance(text, str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, RecursionError):
-        fields = f", but {', '.join(row)}" if isinstance(row, dict) and column not in row else ""
-        raise UserError(f"{where} is not UTF-8 JSON with a string `{column}`{fields}") from None
-    return text
-
-
-def parquet_rows(path, column):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if column not in schema.names:
-                raise UserError(f"{path} has the columns {', '.join(schema.names)}, and no `{column}`")
-            check_strings(schema.field(column).type, column, path)
-            for batch in file.iter_batches(columns=[column]):
-                yield from batch.column(column).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from None
-
-
-def check_strings(kind, column, where):
-    """Raise UserError unless an Arrow type is one of strings, or of nulls alone."""
-    from pyarrow import types
-
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if not any(is_kind(value) for is_kind in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)):
-        raise UserError(f"the `{column}` in {where} is {kind}, and strings are needed")
+        try:
+            rows = load_from_disk(path) if Path(path).is_dir() else Dataset.from_file(str(path))
+        except pa.ArrowInvalid:  # not Arrow's format for streams, but that for files
+            rows = Dataset(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        names, texts = rows.column_names, (row[column] for row in rows)
+    if column not in names:
+        has = "splits" if isinstance(names, dict) else "columns"
+        raise UserError(f"{path} has the {has} {', '.join(names)}, and no `{column}`")
+    yield from ((path, text) for text in texts)

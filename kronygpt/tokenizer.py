@@ -1,8 +1,8 @@
 """Tokenizers: GPT-2's BPE, bytes, and those in Hugging Face directories, which are read as data.
 
-A model keeps its tokenizer as a record, {"name": ..., "path": directory}, or as None where the size of the vocabulary
-tells it: 256 are bytes, 50257 and the padded sizes above are GPT-2's. Names of two tokenizers with the same end, behind
-the last dash, are names of one tokenizer: it is a fingerprint of the vocabulary.
+A model keeps its tokenizer as a record in config.tokenizer: {"name": ..., "path": directory}, or None where the size of
+the vocabulary tells it: 256 are bytes, 50257 and the padded sizes above are GPT-2's. The end of a name, behind the last
+dash, is a fingerprint of the vocabulary: two names with the same end are names of one tokenizer.
 """
 import hashlib
 import json
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from kronygpt.configurator import UserError
 
@@ -19,24 +21,22 @@ LARGEST_VOCABULARY = 2**16
 GPT2_VOCAB_SIZE = 50257
 BYTES_VOCAB_SIZE = 256
 END_OF_TEXT = "<|endoftext|>"
-GPT2_FINGERPRINT = "71cca498f566a6fce90612118ffe70ec265ffdc746e7e6743a2253d346af4d30"
+FINGERPRINT = 12  # hexadecimal digits
 READABLE = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 UNREADABLE = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (*READABLE, *SETTINGS, *UNREADABLE[:-1])  # what a tokenizer of Hugging Face may consist of
-
-
-def well_formed(text):
-    """The text with lone surrogates replaced, as tiktoken's encode() does: UTF-8 has no bytes for them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+PROBE = "Don't  1234567\n\n naïve\t文🙂 <|endoftext|>x "  # tells GPT-2's BPE from others with the same vocabulary
+GPT2_PROBE = [3987, 470, 220, 17031, 2231, 3134, 628, 41492, 197, 23877, 229, 8582, 25081, 1279, 91, 437, 1659, 5239, 91,
+              29, 87, 220]
 
 
 class Tokenizer:
-    """Text to tokens (uint16) and back. Special tokens in a text are plain text, except in a prompt."""
+    """Text to tokens (uint16) and back. Special tokens in a text are plain text, except in a prompt.
+
+    A tokenizer has a name, a vocab_size, and end_of_text, the token after each document, or None.
+    """
 
     end_name = END_OF_TEXT
     directory = None  # of its files, where it has some
@@ -48,17 +48,16 @@ class Tokenizer:
         """The tokens of a prompt, a list; END_OF_TEXT in it, or the tokenizer's own name for it, is the token."""
         if self.end_of_text is None:
             return self.encode(text).tolist()
-        first, *others = text.replace(self.end_name, END_OF_TEXT).split(END_OF_TEXT)
-        tokens = self.encode(first).tolist() if first else []
-        for piece in others:
-            tokens += [self.end_of_text, *(self.encode(piece).tolist() if piece else [])]
-        return tokens or [self.end_of_text]
+        pieces = text.replace(self.end_name, END_OF_TEXT).split(END_OF_TEXT)
+        tokens = [token for piece in pieces for token in (self.end_of_text, *(self.encode(piece).tolist() if piece else ()))]
+        return tokens[1:] or tokens
 
 
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's BPE, from tiktoken."""
 
     name = "gpt2"
+    fingerprint = "71cca498f566"
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = GPT2_VOCAB_SIZE - 1
 
@@ -71,11 +70,7 @@ class GPT2Tokenizer(Tokenizer):
                           f"to a folder that has them ({type(error).__name__})") from None
 
     def encode(self, text):
-        try:
-            tokens = self.encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:
-            tokens = self.encoding.encode_to_numpy(well_formed(text), disallowed_special=())
-        return tokens.astype(TOKEN_TYPE)
+        return self.encoding.encode_to_numpy(well_formed(text), disallowed_special=()).astype(TOKEN_TYPE)
 
     def decode_bytes(self, tokens):
         return self.encoding.decode_bytes([t for t in tokens if t < self.vocab_size])  # padded vocabularies have more
@@ -85,6 +80,7 @@ class BytesTokenizer(Tokenizer):
     """The bytes of UTF-8 as tokens; a document ends with a line end."""
 
     name = "bytes"
+    fingerprint = "5b0e580d1091"
     vocab_size = BYTES_VOCAB_SIZE
     end_of_text = ord("\n")
 
@@ -105,7 +101,8 @@ class UnknownTokenizer(Tokenizer):
         self.vocab_size = vocab_size
 
     def encode(self, text):
-        raise no_tokenizer(self.vocab_size)
+        raise UserError(f"no tokenizer has the model's vocabulary of {self.vocab_size}: bytes have {BYTES_VOCAB_SIZE}, "
+                        f"GPT-2's BPE has {GPT2_VOCAB_SIZE}; --tokenizer=DIRECTORY names another")
 
     def decode_bytes(self, tokens):
         """None: nobody knows."""
@@ -119,25 +116,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, directory):
         self.directory = Path(directory).resolve()
-        vocabulary, _ = read_vocabulary(self.directory)
-        self.name = full_name(self.directory, vocabulary)
-        self.vocab_size = max(vocabulary.values()) + 1
-        if self.vocab_size > LARGEST_VOCABULARY:
-            raise UserError(f"the tokenizer in {directory} has {self.vocab_size:,} tokens: data sets are uint16, which "
-                            f"holds {LARGEST_VOCABULARY:,}")
-        self.tokenizer = build(self.directory, vocabulary)
-        self.n_text_tokens = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=0) + 1
+        self.tokenizer = read_files(self.directory)
+        self.vocabulary = self.tokenizer.get_vocab()  # {token: id}, added tokens included
+        self.name = f"{self.directory.name}-{fingerprint(self.vocabulary)}"
+        self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
+        self.n_text_tokens = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
         self.end_name = special_token(self.directory, "eos_token") or next(
-            (token for token in (END_OF_TEXT, "</s>") if token in vocabulary), END_OF_TEXT)
-        self.end_of_text = vocabulary.get(self.end_name)
+            (token for token in (END_OF_TEXT, "</s>") if token in self.vocabulary), END_OF_TEXT)
+        self.end_of_text = self.vocabulary.get(self.end_name)
 
     def encode(self, text):
         ids = self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids
         return np.array(ids, dtype=TOKEN_TYPE)
 
     def decode_bytes(self, tokens):
-        from tokenizers import decoders
-
         if isinstance(self.tokenizer.decoder, decoders.ByteLevel):
             return b"".join(self.bytes_of_tokens.get(int(token), b"") for token in tokens)
         return self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False).encode()
@@ -147,12 +139,17 @@ class HuggingFaceTokenizer(Tokenizer):
         """{id: bytes} of a byte-level vocabulary; the tokens that are added stand for their own text."""
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
         added = self.tokenizer.get_added_tokens_decoder()
+        return {number: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) and number not in added
+                else token.encode() for token, number in self.vocabulary.items()}
 
-        def bytes_of(token, number):
-            is_text = number in added or not all(character in byte_of for character in token)
-            return token.encode() if is_text else bytes(byte_of[character] for character in token)
 
-        return {number: bytes_of(token, number) for token, number in self.tokenizer.get_vocab().items()}
+def well_formed(text):
+    """The text with lone surrogates replaced, as tiktoken's encode() does: UTF-8 has no bytes for them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def bytes_to_unicode():
@@ -163,18 +160,17 @@ def bytes_to_unicode():
 
 
 def fingerprint(vocabulary):
-    """A sha256 of {token: id}, 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
-
-
-def full_name(directory, vocabulary):
-    return f"{directory.name}-{fingerprint(vocabulary)[:12]}"
+    """The first digits of a sha256 of {token: id}."""
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:FINGERPRINT]
 
 
 def is_same(name, other):
     """Whether two names are of one tokenizer; directories may be renamed and copied."""
     return name.rpartition("-")[2] == other.rpartition("-")[2]
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The files of a directory
 
 def read_json(path, default=None):
     """The content of a JSON file, a dict; default where there is no file.
@@ -184,9 +180,8 @@ def read_json(path, default=None):
     """
     if default is not None and not path.exists():
         return default
+    check_no_pointer(path)
     try:
-        if not path.is_file():
-            raise ValueError("no regular file")
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("no object")
@@ -195,61 +190,12 @@ def read_json(path, default=None):
     return content
 
 
-def has_tokenizer(directory):
-    return (directory / "tokenizer.json").is_file() or all((directory / name).is_file() for name in READABLE[1:3])
-
-
-def read_vocabulary(directory):
-    """The tokens of a directory's tokenizer.
-
-    Returns:
-        {token: id}, added tokens included, and whether its BPE sees a text as it is.
-    """
-    path = directory / "tokenizer.json"
-    try:
-        if path.is_file():
-            content = read_json(path)
-            vocabulary = content["model"]["vocab"]
-            if isinstance(vocabulary, list):  # Unigram: [[token, score], ...]
-                vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-            vocabulary = vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
-            splits = json.dumps(content.get("pre_tokenizer"))
-            is_plain = content.get("normalizer") is None and '"add_prefix_space": true' not in splits
-        else:
-            path = directory / "vocab.json"
-            vocabulary, is_plain = read_json(path) | read_json(directory / "added_tokens.json", {}), True
-        if not vocabulary or not all(type(number) is int and number >= 0 for number in vocabulary.values()):
-            raise ValueError("its vocabulary is not of tokens and their numbers")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no tokenizer that can be read: {type(error).__name__}: {error}") from None
-    return vocabulary, is_plain
-
-
-def build(directory, vocabulary):
-    """The tokenizers.Tokenizer of a directory, whose special tokens are plain text."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    try:
-        if (directory / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        else:
-            tokenizer = Tokenizer(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            added = read_json(directory / "added_tokens.json", {})
-            tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in sorted(added, key=added.get)])
-    except UserError:
-        raise
-    except Exception as error:  # the package raises Exception itself
-        raise UserError(f"cannot read the tokenizer in {directory}: {' '.join(str(error).split())}") from None
-    wrong = next((t for t, number in vocabulary.items() if tokenizer.token_to_id(t) != number), None)
-    if wrong is not None:
-        raise UserError(f"the tokenizer in {directory} is damaged: {wrong!r} is token {vocabulary[wrong]}, and the "
-                        f"tokenizers package makes it {tokenizer.token_to_id(wrong)}")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+def check_no_pointer(path):
+    """Raise UserError where a file is what git leaves in its place without git-lfs."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(f"{path} is a git-lfs pointer and not the file itself: `git lfs pull` fetches that")
 
 
 def special_token(directory, name):
@@ -262,48 +208,73 @@ def special_token(directory, name):
     return None
 
 
-def recognize(directory):
-    """The class and the name of the tokenizer in a directory, or None where it has no files of one."""
-    directory = Path(directory).resolve()
-    if not has_tokenizer(directory):
-        others = [name for name in UNREADABLE if (directory / name).exists()]
-        return (UnknownTokenizer, UnknownTokenizer.name) if others else None
-    vocabulary, is_plain = read_vocabulary(directory)
-    mark = fingerprint(vocabulary)
-    if is_plain and mark == GPT2_FINGERPRINT:
-        return GPT2Tokenizer, GPT2Tokenizer.name
-    byte_level = {character: byte for byte, character in bytes_to_unicode().items()}
-    if is_plain and mark in (fingerprint(byte_level), fingerprint(byte_level | {END_OF_TEXT: BYTES_VOCAB_SIZE})):
-        return BytesTokenizer, BytesTokenizer.name
-    return HuggingFaceTokenizer, full_name(directory, vocabulary)
+def read_files(directory):
+    """The tokenizers.Tokenizer of a directory, whose special tokens are plain text.
+
+    Raises:
+        UserError: it cannot be read, or has more tokens than uint16 holds.
+    """
+    for name in READABLE:
+        check_no_pointer(directory / name)
+    one_file, vocab, merges, added = (str(directory / name) for name in READABLE)
+    try:
+        if Path(one_file).is_file():
+            made = tokenizers.Tokenizer.from_file(one_file)
+        else:
+            made = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
+            made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+            added = read_json(Path(added), {})
+            made.add_special_tokens([AddedToken(token, normalized=False) for token in sorted(added, key=added.get)])
+            if any(made.token_to_id(token) != number for token, number in added.items()):
+                raise ValueError("the numbers in added_tokens.json do not follow those in vocab.json")
+    except Exception as error:  # the package raises Exception itself
+        raise UserError(f"cannot read the tokenizer in {directory}: {' '.join(str(error).split())}") from None
+    if (largest := max(made.get_vocab().values(), default=0)) >= LARGEST_VOCABULARY:
+        raise UserError(f"the tokenizer in {directory} has {largest + 1:,} tokens: data sets are uint16, which holds "
+                        f"{LARGEST_VOCABULARY:,}")
+    made.no_truncation()
+    made.no_padding()
+    made.encode_special_tokens = True
+    return made
 
 
 def read_tokenizer(directory):
     """The tokenizer in a directory, or None where it has no files of one.
 
-    GPT-2's own is told by its vocabulary, which takes no files of tiktoken's.
+    GPT-2's own and bytes are told by their vocabulary and what they make of a text.
 
     Raises:
         UserError: they cannot be read.
     """
-    found = recognize(directory)
-    if found is None:
-        return None
-    cls, _ = found
-    if cls is UnknownTokenizer:
-        others = ", ".join(name for name in UNREADABLE if (Path(directory) / name).exists())
-        raise UserError(f"the tokenizer in {directory} is in a form that is not read here ({others}): write its "
+    directory = Path(directory)
+    has_one_file, has_vocab, has_merges = ((directory / name).is_file() for name in READABLE[:3])
+    if not (has_one_file or (has_vocab and has_merges)):
+        others = [name for name in UNREADABLE if (directory / name).exists()]
+        if not others:
+            return None
+        raise UserError(f"the tokenizer in {directory} is in a form that is not read here ({', '.join(others)}): write its "
                         "tokenizer.json with transformers, AutoTokenizer.from_pretrained(...).save_pretrained(...)")
-    return cls(directory) if cls is HuggingFaceTokenizer else cls()
+    found = HuggingFaceTokenizer(directory)
+    tokens = found.encode(PROBE).tolist()
+    if is_same(found.name, GPT2Tokenizer.fingerprint) and tokens == GPT2_PROBE:
+        return GPT2Tokenizer()
+    if tokens == list(PROBE.encode()) and found.vocab_size <= BYTES_VOCAB_SIZE + (END_OF_TEXT in found.vocabulary):
+        return BytesTokenizer()
+    return found
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer of a model
 
 def tokenizer_record(directory):
     """The record of the tokenizer beside a model: {"name": ..., "path": absolute directory}, or None where the size of
-    the vocabulary tells it."""
-    found = recognize(directory)
-    if found is None or found[0] in (GPT2Tokenizer, BytesTokenizer):
-        return None
-    return dict(name=found[1], path=str(Path(directory).resolve()))
+    the vocabulary tells it. The name is "unknown" where the files cannot be read, which the weights do not need."""
+    try:
+        tokenizer = read_tokenizer(directory)
+    except UserError:
+        tokenizer = UnknownTokenizer
+    is_told = tokenizer is None or tokenizer.name in (GPT2Tokenizer.name, BytesTokenizer.name)
+    return None if is_told else dict(name=tokenizer.name, path=str(Path(directory).resolve()))
 
 
 def open_tokenizer(config, directory=None):
@@ -319,17 +290,16 @@ def open_tokenizer(config, directory=None):
     Raises:
         UserError: it is not where it was, has changed, or has more tokens than the model.
     """
-    record, vocab_size = checked(config.tokenizer), config.vocab_size
-    path = directory or (record["path"] if record else None)
+    vocab_size, name, path = config.vocab_size, tokenizer_name(config), directory or recorded(config).get("path")
     if path is None:
-        cls = None if record else class_for(vocab_size)
-        return cls() if cls else UnknownTokenizer(vocab_size)
+        known = {cls.name: cls for cls in (GPT2Tokenizer, BytesTokenizer)}
+        return known[name]() if name in known else UnknownTokenizer(vocab_size)
     tokenizer = read_tokenizer(path)
     if tokenizer is None:
-        there = "" if directory else f", where that of the model was ({record['name']}): --tokenizer=DIRECTORY names another"
+        there = "" if directory else f", where that of the model was ({name}): --tokenizer=DIRECTORY names another"
         raise UserError(f"no tokenizer in {path}: neither tokenizer.json nor vocab.json with merges.txt{there}")
-    if not directory and record["name"] != UnknownTokenizer.name and not is_same(tokenizer.name, record["name"]):
-        raise UserError(f"the tokenizer in {path} is {tokenizer.name}, and the model was made with {record['name']}: "
+    if not directory and name != UnknownTokenizer.name and not is_same(tokenizer.name, name):
+        raise UserError(f"the tokenizer in {path} is {tokenizer.name}, and the model was made with {name}: "
                         "--tokenizer=DIRECTORY names the right one")
     if getattr(tokenizer, "n_text_tokens", tokenizer.vocab_size) > vocab_size:
         raise UserError(f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, and the model has a vocabulary of "
@@ -337,26 +307,26 @@ def open_tokenizer(config, directory=None):
     return tokenizer
 
 
-def checked(record):
-    """A record, or None where a file that others wrote has something else in its place."""
-    is_record = (isinstance(record, dict) and isinstance(record.get("name"), str)
-                 and isinstance(record.get("path", 0), str | None))
-    return record if is_record else None
-
-
-def class_for(vocab_size):
-    """The class of tokenizer that a vocabulary's size tells, or None."""
-    if vocab_size == BYTES_VOCAB_SIZE:
-        return BytesTokenizer
-    return GPT2Tokenizer if vocab_size >= GPT2_VOCAB_SIZE else None
-
-
-def no_tokenizer(vocab_size):
-    return UserError(f"no tokenizer has the model's vocabulary of {vocab_size}: bytes have {BYTES_VOCAB_SIZE}, GPT-2's "
-                     f"BPE has {GPT2_VOCAB_SIZE}; --tokenizer=DIRECTORY names another")
+def recorded(config):
+    """A model's record, {} where it has none: files of others may have something else in its place."""
+    record = config.tokenizer if isinstance(config.tokenizer, dict) else {}
+    return record if isinstance(record.get("name"), str) and isinstance(record.get("path", 0), str | None) else {}
 
 
 def tokenizer_name(config):
     """The name of a model's tokenizer, "unknown" where nobody knows it."""
-    record = checked(config.tokenizer)
-    return record["name"] if record else (class_for(config.vocab_size) or UnknownTokenizer).name
+    if record := recorded(config):
+        return record["name"]
+    if config.vocab_size == BYTES_VOCAB_SIZE:
+        return BytesTokenizer.name
+    return GPT2Tokenizer.name if config.vocab_size >= GPT2_VOCAB_SIZE else UnknownTokenizer.name
+
+
+def extends(config, name, vocab_size):
+    """Whether a model's tokenizer has all tokens of another one, of this name and vocab_size, under the same numbers."""
+    try:
+        ours = getattr(open_tokenizer(config), "vocabulary", {})
+    except UserError:
+        return False
+    theirs = {cls.name: cls.fingerprint for cls in (GPT2Tokenizer, BytesTokenizer)}.get(name, name)
+    return is_same(theirs, fingerprint({token: number for token, number in ours.items() if number < vocab_size}))

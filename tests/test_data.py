@@ -1,17 +1,22 @@
 """Batches, .bin files, tokenizers, and the scripts that make data sets."""
-import io
 import json
-import os
-import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT, run_here
 
 from experiments import prepare_pydocs
 from kronygpt import data
 from kronygpt.configurator import UserError
-from kronygpt.data import BytesTokenizer, DatasetWriter, batch_starts, load_meta, load_tokens, step_seed, windows
-from kronygpt.tokenizer import name_for, open_tokenizer
+from kronygpt.data import batch_starts, dataset_writer, load_meta, load_tokens, mean_loss, score, step_seed, windows
+from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer, open_tokenizer, tokenizer_name
+from model import KronyGPTConfig
 
 META = dict(vocab_size=256, tokenizer="bytes")
 TEXTS = [f"Document {i}: " + "a few words, and naïve café 文字. " * (i % 7 + 1) for i in range(60)]
@@ -28,6 +33,11 @@ def write_dataset(name, train, val=b"", meta=META):
     if meta is not None:
         directory.joinpath("meta.json").write_text(meta if isinstance(meta, str) else json.dumps(meta))
     return directory
+
+
+def config_of(vocab_size, tokenizer=None):
+    """The config of a model with this vocabulary, and perhaps the record of its tokenizer."""
+    return KronyGPTConfig(block_size=32, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=8, tokenizer=tokenizer)
 
 
 def contents(directory):
@@ -87,7 +97,7 @@ def test_evaluation_windows_spread_over_the_whole_split():
 def test_tokens_beyond_the_vocabulary_are_an_error_that_names_the_place(workdir):
     write_dataset("a", [1, 2, 3, 256, 5, 6])
     with pytest.raises(UserError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
-        load_tokens("a", "train", 256, block_size=2)
+        load_tokens("a", "train", config_of(256), block_size=2)
     tokens = np.memmap("data/a/train.bin", dtype=np.uint16, mode="r")  # a longer file is not looked through at the start
     assert windows(tokens, [0], 2, 256)[1].tolist() == [[2, 3]]
     for starts in [1], [0, 2]:  # as a target, and as an input
@@ -97,29 +107,17 @@ def test_tokens_beyond_the_vocabulary_are_an_error_that_names_the_place(workdir)
 
 def test_a_bin_file_is_read_as_it_was_written(workdir):
     write_dataset("a", range(200), range(50))
-    assert load_tokens("a", "train", 256).tolist() == list(range(200))
-    assert load_tokens("a", "val", 256).tolist() == list(range(50))
+    assert load_tokens("a", "train", config_of(256)).tolist() == list(range(200))
+    assert load_tokens("a", "val", config_of(256)).tolist() == list(range(50))
 
 
 def test_a_bin_file_shorter_than_a_block_is_an_error(workdir):
     write_dataset("a", range(9), b"")
-    assert len(load_tokens("a", "train", 256, block_size=8)) == 9
+    assert len(load_tokens("a", "train", config_of(256), block_size=8)) == 9
     with pytest.raises(UserError, match=r"train.bin has 9 tokens, and a block takes 10"):
-        load_tokens("a", "train", 256, block_size=9)
+        load_tokens("a", "train", config_of(256), block_size=9)
     with pytest.raises(UserError, match=r"val.bin has 0 tokens"):
-        load_tokens("a", "val", 256)
-
-
-def test_an_odd_number_of_bytes_is_an_error(workdir):
-    write_dataset("a", bytes(101))
-    with pytest.raises(UserError, match=r"train\.bin has 101 bytes, an odd number"):
-        load_tokens("a", "train", 256)
-
-
-def as_npy(tokens):
-    file = io.BytesIO()
-    np.save(file, tokens)
-    return file.getvalue()
+        load_tokens("a", "val", config_of(256))
 
 
 def llm_c(magic, dtype):
@@ -130,31 +128,25 @@ def llm_c(magic, dtype):
 
 
 @pytest.mark.parametrize("content, message", [
-    (np.arange(200, dtype="<u4").tobytes(), "tokens of 32 bits"),
-    (np.arange(200, dtype="<i4").tobytes(), "tokens of 32 bits"),
-    (np.arange(60_000, 70_000, dtype="<u4").tobytes(), "tokens of 32 bits"),  # of a vocabulary beyond 65,536
-    (np.arange(200, dtype="<i8").tobytes(), "tokens of 64 bits"),
-    (as_npy(np.arange(200, dtype="<u2")), "a .npy of numpy"),
-    (llm_c(20240520, "<u2"), "a .bin of llm.c with a header of 256 int32"),
-    (llm_c(20240801, "<u4"), "a .bin of llm.c .* uint32"),
-    (TEXTS[0].encode() * 4, "text, or tokens of 8 bits"),
-    (b"PK\x03\x04" + bytes(200), "a zip archive"),
-    (b"PAR1" + bytes(200), "a parquet file"),
+    (np.arange(200, dtype="<u4").tobytes(), "looks like tokens of 32 or 64 bits"),
+    (np.arange(60_000, 70_000, dtype="<u4").tobytes(), "looks like tokens of 32"),  # of a vocabulary beyond 65,536
+    (np.arange(200, dtype="<i8").tobytes(), "looks like tokens of 32 or 64 bits"),
+    (llm_c(20240520, "<u2"), "is a .bin of llm.c with a header of 256 int32"),
+    (llm_c(20240801, "<u4"), "is a .bin of llm.c"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a git-lfs pointer"),
 ])
 def test_a_bin_file_of_another_format_is_a_line_that_names_it(workdir, content, message):
     write_dataset("a", content, meta=dict(vocab_size=50257, tokenizer="gpt2"))
-    with pytest.raises(UserError, match=rf"train\.bin is no file of plain uint16 tokens: it looks like {message}") as caught:
-        load_tokens("a", "train", 50257)
-    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(UserError, match=rf"train\.bin {message}"):
+        load_tokens("a", "train", config_of(50257))
 
 
 @pytest.mark.parametrize("tokens", [
     np.zeros(500), np.full(500, 65), np.arange(500) % 2, np.arange(500) % 4, np.arange(500) % 256, np.arange(500) * 100,
-    [65, 0] * 20 + [65, 9], np.frombuffer(TEXTS[0].encode() * 9, np.uint8),
-    np.random.default_rng(0).integers(50257, size=9999)])
+    [65, 0] * 20 + [65, 9], np.random.default_rng(0).integers(50257, size=9999)])
 def test_plain_tokens_are_no_other_format(workdir, tokens):
     write_dataset("a", np.array(tokens).astype(np.uint16), meta=dict(vocab_size=50257, tokenizer="gpt2"))
-    assert load_tokens("a", "train", 50257).tolist() == np.array(tokens).tolist()
+    assert load_tokens("a", "train", config_of(50257)).tolist() == np.array(tokens).tolist()
 
 
 def test_a_missing_data_set_names_the_command_that_makes_it(workdir):
@@ -162,32 +154,30 @@ def test_a_missing_data_set_names_the_command_that_makes_it(workdir):
     for name, command in ("openwebtext", "python prepare_owt.py"), ("pydocs", "python -m experiments.prepare_pydocs"), \
             ("books", "python prepare_owt.py --data_files=.* --out=books"):
         with pytest.raises(FileNotFoundError, match=f"no data set in data/{name}; make it with: {command}.*there are: mine"):
-            load_tokens(name, "train", 256)
+            load_tokens(name, "train", config_of(256))
         with pytest.raises(FileNotFoundError, match=command):
             load_meta(name)
 
 
 def test_a_missing_split_is_an_error(workdir):
     (write_dataset("a", range(9)) / "val.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no data/a/val\.bin"):
-        load_tokens("a", "val", 256)
+    with pytest.raises(FileNotFoundError, match=r"data/a/val\.bin"):
+        load_tokens("a", "val", config_of(256))
 
 
-@pytest.mark.parametrize("meta", ["", "{", "[]", "3", "{}", '{"vocab_size": 256}', '{"vocab_size": 256, "tokenizer": 3}',
-                                  '{"vocab_size": "many", "tokenizer": "gpt2"}'])
-def test_a_damaged_meta_json_is_an_error(workdir, meta):
+@pytest.mark.parametrize("meta, message", [("{", "cannot read data/a/meta.json"), ("[]", "cannot read data/a/meta.json"),
+                                           ('{"vocab_size": 256}', "data/a/meta.json is damaged")])
+def test_a_damaged_meta_json_is_an_error(workdir, meta, message):
     write_dataset("a", range(9), meta=meta)
-    for read in (lambda: load_meta("a"), lambda: load_tokens("a", "train", 256)):
-        with pytest.raises(UserError, match=r"data/a/meta\.json is damaged") as caught:
-            read()
-        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(UserError, match=message):
+        load_tokens("a", "train", config_of(256))
 
 
 def test_a_directory_of_nanogpt_holds_gpt2_tokens(workdir):
     write_dataset("a", [50256, 11, 0], meta=None)
     assert load_meta("a") == dict(vocab_size=50257, tokenizer="gpt2", tokens={})
     for vocab_size in 50257, 50304:  # nanoGPT pads the vocabulary to a multiple of 64
-        assert load_tokens("a", "train", vocab_size).tolist() == [50256, 11, 0]
+        assert load_tokens("a", "train", config_of(vocab_size)).tolist() == [50256, 11, 0]
 
 
 def test_data_and_a_model_of_other_vocabularies_are_an_error(workdir):
@@ -195,7 +185,7 @@ def test_data_and_a_model_of_other_vocabularies_are_an_error(workdir):
     write_dataset("gpt2", range(9), meta=None)
     for name, vocab_size in ("bytes", 50257), ("gpt2", 256), ("bytes", 100):
         with pytest.raises(UserError, match=f"vocabulary of {vocab_size}"):
-            load_tokens(name, "train", vocab_size)
+            load_tokens(name, "train", config_of(vocab_size))
 
 
 def test_bytes_tokens_are_utf_8():
@@ -210,7 +200,7 @@ def test_bytes_tokens_are_utf_8():
 def test_gpt2_tokens_are_those_of_tiktoken(shared):
     import tiktoken
 
-    tokenizer, encoding = data.GPT2Tokenizer(), tiktoken.get_encoding("gpt2")
+    tokenizer, encoding = GPT2Tokenizer(), tiktoken.get_encoding("gpt2")
     for text in *TEXTS[:8], "":
         tokens = tokenizer.encode(text)
         assert tokens.dtype == np.uint16 and tokens.tolist() == encoding.encode_ordinary(text)
@@ -220,15 +210,15 @@ def test_gpt2_tokens_are_those_of_tiktoken(shared):
 
 
 def test_a_vocabulary_tells_the_tokenizer():
-    assert [name_for(None, size) for size in (256, 50257, 50304)] == ["bytes", "gpt2", "gpt2"]
+    assert [tokenizer_name(config_of(size)) for size in (256, 50257, 50304)] == ["bytes", "gpt2", "gpt2"]
     for size in 255, 1000:
         with pytest.raises(UserError, match=f"vocabulary of {size}"):
-            open_tokenizer(None, size).encode("a")
+            open_tokenizer(config_of(size)).encode("a")
 
 
 def test_a_written_data_set_is_documents_with_an_end_after_each(workdir):
     tokenizer = BytesTokenizer()
-    with DatasetWriter("a", tokenizer, source="a test") as writer:
+    with dataset_writer(data.DATA_DIR / "a", tokenizer, source="a test") as writer:
         for split, text in ("train", "one"), ("val", "two"), ("train", ""), ("train", "three"):
             writer.add(split, tokenizer.encode(text))
     assert contents(workdir / "data" / "a").keys() == {"train.bin", "val.bin", "meta.json"}
@@ -240,7 +230,7 @@ def test_a_written_data_set_is_documents_with_an_end_after_each(workdir):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_preparation_leaves_the_data_set_as_it_was(workdir, error):
     def prepare(name):
-        with pytest.raises(error), DatasetWriter(name, BytesTokenizer(), source="") as writer:
+        with pytest.raises(error), dataset_writer(data.DATA_DIR / name, BytesTokenizer(), source="") as writer:
             writer.add("train", np.arange(9, dtype=np.uint16))
             raise error
 
@@ -249,6 +239,33 @@ def test_a_failed_preparation_leaves_the_data_set_as_it_was(workdir, error):
     assert contents(workdir / "data" / "a") == before
     prepare("new")
     assert not (workdir / "data" / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+def test_a_data_set_is_replaced_whole_or_not_at_all(name, workdir):
+    directory = write_dataset("a", range(9), range(3))
+    (directory / name).unlink()
+    (directory / name / "in the way").mkdir(parents=True)
+    before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    with pytest.raises((UserError, OSError)), dataset_writer(directory, BytesTokenizer(), source="") as writer:
+        writer.add("train", np.arange(99, dtype=np.uint16))
+    assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
+
+
+def test_score_is_the_loss_of_each_window(small_model, workdir):
+    tokens, starts = np.random.default_rng(0).integers(256, size=500).astype(np.uint16), data.even_starts(500, 20, 7)
+    with torch.no_grad():
+        x, y = windows(tokens, starts, 20, 256)
+        losses = torch.nn.functional.cross_entropy(small_model(x).transpose(1, 2), y, reduction="none")  # (7, 20)
+    places = [(s, s + 1, s + 21) for s in starts]
+    for batch_size in 1, 3, 100:
+        assert mean_loss(small_model, tokens, places, batch_size) == pytest.approx(losses.mean().item(), rel=1e-6)
+    so_far = list(score(small_model, tokens, [(s, s + 5, s + 8 + i) for i, s in enumerate(starts)], 2))
+    expected = sum(losses[i, 4:7 + i].sum().item() for i in range(7))  # windows of several lengths, in 4 batches
+    assert len(so_far) == 4 and so_far[-1] == (pytest.approx(expected, rel=1e-6), sum(range(3, 10)))
+    tokens[40] = 256
+    with pytest.raises(UserError, match="token 256 in the data, position 40"):
+        mean_loss(small_model, tokens, [(0, 1, 20), (30, 31, 50)], 2)
 
 
 def test_prepare_pydocs_holds_out_documents_the_same_way_every_time(workdir, run_script, monkeypatch):
@@ -275,7 +292,9 @@ def test_prepare_pydocs_holds_out_documents_the_same_way_every_time(workdir, run
 
 @pytest.fixture
 def prepare_owt(workdir, run_script, shared):
-    return lambda *args: run_script("prepare_owt.py", *args, cwd=workdir, env={"HF_HOME": str(workdir / "cache")})
+    """Prepare data/mine in a process whose HOME and caches cannot be written."""
+    home = {name: "/dev/null/none" for name in ("HOME", "HF_HOME", "HF_DATASETS_CACHE", "TMPDIR")}
+    return lambda *args: run_script("prepare_owt.py", "--out=mine", *args, cwd=workdir, env=home)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
@@ -288,10 +307,10 @@ def test_prepare_owt_writes_the_tokens_that_nanogpt_does(prepare_owt, workdir, k
         path = workdir / "texts" / f"{name}.{kind}"
         rows = Dataset.from_dict({"text": texts, "url": ["u"] * len(texts)})
         if kind == "txt":
-            path.write_text("\n\n".join(texts))
+            path.write_text("\n\n".join(texts), encoding="utf-8")
         else:
             rows.to_json(path) if kind == "jsonl" else rows.to_parquet(path)
-    result = prepare_owt(f"--data_files=texts/*.{kind}", "--out=mine", "--val_fraction=0.1")
+    result = prepare_owt(f"--data_files=texts/*.{kind}", "--val_fraction=0.1")
     assert result.returncode == 0, result.stderr
 
     encoding = tiktoken.get_encoding("gpt2")
@@ -302,45 +321,58 @@ def test_prepare_owt_writes_the_tokens_that_nanogpt_does(prepare_owt, workdir, k
     meta = load_meta("mine")
     assert meta["vocab_size"] == 50257 and meta["tokenizer"] == "gpt2"
     assert meta["documents"] == dict(train=54, val=6)
+    assert contents(workdir / "data" / "mine").keys() == {"train.bin", "val.bin", "meta.json"}
 
 
-def test_any_number_of_threads_writes_the_same_bytes(prepare_owt, workdir):
+def test_any_number_of_threads_writes_the_same_bytes(shared, workdir):
     lines = [json.dumps({"text": f"document {i}: " + TEXTS[i % len(TEXTS)]}) for i in range(500)]
     (workdir / "texts.jsonl").write_text("\n".join(lines))
     written = []
     for threads in 1, 3:
-        result = prepare_owt("--data_files=texts.jsonl", "--out=mine", f"--threads={threads}")
+        result = run_here("prepare_owt.py", "--out=mine", "--data_files=texts.jsonl", f"--threads={threads}")
         assert result.returncode == 0, result.stderr
         written.append(contents(workdir / "data" / "mine"))
     assert written[0] == written[1]
 
 
-def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(prepare_owt, workdir):
+def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(shared, workdir):
     before = contents(write_dataset("mine", range(9)))
     (workdir / "other.jsonl").write_text('{"title": "a"}\n{"title": "b"}\n')
     (workdir / "one.txt").write_text("only one")
+    (workdir / "page.html").write_text("<p>")
     (workdir / "latin.txt").write_bytes("déjà\n\nvu".encode("latin-1"))
     for pattern, message in ("nothing/*.txt", "no files match --data_files=nothing/*.txt"), \
-            ("other.*", "other.jsonl, line 1 is not UTF-8 JSON with a string `text`"), \
-            ("one.*", "too few documents to hold one out: 1"), \
-            ("o*", ".jsonl, .txt"), ("latin.txt", "latin.txt is not UTF-8 text"):
-        result = prepare_owt(f"--data_files={pattern}", "--out=mine")
+            ("other.*", "other.jsonl, line 1 is no JSON with a string `text`, but title"), \
+            ("one.*", "1 documents leaves none for training"), ("page*", "matches .html: give files of text"), \
+            ("latin.txt", "cannot read latin.txt: UnicodeDecodeError"):
+        result = run_here("prepare_owt.py", "--out=mine", f"--data_files={pattern}")
         assert result.returncode == 2
         assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
         assert contents(workdir / "data" / "mine") == before
 
 
-@pytest.mark.parametrize("name", ["meta.json", "train.bin", "val.bin"])
-def test_a_pipe_in_a_data_set_does_not_hang(name, workdir):
-    directory = write_dataset("mine", range(100), range(100))
-    (directory / name).unlink()
-    os.mkfifo(directory / name)
-    with pytest.raises(UserError, match=f"{re.escape(name)} .*no regular file"):
-        for split in "train", "val":
-            load_tokens("mine", split, 256)
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_what_a_killed_preparation_leaves_is_cleared_by_the_next(workdir, shared):
+    (workdir / "texts.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in TEXTS * 300))
+    process = subprocess.Popen([sys.executable, ROOT / "prepare_owt.py", "--data_files=texts.jsonl", "--out=mine"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    scratch = workdir / "data" / "mine" / ".scratch"
+    while not scratch.exists() or not any(path.stat().st_size for path in scratch.iterdir()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert any(scratch.iterdir())
+    Path("few.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in TEXTS))
+    assert run_here("prepare_owt.py", "--out=mine", "--data_files=few.jsonl").returncode == 0
+    assert {path.name for path in scratch.parent.iterdir()} == {"train.bin", "val.bin", "meta.json"}
 
 
-def test_a_meta_json_of_nested_brackets_gets_one_line(workdir):
-    write_dataset("mine", range(100), meta="[" * 100_000)
-    with pytest.raises(UserError, match=r"meta\.json is damaged"):
-        load_meta("mine")
+def test_progress_in_a_log_is_lines(monkeypatch, capsys):
+    monkeypatch.setattr(data, "LOG_SECONDS", 0.05)
+    with data.progress(desc="reading", total=4, unit="documents") as bar:
+        for _ in range(4):
+            time.sleep(0.06)
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= sum(line.strip("\r ").startswith("reading: ") and " of 4.00 documents" in line for line in lines) <= 5, lines

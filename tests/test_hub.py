@@ -105,12 +105,12 @@ def test_the_first_paragraphs_of_files(corpus):
     (["--hub=corpora/climb", "--documents=20"], 2, "no texts in a column `text`; its columns are tokens, token_count"),
     (["--hub=corpora/edu", "--documents=20", "--hub_config=none"], 1, "not found. Available: ['default', 'sample-10BT']"),
     (["--hub=corpora/half", "--documents=20"], 1, "cannot load corpora/half ("),
-    (["--hub=corpora/edu", "--documents=1"], 2, "too few documents to hold one out: 1"),
+    (["--hub=corpora/edu", "--documents=1"], 2, "1 documents leaves none for training"),
     (["--hub=corpora/edu"], 2, "--hub goes with --documents=N"),
     (["--hub=corpora/edu", "--documents=9", "--data_files=*.txt"], 2, "without --data_files"),
     (["--hub=HuggingFaceFW/fineweb-edu", "--documents=20"], 1, "with no network, --data_files=FILES reads local files"),
     (["--documents=20"], 1, "cannot load Skylion007/openwebtext (ConnectionError: "),
-    (["--documents=0"], 2, "--documents is at least 1")])
+    (["--documents=0"], 2, "0 documents leaves none for training")])
 def test_what_cannot_be_streamed_is_one_line_and_writes_nothing(options, status, said, corpus):
     Path("corpora/climb").mkdir()
     Path("corpora/climb/part_0.jsonl").write_text(json.dumps(dict(tokens=[1, 2], token_count=2)) + "\n")

@@ -1,4 +1,7 @@
 """Text files as people have them: what prepare_owt.py and perplexity.py read of each."""
+import bz2
+import csv
+import gzip
 import json
 import os
 from pathlib import Path
@@ -8,22 +11,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_here
+from pyarrow import feather
+from test_data import config_of
 
 from kronygpt.configurator import UserError
 from kronygpt.data import read_pieces, read_rows
+from kronygpt.tokenizer import GPT2Tokenizer
 from perplexity import load_text_tokens
 
-ROWS = [f"Zeile {i}: naïve café." for i in range(40)]
+ROWS = [f"Zeile {i}: naïve \"café\",\nzweite Zeile." for i in range(40)]
 
 
 @pytest.fixture
-def prepare(workdir, shared, monkeypatch):
+def prepare(workdir, shared):
     """Prepare data/mine of some files; returns what was said and the documents, in the order of their text."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(workdir / "cache"))
-
     def prepare(pattern, *options):
-        from kronygpt.tokenizer import GPT2Tokenizer
-
         said = run_here("prepare_owt.py", f"--data_files={pattern}", "--out=mine", "--val_fraction=0.1", *options)
         if said.returncode:
             return said, None
@@ -32,6 +34,9 @@ def prepare(workdir, shared, monkeypatch):
         return said, sorted(GPT2Tokenizer().decode(part[part != 50256].tolist()) for part in np.split(tokens, ends)[:-1])
 
     return prepare
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
 def write_parquet(path, column, name="text"):
@@ -79,7 +84,6 @@ def test_other_text_of_the_same_name_size_and_time_is_read_anew(name, prepare):
             write_parquet(name, texts)
         os.utime(name, (10**9, 10**9))
         assert prepare(name)[1] == texts
-    assert os.listdir("cache") == []  # nothing is left of the copy
 
 
 @pytest.mark.parametrize("name, dataset, option", [
@@ -104,21 +108,10 @@ def test_other_text_of_the_same_path_size_and_time_is_scored_anew(name, dataset,
     assert len(set.union(*losses.values())) == 3
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.json"])
-def test_a_pipe_is_not_waited_for(name, gpt2_dir, workdir, run_script):
-    os.mkfifo(name)
-    for command in (["perplexity.py", gpt2_dir, name], ["sample.py", gpt2_dir, f"--start=FILE:{name}"],
-                    ["prepare_owt.py", f"--data_files={name}"], ["experiments/compare.py", f"--train_config={name}"]):
-        said = run_script(*command, cwd=workdir, timeout=30)
-        assert said.returncode == 2 and name in said.stderr and said.stderr.count("\n") == 1, said.stderr
-    with pytest.raises(UserError, match=f"{name} is no regular file"):
-        list(read_rows(name))
-
-
 def test_line_ends_are_scored_as_they_are_in_the_file(workdir):
     content = b"\r\none\r\n\r\ntwo\rthree\n\n"
     Path("a.txt").write_bytes(content)
-    tokens, n_bytes = load_text_tokens("a.txt", 256)
+    tokens, n_bytes = load_text_tokens("a.txt", config_of(256))
     assert bytes(tokens.tolist()) == content and n_bytes == len(content)
 
 
@@ -133,26 +126,76 @@ def test_nulls_are_skipped_and_counted(name, write, prepare, shared):
     assert said.returncode == 0, said.stderr
     assert documents == sorted(ROWS)
     assert said.stdout.splitlines()[-1].endswith("; 3 rows with a null for a text are skipped")
-    assert load_text_tokens(name, 256)[1] == len("\n\n".join(ROWS).encode())
+    assert load_text_tokens(name, config_of(256))[1] == len("\n\n".join(ROWS).encode())
 
 
 @pytest.mark.parametrize("name, write, message", [
-    ("a.jsonl", lambda path: write_jsonl(path, [dict(text="a"), dict(text=3)]), "a.jsonl, line 2 is not UTF-8 JSON"),
-    ("a.jsonl", lambda path: write_jsonl(path, [dict(text=["a"])] * 3), "a.jsonl, line 1 is not UTF-8 JSON"),
-    ("a.jsonl", lambda path: write_jsonl(path, [["a"]] * 3), "a.jsonl, line 1 is not UTF-8 JSON"),
-    ("a.json", lambda path: Path(path).write_text('[{"text": "a"}, {"text": {}}]'), "a.json, row 2 is not UTF-8 JSON"),
-    ("a.json", lambda path: Path(path).write_text("3"), "a.json, row 1 is not UTF-8 JSON"),
-    ("a.parquet", lambda path: write_parquet(path, [1, 2, 3]), "the `text` in a.parquet is int64, and strings are needed"),
-    ("a.parquet", lambda path: write_parquet(path, [b"a", b"b"]), "the `text` in a.parquet is binary, and strings"),
-    ("a.parquet", lambda path: write_parquet(path, [["a"], ["b"]]), "the `text` in a.parquet is list<"),
+    ("a.jsonl", lambda path: write_jsonl(path, [dict(text="a"), dict(text=3)]), "a.jsonl, line 2: the `text` is no string"),
+    ("a.jsonl", lambda path: write_jsonl(path, [["a"]] * 3), "a.jsonl, line 1 is no JSON with a string `text`"),
+    ("a.ndjson", lambda path: write_jsonl(path, [dict(title="a")]), "line 1 is no JSON with a string `text`, but title"),
+    ("a.json", lambda path: Path(path).write_text('[{"text": "a"}, {"text": {}}]'), "row 2: the `text` is no string"),
+    ("a.json", lambda path: Path(path).write_text("3"), "a.json, row 1 is no JSON with a string `text`"),
+    ("a.parquet", lambda path: write_parquet(path, [1, 2, 3]), "a.parquet: the `text` is no string but int"),
+    ("a.parquet", lambda path: write_parquet(path, [["a"], ["b"]]), "a.parquet: the `text` is no string but list"),
     ("a.parquet", lambda path: write_parquet(path, ["a"], "title"), "a.parquet has the columns title, and no `text`"),
-    ("a.parquet", lambda path: Path(path).write_text("no parquet"), "a.parquet cannot be read as parquet"),
+    ("a.parquet", lambda path: Path(path).write_text("no parquet"), "cannot read a.parquet: ArrowInvalid"),
+    ("a.csv", lambda path: Path(path).write_text("id,title\n1,a\n"), "a.csv has the columns id, title, and no `text`"),
+    ("a.tsv", lambda path: Path(path).write_text("a line\nand another\n"), "a.tsv has the columns a line, and no `text`"),
+    ("a.txt.gz", lambda path: Path(path).write_bytes(gzip.compress(b"cut")[:-3]), "cannot read a.txt.gz: EOFError"),
+    ("a.txt", lambda path: Path(path).write_text(POINTER), "a.txt is a git-lfs pointer"),
+    ("a.parquet", lambda path: Path(path).write_text(POINTER), "a.parquet is a git-lfs pointer"),
 ])
 def test_rows_that_are_no_text_are_one_line_in_both_scripts(name, write, message, prepare, gpt2_dir):
     write(name)
     for said in prepare(name)[0], run_here("perplexity.py", gpt2_dir, name):
         assert said.returncode == 2 and message in said.stderr and said.stderr.count("\n") == 1, said.stderr
     assert not Path("data/mine").exists()
+
+
+def write_csv(path, delimiter):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([("id", "text"), *enumerate(ROWS)])
+
+
+def save(path, rows):
+    from datasets import Dataset
+
+    Dataset.from_dict(dict(id=range(len(rows)), text=rows)).save_to_disk(path)
+
+
+@pytest.mark.parametrize("name, write", [
+    ("rows.json", lambda path: Path(path).write_text(json.dumps([dict(text=text) for text in ROWS], indent=1))),
+    ("rows.json", lambda path: Path(path).write_text(json.dumps(ROWS))),
+    ("rows.json", lambda path: write_jsonl(path, [dict(text=text) for text in ROWS])),
+    ("ROWS.JSONL", lambda path: write_jsonl(path, [dict(text=text) for text in ROWS])),
+    ("rows.ndjson", lambda path: write_jsonl(path, [dict(text=text) for text in ROWS])),
+    ("rows.jsonlines", lambda path: write_jsonl(path, [dict(text=text) for text in ROWS])),
+    ("rows.jsonl.gz", lambda path: Path(path).write_bytes(
+        gzip.compress("".join(json.dumps(dict(text=text)) + "\n" for text in ROWS).encode()))),
+    ("rows.csv", lambda path: write_csv(path, ",")), ("rows.tsv", lambda path: write_csv(path, "\t")),
+    ("rows.parquet", lambda path: write_parquet(path, ROWS)),
+    ("saved", lambda path: save(path, ROWS)),
+    ("saved/data-00000-of-00001.arrow", lambda path: save("saved", ROWS)),
+    ("rows.arrow", lambda path: feather.write_feather(pa.table(dict(id=range(40), text=ROWS)), path)),
+])
+def test_rows_come_in_several_forms(name, write, prepare, gpt2_dir):
+    write(name)
+    assert list(read_rows(name)) == ROWS
+    assert prepare(name)[1] == sorted(ROWS)
+    assert load_text_tokens(name, config_of(256))[1] == len("\n\n".join(ROWS).encode())
+    said = run_here("perplexity.py", gpt2_dir, name)
+    assert said.returncode == 0 and said.stdout.splitlines()[-1].startswith(name), said.stderr
+
+
+def test_a_compressed_text_is_the_text_and_several_splits_are_named(workdir):
+    from datasets import Dataset, DatasetDict
+
+    Path("a.txt.bz2").write_bytes(bz2.compress("ä\r\nb".encode()))
+    assert list(read_rows("a.txt.bz2")) == ["ä\r\nb"]
+    DatasetDict(train=Dataset.from_dict(dict(text=ROWS)), test=Dataset.from_dict(dict(text=["b"]))).save_to_disk("saved")
+    with pytest.raises(UserError, match="saved has the splits train, test"):
+        list(read_rows("saved"))
+    assert list(read_rows("saved/test")) == ["b"]
 
 
 def test_texts_of_a_column_of_categories_are_texts(workdir):
@@ -165,7 +208,7 @@ def test_a_lone_surrogate_is_replaced_in_both_scripts(prepare):
     said, documents = prepare("a.jsonl")
     assert said.returncode == 0, said.stderr
     assert documents == sorted(["a\ufffdb", "🙂"])
-    tokens, n_bytes = load_text_tokens("a.jsonl", 256)
+    tokens, n_bytes = load_text_tokens("a.jsonl", config_of(256))
     assert bytes(tokens.tolist()) == "a\ufffdb\n\n🙂".encode() and n_bytes == len(tokens)
 
 
@@ -185,18 +228,6 @@ def test_an_existing_file_is_a_text_for_perplexity(name, gpt2_dir, workdir):
         assert said.returncode == 0, said.stderr
         scores.append(json.loads(Path("out.json").read_text())[path]["loss"])
     assert scores[0] == scores[1]
-
-
-@pytest.mark.parametrize("name, content", [
-    ("rows.json", json.dumps([dict(text=text) for text in ROWS], indent=1)),
-    ("rows.json", json.dumps(ROWS)),
-    ("rows.json", "\n".join(json.dumps(dict(text=text)) for text in ROWS)),
-    ("rows.json", "\ufeff" + json.dumps([dict(text=text) for text in ROWS])),
-    ("ROWS.JSONL", "\n".join(json.dumps(dict(text=text)) for text in ROWS)),
-])
-def test_rows_come_in_several_forms(name, content, workdir):
-    workdir.joinpath(name).write_text(content, encoding="utf-8")
-    assert list(read_rows(name)) == ROWS
 
 
 @pytest.mark.parametrize("name", ["data/mine/val.bin", "ckpt.pt", "tokens.npy"])
@@ -248,8 +279,8 @@ def test_a_directory_in_brackets_holds_a_local_wikitext(workdir, gpt2_dir):
 
 
 def test_what_is_missing_is_said(workdir):
-    with pytest.raises(FileNotFoundError, match=r"no file none\.txt"):
+    with pytest.raises(UserError, match=r"cannot read none\.txt: FileNotFoundError"):
         list(read_rows("none.txt"))
     Path("latin.md").write_bytes("déjà".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.md is not UTF-8 text"):
+    with pytest.raises(UserError, match=r"cannot read latin\.md: UnicodeDecodeError"):
         list(read_rows("latin.md"))
