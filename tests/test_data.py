@@ -133,6 +133,7 @@ def llm_c(magic, dtype):
     (np.arange(200, dtype="<i8").tobytes(), "looks like tokens of 32 or 64 bits"),
     (llm_c(20240520, "<u2"), "is a .bin of llm.c with a header of 256 int32"),
     (llm_c(20240801, "<u4"), "is a .bin of llm.c"),
+    (bytes(101), "has 101 bytes, an odd number"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a git-lfs pointer"),
 ])
 def test_a_bin_file_of_another_format_is_a_line_that_names_it(workdir, content, message):
