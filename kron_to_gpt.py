@@ -64,8 +64,6 @@ def main(ckpt, out_dir=None):
     if perplexities and not compressed:
         raise UserError("--perplexities is for the model card of --compressed=True")
     scores = export.read_perplexities(perplexities) if perplexities else {}
-    if push:
-        hub.check_push(push)
     out_dir = output_directory(out_dir or default_directory(ckpt, checkpoint.MODELS_DIR), is_replaced=True)
     if out_dir.exists() and not (out_dir / "config.json").exists():
         raise UserError(f"{out_dir} exists and is no Hugging Face model: name another directory")

@@ -19,7 +19,6 @@ device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
 dtype = "float32"  # bfloat16 or float16, by autocast
 
 MAY_BE_EMPTY = ("start",)
-FLOAT, INDEX = 4, 8  # bytes of a float32 and an int64
 
 
 def main(ckpt):
@@ -28,7 +27,7 @@ def main(ckpt):
 
     from kronygpt import checkpoint
     from kronygpt.data import check_tokens, read_pieces
-    from kronygpt.device import autocast_to, check_memory, pick_device
+    from kronygpt.device import autocast_to, pick_device
     from kronygpt.tokenizer import TOKEN_TYPE, open_tokenizer
 
     check_range(globals(), "num_samples", at_least=1, at_most=10**9)
@@ -40,10 +39,6 @@ def main(ckpt):
         raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: give --start")
     check_tokens(np.array(tokens, TOKEN_TYPE), model.config.vocab_size)
     torch_device = pick_device(device)
-    length, config = len(tokens) + max_new_tokens, model.config
-    keys_and_values = 2 * min(length, config.block_size) * config.n_layer * config.n_embd
-    check_memory(num_samples * (INDEX * length + FLOAT * keys_and_values), torch_device,
-                 f"{num_samples:,} samples of {length:,} tokens")
     idx = torch.tensor([tokens] * num_samples, device=torch_device)
     with autocast_to(torch_device, dtype):
         new = list(model.to(torch_device).generate(idx, max_new_tokens, temperature, top_k or None, seed))

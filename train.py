@@ -186,7 +186,7 @@ def main():
                 print(f"step {step:>6}/{max_iters} | loss {loss:.4f} | lr {rate:.2e} | norm {norm:.2f} | "
                       f"{tokens_per_step / seconds:,.0f} tokens/s{f' | mfu {mfu:.0%}' if mfu else ''} | {left} left")
                 run_dir.log(step=step, loss=loss, lr=rate, grad_norm=norm if norm < math.inf else None,  # no inf in JSON
-                            tokens_per_second=tokens_per_step / seconds, mfu=mfu)
+                            tokens_per_second=tokens_per_step / seconds, **({"mfu": mfu} if mfu else {}))
 
     if processes.is_main:
         if stop:

@@ -21,8 +21,8 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
-from experiments import pictures
 from experiments.compare import markdown
+from experiments.pictures import MARKERS
 from kronygpt.configurator import UserError, check_choice, run
 from kronygpt.files import atomic_write, output_file
 
@@ -194,9 +194,11 @@ def measure(candidates, torch_device):
 
 def draw(ratios, columns):
     """Draw ratios.png from {model: {measurement: ratio}}."""
-    figure = pictures.new_figure(9, 1 + 0.6 * len(columns))
+    from kronygpt.run_dir import new_figure, save_figure
+
+    figure = new_figure(9, 1 + 0.6 * len(columns))
     axes = figure.subplots()
-    for (name, values), marker in zip(ratios.items(), itertools.cycle(pictures.MARKERS)):
+    for (name, values), marker in zip(ratios.items(), itertools.cycle(MARKERS)):
         axes.plot([values.get(column, math.nan) for column in columns], columns, marker, label=name)
     axes.axvline(1, color="k", linewidth=1)
     axes.set(xscale="log", xlabel="times faster (smaller) than the dense model")
@@ -204,7 +206,7 @@ def draw(ratios, columns):
     axes.invert_yaxis()
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside upper center", ncols=3, fontsize="small")
-    pictures.save(figure, Path(out_dir, "ratios.png"))
+    save_figure(figure, Path(out_dir, "ratios.png"))
 
 
 def main():

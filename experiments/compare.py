@@ -189,10 +189,10 @@ def conclusion(rows):
     if not smaller:
         return "No start is smaller than the dense model."
     best, trained = min(smaller, key=mean_loss), pictures.dense_start(rows)
-    loss, gap = mean_loss(best), mean_loss(best) - (mean_loss(trained) if trained else rows[0]["before"])
+    gap = mean_loss(best) - (mean_loss(trained) if trained else rows[0]["before"])
     return (f"The best smaller model, \"{best['name']}\", has {best['parameters'] / rows[0]['parameters']:.0%} of the "
-            f"parameters of the dense model{' trained as long' * bool(trained)}, and a loss of {loss:.3f}, "
-            f"{abs(gap):.3f} {'more' if gap > 0 else 'less'}.")
+            f"parameters of the dense model and ends at {mean_loss(best):.3f}, {abs(gap):.3f} nats "
+            f"{'above' if gap > 0 else 'below'} the dense model{' trained as long' * bool(trained)}.")
 
 
 def caption(rows):

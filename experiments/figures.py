@@ -26,9 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.compare import markdown, mean_loss, spread, table
-from experiments.pictures import dense_start, draw_pareto, new_figure, save
+from experiments.pictures import dense_start, draw_pareto
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
+from kronygpt.run_dir import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 base = "out/demo/base/best.pt"  # the dense model of the spectra and errors
@@ -394,7 +395,7 @@ def draw_parameters(config, path):
     axes.set(xlabel="parameters (millions)", title=f"GPT-2: {total / 1e6:.1f}M parameters; colored: what is compressed")
     axes.invert_yaxis()
     axes.margins(x=0.25)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_spectrum(spectra, path):
@@ -411,7 +412,7 @@ def draw_spectrum(spectra, path):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     panels[0][0].set_ylabel("singular value over ‖W‖")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_cost(shapes, path):
@@ -430,7 +431,7 @@ def draw_cost(shapes, path):
              title=f"{len(shapes)} shapes of the MLPs, {min(s.parameters for s in shapes) / 1e6:.1f}M to "
                    f"{max(s.parameters for s in shapes) / 1e6:.1f}M parameters in all")
     axes.grid(alpha=0.3)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_ranks(rows, path):
@@ -445,7 +446,7 @@ def draw_ranks(rows, path):
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("% of its parameters kept")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 # ---- all of it

@@ -1,9 +1,6 @@
-"""Pictures of the losses of several starts side by side. matplotlib is imported when one is drawn."""
+"""Pictures of comparisons: the losses of several starts side by side."""
 import re
 import statistics
-
-from kronygpt.run_dir import new_figure, use_log_scale
-from kronygpt.run_dir import save_figure as save
 
 SAME_SIZE = 1.1  # starts whose numbers of parameters differ by less than this factor share a panel
 MARKERS = "osD^vPX*hd"
@@ -35,6 +32,8 @@ def draw_pareto(rows, path, dataset):
         path: of the picture.
         dataset: name of the held-out text.
     """
+    from kronygpt.run_dir import new_figure, save_figure, use_log_scale
+
     figure, dense = new_figure(11, 5.5), dense_start(rows)
     left, right = figure.subplots(1, 2)
     loss_of_dense = statistics.mean(r["after"] for r in dense["runs"]) if dense else rows[0]["before"]
@@ -44,7 +43,7 @@ def draw_pareto(rows, path, dataset):
         axes.set(xlabel="parameters (millions)", ylabel=f"loss on held-out {dataset} (nats per token)", title=title)
         axes.grid(alpha=0.3)
         axes.margins(x=0.15)
-    right.plot([], [], "k*:", markersize=14, label="dense" + ", trained as long" * bool(dense))
+    right.plot([], [], "k*:", markersize=14, label="dense" + " (on the right: trained as long)" * bool(dense))
     others = [row for row in rows[1:] if row is not dense]
     for name, style in method_styles(others).items():
         same = sorted((row for row in others if method(row["name"]) == name), key=lambda row: row["parameters"])
@@ -56,7 +55,7 @@ def draw_pareto(rows, path, dataset):
     for axes in left, right:
         use_log_scale(axes)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def group_by_size(rows):
@@ -80,6 +79,8 @@ def mean_curve(row):
 def draw_curves(rows, path):
     """Validation loss against steps, with a panel for each size. In each of them the reference is the dense model trained
     as long, and what it began with, on the same text; rows as of draw_pareto."""
+    from kronygpt.run_dir import new_figure, save_figure, use_log_scale
+
     dense = dense_start(rows)
     others = [row for row in rows[1:] if row is not dense]
     groups, styles = group_by_size(others or rows[1:]), method_styles(others)
@@ -99,4 +100,4 @@ def draw_curves(rows, path):
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     use_log_scale(panels[0])
     panels[0].set_ylabel("validation loss (nats per token)")
-    save(figure, path)
+    save_figure(figure, path)

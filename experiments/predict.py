@@ -8,7 +8,6 @@ held-out text. The table is written anew after each model.
 """
 from pathlib import Path
 
-from experiments import pictures
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
 
@@ -52,7 +51,9 @@ def rank_correlation(pairs):
 
 def draw(rows, path):
     """Predicted against measured loss added on logarithmic axes, with the line on which they are equal."""
-    figure = pictures.new_figure(7, 6)
+    from kronygpt.run_dir import new_figure, save_figure
+
+    figure = new_figure(7, 6)
     axes = figure.subplots()
     for end, style in [*((kind, dict(color=color, marker="o", alpha=0.7, linestyle="", label=f"{kind}, alone"))
                          for kind, color in COLORS.items()),
@@ -65,7 +66,7 @@ def draw(rows, path):
              ylabel=f"measured on held-out {calibrate} (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    pictures.save(figure, path)
+    save_figure(figure, path)
 
 
 def row_cells(name, size, share, predicted, measured):
@@ -98,20 +99,20 @@ def main():
     text = data.calibration_text(calibrate, calibration_tokens, config, device)
     tokens, context = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens], config.block_size
     held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
-    dense.to(text.device).eval()
+    dense.to(text.device)
     statistics = calibration.statistics(dense, text, [*config.matrices])
 
     @torch.no_grad()
     def loss(model):
-        return data.mean_loss(model, tokens, held_out, BATCH_SIZE)
+        return data.mean_loss(model.eval(), tokens, held_out, BATCH_SIZE)
 
     rows, base = [], loss(dense)
 
     def measure(name, plan, predicted, size=None, of=n_parameters):
-        """Compress the model by a plan, fit and score it, and write the table with the new row."""
+        """Compress the model to a plan, score it, and write the table with the new row."""
         new, _ = apply(dense, plan, text)
         size = size or new.count_parameters()["total"]
-        rows.append((name, size, size / of, predicted, loss(new.eval()) - base))
+        rows.append((name, size, size / of, predicted, loss(new) - base))
         print(row_cells(*rows[-1]), flush=True)
         write_table(rows)
 
@@ -125,9 +126,9 @@ def main():
             rank = max(1, int(share * m * n / (m + n)))
             shapes = [Shape(m, n, 1)] * config.n_layer
             shapes[layer] = Shape(m, 1, rank)
-            tail = statistics.spectra[f"transformer.h.{layer}.{kind}"][rank:]
             plan = Plan("one matrix alone", {kind: shapes}, fisher=statistics.fisher)
-            measure(f"block {layer} {kind}", plan, tail.sum().item() / 2, rank * (m + n), m * n)
+            predicted = statistics.spectra[f"transformer.h.{layer}.{kind}"][rank:].sum().item() / 2
+            measure(f"block {layer} {kind}", plan, predicted, rank * (m + n), m * n)
     draw(rows, Path(out_dir, "predicted.png"))
     print(f"wrote {out_dir}/table.md and predicted.png")
 

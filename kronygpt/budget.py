@@ -5,6 +5,7 @@ from decimal import Decimal
 import torch
 
 from kronygpt.configurator import UserError
+from kronygpt.narrow import tails
 from model import KronyGPT, Shape, multiply_adds
 
 SLACK = 0.99  # share of the budget that a shape in the table must use
@@ -123,9 +124,7 @@ def room(config, kinds, limit):
 def plan_ranks(config, kinds, limit, statistics):
     """Ranks for a number of parameters by predicted loss; each matrix is free to stay dense.
 
-    Rank r of a matrix [m, n] has r (m + n) parameters and costs ½ Σ_{i>r} σ_i²; dense has m n and costs nothing. With a
-    price for each parameter every matrix chooses for itself, and bisection finds the price at which the model fits. What
-    is then left goes, step by step, where it lowers the loss most per parameter.
+    Rank r of a matrix [m, n] has r (m + n) parameters and costs ½ Σ_{i>r} σ_i²; dense has m n and costs nothing.
 
     Args:
         config: a KronyGPTConfig.
@@ -141,49 +140,82 @@ def plan_ranks(config, kinds, limit, statistics):
     """
     spare, kinds = room(config, kinds, limit), [kind for kind in config.matrices if kind in kinds]
     places = [(layer, kind, *config.matrices[kind]) for layer in range(config.n_layer) for kind in kinds]
-    sizes, losses = [], []  # of the choices of each matrix: rank 1, 2, ..., dense
+    parts = []
     for layer, kind, m, n in places:
-        ranks = torch.arange(1, 1 + (m * n - 1) // (m + n))
-        tail = statistics.spectra[f"transformer.h.{layer}.{kind}"].cpu().flip(0).cumsum(0).flip(0) / 2
-        sizes.append(torch.cat((ranks * (m + n), torch.tensor([m * n]))))
-        losses.append(torch.cat((tail[ranks], tail.new_zeros(1))))
+        costs = tails(statistics.spectra[f"transformer.h.{layer}.{kind}"])
+        parts.append([Choice((layer, kind), 0, 0.0, [rank_table(m, n, costs)])])
     plan = Plan(f"ranks for {limit:,} parameters, by predicted loss", {kind: [] for kind in kinds},
                 {kind: [] for kind in kinds}, statistics.fisher)
-    for (_, kind, m, n), size, loss, choice in zip(places, sizes, losses, cheapest(sizes, losses, spare)):
-        plan.shapes[kind].append(Shape(m, 1, choice + 1) if choice + 1 < len(size) else Shape(m, n, 1))
-        plan.losses[kind].append(loss[choice].item())
+    for (_, kind, m, n), (choice, (row,)) in zip(places, cheapest(parts, spare)):
+        (sizes, losses), = choice.tables
+        plan.shapes[kind].append(Shape(m, 1, row + 1) if row + 1 < len(sizes) else Shape(m, n, 1))
+        plan.losses[kind].append(losses[row].item())
     return plan
 
 
-def cheapest(sizes, losses, limit):
-    """One choice for each matrix whose sizes sum up to at most the limit and whose losses to about the least that can be
-    had so.
+@dataclass
+class Choice:
+    """One way to make a part of a model.
+
+    what: describes it, for whoever reads the result, such as the widths of a block.
+    size, loss: parameters and predicted loss in nats per token that it has in any case.
+    tables: [(sizes, losses)] of each matrix whose rank is free; sizes rise, losses fall.
+    """
+
+    what: object
+    size: int
+    loss: float
+    tables: list
+
+
+def cheapest(parts, limit):
+    """One Choice for each part of a model, and one row of each of its tables, whose sizes sum up to at most the limit and
+    whose losses to about the least that can be had so.
+
+    With a price for each parameter every part chooses for itself, and bisection finds the price at which the sum fits.
+    What is then left goes, step by step, where it lowers the loss most per parameter.
 
     Args:
-        sizes, losses: for each matrix those of its choices: sizes rise, losses fall.
+        parts: [[Choice]] of each part.
         limit: at least the sum of the smallest sizes.
 
     Returns:
-        [index of a choice] for each matrix.
+        [(Choice, [index of the row of each table])] for each part.
     """
     def choose(price):
-        return [int((loss + price * size).argmin()) for size, loss in zip(sizes, losses)]
+        return [min((priced(choice, price) for choice in choices), key=lambda option: option[0])[1:] for choices in parts]
 
     def used(chosen):
-        return sum(size[i].item() for size, i in zip(sizes, chosen))
+        return sum(choice.size + sum(size[i].item() for (size, _), i in zip(choice.tables, rows)) for choice, rows in chosen)
 
-    low, high = 0.0, 1.0 + sum(loss[0].item() for loss in losses)  # at which nothing is worth a parameter
+    largest = max(choice.loss + sum(loss[0].item() for _, loss in choice.tables) for choices in parts for choice in choices)
+    low, high = 0.0, 1.0 + len(parts) * largest  # at which nothing is worth a parameter
     for _ in range(HALVINGS):
         price = (low + high) / 2
         low, high = (low, price) if used(choose(price)) <= limit else (price, high)
     chosen = choose(high)
     while True:
-        left, best = limit - used(chosen), (0.0, None)
-        for k, (size, loss, i) in enumerate(zip(sizes, losses, chosen)):
-            extra, gain = size[i + 1:] - size[i], loss[i] - loss[i + 1:]
-            rates = torch.where(extra <= left, gain / extra, 0)
-            if len(rates) and rates.max() > best[0]:
-                best = rates.max().item(), (k, i + 1 + int(rates.argmax()))
-        if best[1] is None:
+        left, best, target = limit - used(chosen), 0.0, None
+        for choice, rows in chosen:
+            for k, ((size, loss), i) in enumerate(zip(choice.tables, rows)):
+                extra, gain = size[i + 1:] - size[i], loss[i] - loss[i + 1:]
+                rates = torch.where(extra <= left, gain / extra, 0)
+                if len(rates) and rates.max() > best:
+                    best, target = rates.max().item(), (rows, k, i + 1 + int(rates.argmax()))
+        if target is None:
             return chosen
-        chosen[best[1][0]] = best[1][1]
+        rows, k, row = target
+        rows[k] = row
+
+
+def priced(choice, price):
+    """(loss and size at a price, the Choice, [its best row of each table])."""
+    costs = [loss + price * size for size, loss in choice.tables]
+    rows = [int(cost.argmin()) for cost in costs]
+    return choice.loss + price * choice.size + sum(cost[i].item() for cost, i in zip(costs, rows)), choice, rows
+
+
+def rank_table(m, n, costs):
+    """(sizes, losses) of a matrix [m, n] at rank 1, 2, ... and dense, from the costs of the ranks from 0."""
+    ranks = torch.arange(1, 1 + min((m * n - 1) // (m + n), len(costs) - 1))
+    return torch.cat((ranks * (m + n), torch.tensor([m * n]))), torch.cat((costs[ranks].cpu(), costs.new_zeros(1).cpu()))

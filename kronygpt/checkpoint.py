@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from kronygpt.configurator import UserError
-from kronygpt.files import atomic_write, link_or_copy
+from kronygpt.files import atomic_write
 from kronygpt.hub import WEIGHTS, download
 from kronygpt.tokenizer import read_json, tokenizer_record
 from model import KronyGPT
@@ -58,7 +58,7 @@ ALIASES = {"n_positions": "block_size", "max_position_embeddings": "block_size",
            "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 
 
-def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None, scaler=None, keep_as=None):
+def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None, scaler=None):
     """Write a checkpoint atomically.
 
     Args:
@@ -69,13 +69,10 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
         best_val_loss: in nats per token.
         config: {option: value} of the script that writes it.
         scaler: a GradScaler whose state is kept for a resume, or None.
-        keep_as: path of a second name for the checkpoint that it replaces, or None.
     """
     content = dict(model=to_file_names(model.state_dict()), model_args=model.config.as_plain_types(),
                    optimizer=optimizer.state_dict() if optimizer else None, iter_num=iter_num, best_val_loss=best_val_loss,
                    config=config or {}, **({"scaler": scaler.state_dict()} if scaler else {}))
-    if keep_as and Path(path).exists():
-        link_or_copy(path, keep_as)
     with atomic_write(path) as file:
         try:
             torch.save(content, file)
@@ -376,15 +373,15 @@ def infer(state_dict, content):
     for name, size in sizes.items():
         if stated.get(name) not in (None, size):
             raise ValueError(f"it does not fit together: its config says {name}={stated[name]}, its weights {size}")
-    n_head = stated.get("n_head")
+    options = content.get("config")  # where nanoGPT repeats it, and the second edition kept the record of the tokenizer
+    options = options if isinstance(options, dict) else {}
+    n_head = stated.get("n_head", options.get("n_head"))
     if n_head is None:
         n_head = max(1, n_embd // GPT2_HEAD_DIM)
         if n_embd not in GPT2_WIDTHS:
             warnings.warn(f"the file does not say its number of heads: {n_head} of width {n_embd // n_head} taken",
                           stacklevel=3)
-    options = content.get("config")  # where the second edition kept the record of the tokenizer
-    tokenizer = stated.get("tokenizer") or (options.get("tokenizer") if isinstance(options, dict) else None)
-    return dict(sizes, n_head=n_head, shapes=shapes, tokenizer=tokenizer)
+    return dict(sizes, n_head=n_head, shapes=shapes, tokenizer=stated.get("tokenizer", options.get("tokenizer")))
 
 
 def check(model):

@@ -12,7 +12,7 @@ and the parameters of main() are its positional arguments. Config files are Pyth
     python train.py --help
 
 A config file is an argument that ends in .py; for a script without positional arguments the ending is optional. Nothing
-else that stands on a command line is executed.
+else that stands on a command line is executed: a model called models/foo is not taken for models/foo.py.
 """
 import ast
 import difflib
@@ -24,7 +24,6 @@ import re
 import signal
 import sys
 import threading
-import tokenize
 import traceback
 import warnings
 from pathlib import Path
@@ -140,14 +139,6 @@ def read_config_file(path, namespace, types):
             for name, value in assigned.items()}
 
 
-def as_config_file(arg, takes_positionals):
-    """The path of the config file that an argument names, or None where it is a positional argument: a model called
-    models/foo is not taken for models/foo.py."""
-    if arg.endswith(".py"):
-        return arg
-    return f"{arg}.py" if not takes_positionals and os.path.isfile(f"{arg}.py") else None
-
-
 def configure(namespace, argv, takes_positionals=True):
     """Set the options in a module's globals from its command line.
 
@@ -175,8 +166,8 @@ def configure(namespace, argv, takes_positionals=True):
                 raise UserError(f"--{name} needs a value: --{name}=...")
             namespace[name] = checked_value(name, parse_value(text, types[name]) if equals else True, types[name])
             given.add(name)
-        elif config := as_config_file(arg, takes_positionals):
-            assigned = read_config_file(config, namespace, types)
+        elif arg.endswith(".py") or (not takes_positionals and os.path.isfile(f"{arg}.py")):
+            assigned = read_config_file(arg.removesuffix(".py") + ".py", namespace, types)
             namespace.update(assigned)
             given.update(assigned)
         elif not arg.strip():
@@ -196,14 +187,11 @@ def in_one_line(value):
 
 def option_comments(path):
     """The comment after each module-level assignment of a script: {name: comment}."""
-    with tokenize.open(path) as file:
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(file.readline)
-                    if t.type == tokenize.COMMENT}
-        file.seek(0)
-        tree = ast.parse(file.read())
-    targets = [(node, target) for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))
-               for target in getattr(node, "targets", [getattr(node, "target", None)])]
-    return {target.id: comments.get(node.end_lineno, "") for node, target in targets if isinstance(target, ast.Name)}
+    source = Path(path).read_bytes()
+    lines = source.splitlines()
+    return {target.id: lines[node.end_lineno - 1][node.end_col_offset:].decode().lstrip("# ")
+            for node in ast.parse(source).body if isinstance(node, (ast.Assign, ast.AnnAssign))
+            for target in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(target, ast.Name)}
 
 
 def usage(main):
@@ -236,7 +224,7 @@ def run(main):
     """
     for stream in (sys.stdout, sys.stderr):  # a pipe in latin-1 or ASCII gets \u2016 for what it cannot write
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a log shows progress as it is made
     warnings.formatwarning = lambda message, *where: f"warning: {' '.join(str(message).split())}\n"
     end_at_signals()
     argv = [arg for arg in sys.argv[1:] if arg != "--traceback"]

@@ -1,11 +1,9 @@
 """Torch devices and dtypes, the processes of a run, and how fast it is."""
-import ctypes
 import os
 import re
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -105,30 +103,6 @@ def data_sheet(gpu_name, dtype):
         if own <= words and not (words - own) & VARIANTS:
             return name, 1e12 * (single if dtype == "float32" else half)
     return None
-
-
-def peak_memory(function, device):
-    """Bytes that a call allocates at its peak, on top of those before it; None on systems that do not tell."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    status = Path("/proc/self/status")  # Linux
-    if not status.exists():
-        return None
-
-    def read(field):
-        return 1024 * int(re.search(rf"{field}:\s*(\d+)", status.read_text())[1])
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system: it would hide allocations of the call
-        Path("/proc/self/clear_refs").write_text("5")  # restart the peak
-    except (AttributeError, OSError):  # another C library than glibc, or a container that forbids it
-        return None
-    before = read("VmRSS")
-    function()
-    return read("VmHWM") - before
 
 
 class Speed:

@@ -1,4 +1,7 @@
-"""All that touches the network: models and data sets of the Hugging Face hub, and uploads to it."""
+"""All that touches the network: models and data sets of the Hugging Face hub, and uploads to it.
+
+huggingface_hub is imported where it is used: most runs need no network, and it takes a third of a second.
+"""
 from pathlib import Path
 
 from kronygpt.configurator import UserError
@@ -55,35 +58,9 @@ def download(name):
                                 f"hub ({type(error).__name__}): is there a network?") from None
 
 
-def check_push(name):
-    """Raise UserError where it is plain before an upload that the hub will not take it: a name that is no ORG/NAME, no
-    network, no token."""
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"--push={name} is no name for the hub: {error}") from None
-    if "/" not in name:
-        raise UserError(f"--push={name} does not say whose model it is: give ORG/NAME")
-    reach_hub()
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"--push={name} needs a network: the Hugging Face hub does not answer, or HF_HUB_OFFLINE is set",
-                        status=1)
-    if not get_token():
-        raise UserError(f"--push={name} needs a token of the Hugging Face hub: run `hf auth login`, or set HF_TOKEN")
-
-
 def upload(directory, name):
-    """Upload a directory to a model repository of the hub, which is made where there is none.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        UserError: the hub does not take it.
-    """
+    """Upload a directory to a model repository of the hub, ORG/NAME, which is made where there is none, and return its
+    address. UserError: the hub does not take it."""
     from huggingface_hub import HfApi
 
     try:

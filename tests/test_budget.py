@@ -82,6 +82,31 @@ def test_ranks_lose_little_more_than_the_best_of_all_combinations(share, seed):
     assert n_parameters(TINY, plan.shapes) <= limit
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_widths_and_ranks_lose_little_more_than_the_best_of_all_combinations(seed):
+    """Parts with up to three choices of two tables each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.rand(shape, generator=generator).double()
+
+    def table():
+        return (10 * random(5)).int().cumsum(0) + 1, random(5).sort(descending=True).values / 10
+
+    parts = [[budget.Choice(k, int(20 * random()), random().item() / 20, [table(), table()]) for k in range(1 + p)]
+             for p in range(3)]
+    every = [[(choice.size + a[0][i].item() + b[0][j].item(), choice.loss + a[1][i].item() + b[1][j].item())
+              for choice in choices for a, b in [choice.tables] for i in range(5) for j in range(5)] for choices in parts]
+    smallest = sum(min(size for size, _ in options) for options in every)
+    for limit in (smallest, smallest + 20, smallest + 50):
+        best = min(a[1] + b[1] + c[1] for a, b, c in itertools.product(*every) if a[0] + b[0] + c[0] <= limit)
+        found = budget.cheapest(parts, limit)
+        sizes, losses = zip(*((choice.size + sum(size[i].item() for (size, _), i in zip(choice.tables, rows)),
+                               choice.loss + sum(loss[i].item() for (_, loss), i in zip(choice.tables, rows)))
+                              for choice, rows in found))
+        assert sum(sizes) <= limit and best <= sum(losses) + 1e-12 <= 1.5 * best + 1e-9
+
+
 def test_what_the_price_leaves_is_spent():
     """No single change within the budget lowers the predicted loss. Shapes of other matrices stay."""
     kinds = ["attn.c_attn", "mlp.c_fc", "mlp.c_proj"]

@@ -17,6 +17,22 @@ from kronygpt.compress import apply, factorize, spread_units
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """A small dense model after some training on a pattern, and the pattern's tokens."""
+    torch.manual_seed(0)
+    model = KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=32))
+    generator = torch.Generator().manual_seed(0)
+    step = torch.randint(1, 6, (64, 1), generator=generator)
+    tokens = (torch.randint(32, (64, 1), generator=generator) + step * torch.arange(17)) % 32
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    return model.eval(), tokens
+
+
 def test_contributions_and_the_stream_are_those_of_a_plain_computation(small_model):
     tokens = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -73,25 +89,51 @@ def test_fisher_moments_and_spectra_are_those_of_a_plain_loop(monkeypatch):
         np.testing.assert_allclose(spectra[name], sigma**2, rtol=1e-3, atol=1e-5 * sigma[0]**2)
 
 
+def test_whole_statistics_are_those_of_plain_forward_passes(trained, monkeypatch):
+    model, tokens = copy.deepcopy(trained[0]), trained[1][:, :-1]
+    monkeypatch.setattr(calibration, "GRADIENT_TOKENS", 100)
+    found = calibration.whole_statistics(model, tokens)
+    fisher = calibration.statistics(model, tokens, [*model.config.matrices]).fisher
+    inputs, slopes = {}, []
+    for name, matrix in named_matrices(model):
+        torch.testing.assert_close(found.fisher[name], fisher[name])
+        matrix.register_forward_hook(
+            lambda matrix, x, y, name=name: inputs.update({name: (x[0].flatten(0, 1), y.flatten(0, 1))}))
+    with torch.no_grad():
+        x = model.hidden(tokens).flatten(0, 1).double()
+        p = model(tokens).softmax(-1).flatten(0, 1)
+    for name, _ in named_matrices(model):
+        X, z = (v.detach().double().numpy() for v in inputs[name])
+        np.testing.assert_allclose(found.means[name], X.mean(0), atol=1e-5)
+        np.testing.assert_allclose(found.covariances[name], np.cov(X.T, bias=True), rtol=1e-4, atol=1e-5)
+        if name.endswith("c_fc"):
+            u, c = np.sqrt(2 / np.pi) * (z + 0.044715 * z**3), np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z**2)
+            s = (1 + np.tanh(u)) / 2 + z / 2 * (1 - np.tanh(u)**2) * c
+            np.testing.assert_allclose(found.slopes[len(slopes)], s.T @ s / len(s), atol=1e-5)
+            slopes.append(name)
+    np.testing.assert_allclose(found.hidden, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.probabilities, p.mean(0), atol=1e-6)
+    np.testing.assert_allclose(found.frequencies, [(tokens == v).double().mean() for v in range(256)], atol=1e-9)
+    # an error e in the sum of the embeddings adds about ½ e F e to the loss
+    generator = torch.Generator().manual_seed(0)
+    e = 0.02 * torch.randn(*tokens.shape, 32, generator=generator)
+    with torch.no_grad():
+        added = loss_of_samples(model, tokens, p, e) - loss_of_samples(model, tokens, p, 0 * e)
+    assert added.item() == pytest.approx(torch.einsum("bti,ij,btj->", e.double(), found.embedding_fisher, e.double()).item()
+                                         / 2 / tokens.numel(), rel=0.3)
+
+
+def loss_of_samples(model, tokens, p, e):
+    """Cross entropy of the model's own probabilities p, with an error e in the sum of its embeddings."""
+    hook = model.transformer.drop.register_forward_hook(lambda module, inputs, output: output + e)
+    logp = model(tokens).log_softmax(-1).flatten(0, 1)
+    hook.remove()
+    return -(p * logp).sum(1).mean()
+
+
 def test_strongest_units_share_no_factor():
     order = interleave(torch.tensor([1.0, 9, 2, 8, 3, 7]), 3)
     assert order.view(3, 2)[:, 0].tolist() == [1, 3, 5] and sorted(order.tolist()) == list(range(6))
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """A small dense model after some training on a pattern, and the pattern's tokens."""
-    torch.manual_seed(0)
-    model = KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=32))
-    generator = torch.Generator().manual_seed(0)
-    step = torch.randint(1, 6, (64, 1), generator=generator)
-    tokens = (torch.randint(32, (64, 1), generator=generator) + step * torch.arange(17)) % 32
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        optimizer.zero_grad()
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
-        optimizer.step()
-    return model.eval(), tokens
 
 
 def compressed(model, shape):

@@ -10,7 +10,7 @@ import torch
 from conftest import run_here
 
 from experiments import compare, pictures
-from kronygpt import checkpoint
+from kronygpt import checkpoint, run_dir
 from kronygpt.configurator import UserError
 from model import KronyGPT, KronyGPTConfig
 
@@ -73,27 +73,38 @@ def test_every_start_is_trained_with_each_seed_and_scored(calls, capsys):
 
 
 def test_finished_work_is_not_repeated(calls, monkeypatch):
-    compare.main()
-    calls.clear()
-    compare.main()
-    assert not calls
+    done = []
+
+    def make_start(folder, command):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.joinpath("start.pt").touch()
+        done.append(folder.name)
+        return dict(parameters=1, shapes=folder.name, before=2.0, seconds=1.0)
+
+    def train_start(folder, start, options, seed, is_exported):
+        done.append((folder.parent.name, seed))
+        return dict(after=1.0, learning_rate=1e-3, seconds=1.0, curve=[(0, 2.0)])
+
+    def repeated():
+        done.clear()
+        compare.main()
+        return set(done)
+
+    monkeypatch.setattr(compare, "make_start", make_start)
+    monkeypatch.setattr(compare, "train_start", train_start)
+    names = ("whole", "half", "fitted")
+    assert repeated() == {"out", *names, *((name, seed) for name in names for seed in (3, 1))} and repeated() == set()
     monkeypatch.setattr(compare, "seeds", "3,1,2")
-    compare.main()
-    assert {call[0] for call in calls} == {"train.py", "perplexity.py"} and all("seed_2" in str(call) for call in calls)
-    calls.clear()
+    assert repeated() == {(name, 2) for name in names}
     Path("out/half/seed_1.json").write_text("damaged")
-    compare.main()
-    assert [call[0] for call in calls] == ["train.py", "perplexity.py"]
-    calls.clear()
+    assert repeated() == {("half", 1)}
     kept = json.loads(Path("out/half/start.json").read_text())
     Path("out/half/start.json").write_text(json.dumps(dict(kept, key=dict(kept["key"], format=1))))
-    compare.main()
-    assert [call[0] for call in calls][:2] == ["kron_decompose.py", "perplexity.py"]
-    calls.clear()
+    assert repeated() >= {"half", ("half", 1)}
     monkeypatch.setattr(compare, "starts", compare.starts.replace("16 32 1\n", "16 16 1\n"))
-    compare.main()
-    assert [call[0] for call in calls].count("kron_decompose.py") == 1
-    assert [call[0] for call in calls].count("train.py") == 3
+    assert repeated() == {"half", *(("half", seed) for seed in (1, 2, 3))}
+    Path("tiny.py").write_text(Path("tiny.py").read_text() + "beta2 = 0.9\n")
+    assert len(repeated()) == 9
 
 
 def test_starts_made_in_the_same_way_are_made_once(calls, monkeypatch):
@@ -120,16 +131,16 @@ def rows_of(*losses_after, dense=True):
 
 def test_the_conclusion_is_about_the_best_smaller_model_and_the_dense_one_trained_as_long():
     assert compare.conclusion(rows_of(1.5, 1.0)) == (
-        'The best smaller model, "start 1", has 50% of the parameters of the dense model trained as long, and a loss of '
-        "1.000, 0.250 more.")
-    assert compare.conclusion(rows_of(0.5, dense=False)).endswith("of the dense model, and a loss of 0.500, 0.500 less.")
+        'The best smaller model, "start 1", has 50% of the parameters of the dense model and ends at 1.000, 0.250 nats '
+        "above the dense model trained as long.")
+    assert compare.conclusion(rows_of(0.5, dense=False)).endswith("ends at 0.500, 0.500 nats below the dense model.")
     assert compare.conclusion(rows_of()) == "No start is smaller than the dense model."
 
 
 def test_the_pictures_have_the_dense_model_trained_as_long_as_their_reference(monkeypatch):
     """Its curve and the line of its loss before training are of the same text; sizes are those of whole models."""
     figures, rows = [], rows_of(1.5, 2.0)
-    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(run_dir, "save_figure", lambda figure, path: figures.append(figure))
     rows.append(dict(rows[-1], name="larger", parameters=56, shapes=56))
     pictures.draw_curves(rows, "loss.png")
     pictures.draw_pareto(rows, "pareto.png", "text")

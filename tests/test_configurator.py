@@ -145,7 +145,7 @@ def test_the_name_of_a_model_runs_no_file_beside_it(workdir):
     """models/foo is a model; models/foo.py is not asked for."""
     Path("models").mkdir()
     for name in ("foo.py", "text.py", "768.py"):
-        Path("models", name).write_text("from pathlib import Path\nPath('pwned').touch()\n")
+        Path("models", name).write_text("from pathlib import Path\nPath('pwned').touch()\n", encoding="utf-8")
     for command in (["perplexity.py", "models/foo", "models/text"], ["sample.py", "models/foo"],
                     ["kron_to_gpt.py", "models/text", "models/foo"], ["prune.py", "--init_from=models/foo"],
                     ["kron_decompose.py", "models/768", "models/768", "models/768", "--init_from=models/foo"]):
@@ -335,14 +335,21 @@ def test_traceback_shows_all_of_an_error(say, monkeypatch):
     assert say("key").stderr.startswith("error: ")
 
 
-def start(workdir, *args, **options):
-    return subprocess.Popen([sys.executable, "say.py", *args], cwd=workdir, env={**os.environ, "PYTHONPATH": str(ROOT)},
+def start(workdir, *args, encoding="utf-8", **options):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    return subprocess.Popen([sys.executable, "say.py", *args], cwd=workdir, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_a_warning_is_one_line(say, workdir):
     with start(workdir, "warn") as script:
         assert script.communicate(timeout=60)[1] == "warning: two lines\n"
+
+
+def test_a_log_pipe_that_cannot_encode_loses_no_line(say, workdir):
+    for args, stream, said in ((["x", "‖"], 0, "got x \\u2016 "), (["‖.py"], 1, "error: no config file \\u2016.py\n")):
+        with start(workdir, *args, encoding="ascii") as script:
+            assert script.communicate(timeout=60)[stream].startswith(said)
 
 
 def test_a_reader_that_goes_away_is_no_traceback(say, workdir):

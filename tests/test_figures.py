@@ -1,10 +1,7 @@
 """experiments/figures.py: the rewriting of tables, the numbers in them, and every picture on tiny inputs."""
 import json
 import math
-import re
-import shutil
 import statistics
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -66,43 +63,6 @@ def test_a_table_without_a_marker_is_an_error_and_nothing_is_written(workdir):
     assert Path("a.md").read_text() == TEXT
 
 
-def test_a_run_is_recorded_and_a_failed_one_is_not(workdir, monkeypatch):
-    Path("docs").mkdir()
-    Path("made.py").write_text("open('made', 'w')")
-    monkeypatch.setattr(figures, "RUNS", dict(made=figures.Run("made.py", "made", "a test"),
-                                              failing=figures.Run("none.py", "none", "a test")))
-    figures.call("made")
-    record = json.loads(Path("docs/runs.json").read_text())["made"]
-    assert Path("made").exists() and record["minutes"] == 0 and record["machine"] and record["commit"] == "—"
-    with pytest.raises(UserError, match="failing"):
-        figures.call("failing")
-    table = figures.runs_table(figures.read_records())
-    assert f"| a test | `python made.py` | — | {record['machine']} | 0.0 |" in table
-    assert "| a test | `python none.py` | — | — | — |" in table
-
-
-def test_runs_with_one_core_are_made_side_by_side_with_a_log_each_and_the_others_alone(workdir, monkeypatch, capfd):
-    Path("docs").mkdir()
-    Path("meet.py").write_text(
-        "import os, sys, time, pathlib\n"
-        "mine, other = sys.argv[1:]\n"
-        "pathlib.Path(mine).touch()\n"
-        "end = time.time() + 60\n"
-        "while not os.path.exists(other): assert time.time() < end; time.sleep(0.01)\n"
-        "print(mine, 'threads:', os.environ.get('OMP_NUM_THREADS'))\n")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(figures.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(figures, "RUNS", dict(
-        a=figures.Run("meet.py a b", "a", "", one_core=True), b=figures.Run("meet.py b a", "b", "", one_core=True),
-        last=figures.Run("meet.py last a", "last", "")))
-    figures.make(["a", "b", "last"])
-    logs = {path.name: path.read_text() for path in Path("out/figures").iterdir()}
-    assert logs == {"a.log": "a threads: 1\n", "b.log": "b threads: 1\n"} and "last threads: None" in capfd.readouterr().out
-    records = figures.read_records()
-    assert list(records) == ["a", "b", "last"]
-    assert records["a"]["machine"] == "one core of " + records["last"]["machine"]
-
-
 def test_runs_are_missing_by_their_outputs_and_left_out_without_what_they_read(workdir, monkeypatch, capsys):
     monkeypatch.setattr(figures, "RUNS", dict(
         there=figures.Run("a.py", "there", ""), missing=figures.Run("b.py", "missing", ""),
@@ -114,22 +74,6 @@ def test_runs_are_missing_by_their_outputs_and_left_out_without_what_they_read(w
         figures.missing_runs("other")
     Path("base").touch()
     assert figures.missing_runs() == ["missing", "private"]
-
-
-@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
-def test_what_the_figures_change_does_not_mark_a_commit_and_code_does(workdir):
-    Path("docs").mkdir()
-    made = ["README.md", "docs/report.md", "docs/runs.json", "docs/cost.png"]
-    for name in (*made, "train.py"):
-        Path(name).write_text("old")
-    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
-        subprocess.run(["git", *command], check=True)
-    for name in made:
-        Path(name).write_text("new")
-    assert re.fullmatch("[0-9a-f]{7,}", figures.commit())
-    Path("train.py").write_text("new")
-    assert re.fullmatch("[0-9a-f]{7,}[+]", figures.commit())
 
 
 def test_the_report_has_the_records_of_the_runs():
@@ -228,19 +172,6 @@ def test_ranks_of_the_budgets():
     assert figures.rank_share(16, 64, (16, 16, 1)) == (256 + 4) / 1024 and figures.rank_share(16, 64, (16, 64, 1)) == 1
 
 
-def test_speed_has_what_was_measured():
-    dense, loop = {"training step": 1.5, "peak memory": 2e9}, {"training step": 12.25}
-    results = dict(dense=dict(measured=dense, faster_than_dense={"training step": 1.0, "peak memory": 1.0}),
-                   loop=dict(measured=loop, faster_than_dense={"training step": 0.25}))
-    table = cells(figures.speed_table(results))
-    assert table == [["training step", "1.5 s", "12.2 s (0.25)"], ["peak memory", "2.00 GB", ""]]
-
-
-def test_predicted_keeps_the_budgets_and_the_last_line(workdir):
-    Path("table.md").write_text("| compressed | a |\n|---|---:|\n| budget | 1 |\n| block 0 mlp.c_fc | 2 |\n\nLoss added.\n")
-    assert figures.predicted_table("table.md") == "| compressed | a |\n|---|---:|\n| budget | 1 |\n\nLoss added."
-
-
 def pictures():
     spectra = figures.mean_spectra([torch.ones(8, 12), torch.eye(8, 12)], [(4, 3, 2), (8, 1, 3)])
     shapes = shapes_within(KronyGPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=16), 3000, 3700)
@@ -257,9 +188,3 @@ def test_a_picture_is_the_same_each_time_and_small(name, workdir):
     draw("b.png")
     first = Path("a.png").read_bytes()
     assert first[:4] == b"\x89PNG" and len(first) < 150_000 and Path("b.png").read_bytes() == first
-
-
-def test_the_documents_have_pictures_that_are_small_enough():
-    for path in ROOT.glob("docs/*.png"):
-        is_ours = re.fullmatch(r"(parameters|spectrum|cost|ranks|pareto\w*|predicted_small)\.png", path.name)
-        assert not is_ours or path.stat().st_size < 150_000

@@ -31,7 +31,7 @@ def here(workdir):
     """A directory with something of each kind in it."""
     for name in "folder", "folder/in", "other":
         Path(name).mkdir()
-    Path("file").write_text("old")
+    Path("file").write_text("old", encoding="utf-8")
     os.mkfifo("pipe")
     Path("link").symlink_to("file")
     Path("link_to_folder").symlink_to("folder")
@@ -124,17 +124,17 @@ def test_a_block_that_fails_leaves_what_was_there(here):
     for write, path in ((atomic_write, "file"), (lambda path: atomic_directory(path, str), "made"), (atomic_write, "none")):
         with pytest.raises(KeyboardInterrupt), write(path):
             raise KeyboardInterrupt
-    assert listing() == before and Path("file").read_text() == "old" and Path("made/a").read_text() == "old"
+    assert listing() == before and Path("file").read_text(encoding="utf-8") == "old" and Path("made/a").read_text(encoding="utf-8") == "old"
 
 
 def test_files_of_others_in_a_directory_come_along(workdir):
     write_directory("made", a="old", b="old", my_notes="mine")
     Path("made/my_folder").mkdir()
-    Path("made/my_folder/deep").write_text("mine")
+    Path("made/my_folder/deep").write_text("mine", encoding="utf-8")
     Path("made/my_link").symlink_to("../elsewhere")
     write_directory("made", a="new")
     assert listing("made") == ["a", "my_folder", "my_folder/deep", "my_link", "my_notes"]
-    assert Path("made/a").read_text() == "new" and os.readlink("made/my_link") == "../elsewhere"
+    assert Path("made/a").read_text(encoding="utf-8") == "new" and os.readlink("made/my_link") == "../elsewhere"
 
 
 def killed(code):
@@ -179,7 +179,7 @@ def test_a_directory_whose_second_rename_fails_is_put_back(workdir, monkeypatch)
     monkeypatch.setattr(files, "os", StandIn(os, replace=replace))
     with pytest.raises(OSError, match="Input/output"):
         write_directory("made", a="new")
-    assert listing() == ["made", "made/a"] and Path("made/a").read_text() == "old"
+    assert listing() == ["made", "made/a"] and Path("made/a").read_text(encoding="utf-8") == "old"
 
 
 def test_two_writers_of_one_file_do_not_mix(workdir):
@@ -188,7 +188,7 @@ def test_two_writers_of_one_file_do_not_mix(workdir):
         one.write("one")
         with atomic_write("file", "w") as two:
             two.write("two")
-    assert listing() == ["file"] and Path("file").read_text() == "two"
+    assert listing() == ["file"] and Path("file").read_text(encoding="utf-8") == "two"
 
 
 def test_scripts_decide_before_they_work(gpt2_dir, workdir):

@@ -323,8 +323,9 @@ def test_a_directory_runs_no_code_in_any_script(kind, directory, workdir, monkey
 @pytest.mark.parametrize("kind", ["unknown type", "compressed export"])
 def test_the_trap_works(kind, directory, monkeypatch):
     """transformers, told to trust it, runs the directory's code."""
-    from transformers import AutoConfig, dynamic_module_utils
+    from transformers import AutoConfig, GPT2Config, dynamic_module_utils
 
+    monkeypatch.setattr(GPT2Config, "_auto_class", None)  # which transformers sets for good in what it loads so
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(directory.parent / "modules"))
     mark = trap(directory, kind)

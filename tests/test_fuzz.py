@@ -227,7 +227,7 @@ def limits(monkeypatch):
         raise StillWorking
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 2**30, hard))
     before = signal.signal(signal.SIGALRM, on_alarm)
     monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", lambda self: None)
@@ -247,8 +247,8 @@ def tiny_world(workdir, monkeypatch):
     shapes = mlp_shapes(8, 16, [2])
     checkpoint.save("good.pt", KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=16,
                                                        shapes=shapes)))
-    Path("rows.jsonl").write_text('{"text": "a b"}\n' * 5)
-    Path("tiny.py").write_text("_ = 1\n")
+    Path("rows.jsonl").write_text('{"text": "a b"}\n' * 5, encoding="utf-8")
+    Path("tiny.py").write_text("_ = 1\n", encoding="utf-8")
     return Path.cwd()
 
 

@@ -10,7 +10,7 @@ from conftest import randomize_vectors, run_here
 from torch.nn import functional as F
 
 from experiments.predict import rank_correlation
-from kronygpt import calibration, checkpoint
+from kronygpt import checkpoint, compress
 from kronygpt.configurator import UserError
 from kronygpt.data import load_tokens
 from model import KronyGPT, KronyGPTConfig
@@ -58,7 +58,7 @@ def test_what_is_measured_is_the_loss_of_the_models_that_are_written(dense):
         made = checkpoint.load("made.pt")[0].eval()
         assert int(row[1].replace(",", "")) == made.count_parameters()["total"] <= limit
         assert float(row[4]) == pytest.approx(plain_loss(made) - plain_loss(dense), abs=2e-5)
-        predicted = re.search(r"([\d.]+) nats per token added", said.stdout)[1]
+        predicted = re.search(r"predicted, order only: ([\d.]+)", said.stdout)[1]
         assert float(row[3]) == pytest.approx(float(predicted), abs=1e-4)
 
 
@@ -78,15 +78,15 @@ def test_budgets_that_are_too_small_are_left_out_before_the_work(dense):
 
 
 def test_what_was_measured_is_there_when_a_later_model_fails(dense, monkeypatch):
-    calibrate, done = calibration.calibrate, []
+    apply, done = compress.apply, []
 
     def fail_later(*args):
         done.append(1)
         if len(done) > 2:
             raise UserError("an error")
-        return calibrate(*args)
+        return apply(*args)
 
-    monkeypatch.setattr(calibration, "calibrate", fail_later)
+    monkeypatch.setattr(compress, "apply", fail_later)
     assert run_here("experiments/predict.py", *OPTIONS).stderr == "error: an error\n"
     assert Path("out/predict/table.md").read_text().count("| budget") == 2
 

@@ -6,8 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
-import stat
 import subprocess
 import sys
 import time
@@ -22,13 +20,13 @@ from test_train import RUN, RUN_OF_A_CHECKPOINT, as_it_was, load, losses_of, run
 
 from kronygpt import checkpoint, files
 from kronygpt.configurator import UserError
-from kronygpt.files import atomic_directory, atomic_write, lock
+from kronygpt.files import atomic_write, lock
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists() or torch.cuda.is_available(),
                                 reason="needs Linux, and forks, which a process with CUDA's threads cannot")
 ENVIRONMENT = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-SHORT_RUN = [*RUN, "--dropout=0.2", "--max_iters=5", "--eval_interval=2", "--eval_iters=1", "--keep=1"]
+SHORT_RUN = [*RUN, "--dropout=0.2", "--max_iters=3", "--eval_interval=1", "--eval_iters=1", "--keep=1"]
 CHANGES = ("replace", "link", "unlink", "fsync", "mkdir", "rename")  # functions of os that change what is on the disk
 
 
@@ -129,7 +127,7 @@ def test_a_run_killed_at_any_change_of_the_disk_ends_as_the_one_that_was_not(cas
         monkeypatch.setattr("test_survival.CHANGES", [name for name in CHANGES if name != "link"])
     run_train(*SHORT_RUN, "--out_dir=whole")
     if case == "a run that starts over":  # with more older checkpoints than the new run, at other steps and at the same ones
-        run_train(*SHORT_RUN, "--out_dir=old", "--seed=5", "--eval_interval=1", "--keep=9", "--max_iters=9")
+        run_train(*SHORT_RUN, "--out_dir=old", "--seed=5", "--keep=9", "--max_iters=5")
     change, status = 0, -signal.SIGKILL
     while status == -signal.SIGKILL:
         shutil.rmtree("out", ignore_errors=True)
@@ -138,12 +136,12 @@ def test_a_run_killed_at_any_change_of_the_disk_ends_as_the_one_that_was_not(cas
         status = in_child(lambda: killed_at(change, "train.py", *SHORT_RUN, "--overwrite=True"))  # noqa: B023
         is_begun = Path("out/ckpt.pt").exists() and load("out/ckpt.pt")["config"]["seed"] != 5
         if case == "a run that starts over" and not is_begun:
-            assert contents().items() >= contents("old").items()
+            assert (contents() | {".lock": b""}).items() >= (contents("old") | {".lock": b""}).items()
         run_train(*SHORT_RUN, "--init_from=resume" if is_begun else "--overwrite=True")
         assert_same_runs("whole", "out")
-        change += 1
+        change += 1 if case == "a run that starts over" else 3
     assert status == 0 and change > 20
-    print(f"{case}: killed at each of {change - 1} changes of the disk")
+    print(f"{case}: killed at any of {change - 1} changes of the disk")
 
 
 @pytest.mark.slow
@@ -215,18 +213,21 @@ def test_a_second_signal_ends_a_run_at_once(tokens, monkeypatch):
 
 @pytest.mark.slow
 def test_an_export_killed_at_any_change_of_the_disk_leaves_the_old_one_or_the_new_one(small_model, workdir):
-    checkpoint.save("model.pt", small_model)
-    assert run_here("kron_to_gpt.py", "model.pt", "whole").returncode == 0
-    whole, change, status = contents("whole") | {"notes.txt": b"mine"}, 0, -signal.SIGKILL
+    for name in ("old", "new"):
+        torch.nn.init.normal_(small_model.transformer.wte.weight)
+        checkpoint.save(f"{name}.pt", small_model)
+        assert run_here("kron_to_gpt.py", f"{name}.pt", name).returncode == 0
+    Path("old/notes.txt").write_text("mine")
+    old, new, change, status = contents("old"), contents("new") | {"notes.txt": b"mine"}, 0, -signal.SIGKILL
+    before = sorted([*os.listdir(), "made"])
     while status == -signal.SIGKILL:
         shutil.rmtree("made", ignore_errors=True)
-        Path("made").mkdir()
-        Path("made/notes.txt").write_text("mine")
-        status = in_child(lambda: killed_at(change, "kron_to_gpt.py", "model.pt", "made"))  # noqa: B023
-        assert not Path("made").exists() or contents("made") in ({"notes.txt": b"mine"}, whole)
+        shutil.copytree("old", "made")
+        status = in_child(lambda: killed_at(change, "kron_to_gpt.py", "new.pt", "made"))  # noqa: B023
+        assert not Path("made").exists() or contents("made") in (old, new)
         if change % 5 == 0 or not Path("made").exists():
-            assert run_here("kron_to_gpt.py", "model.pt", "made").returncode == 0
-            assert contents("made") == whole and sorted(os.listdir()) == ["made", "model.pt", "whole"]
+            assert run_here("kron_to_gpt.py", "new.pt", "made").returncode == 0
+            assert contents("made") == new and sorted(os.listdir()) == before
         change += 1
     assert status == 0 and change > 5
     print(f"killed at each of {change - 1} changes of the disk")
@@ -264,20 +265,6 @@ def test_a_start_over_that_cannot_save_spares_the_old_run(tokens):
     assert limited(limit, lambda: run_here("train.py", *RUN, "--overwrite=True", "--seed=5")) == 1
     after = contents()
     assert after.pop(".lock") and before.pop(".lock") and after == before
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(fraction, workdir):
-    def write():
-        try:
-            with atomic_write("file") as file:
-                file.write(bytes(100_000))
-        except OSError as error:
-            return subprocess.CompletedProcess((), error.errno)
-
-    Path("file").write_bytes(b"old")
-    assert limited(int(fraction * 100_000), write) == errno.EFBIG
-    assert contents(".") == {"file": b"old"}
 
 
 def test_a_full_disk_is_called_full(tokens, gpt2_dir, monkeypatch):
@@ -477,23 +464,6 @@ def test_readers_beside_a_run_see_whole_checkpoints(tokens):
     print(f"{len(seen)} checkpoints read beside the run that wrote them, of {len(set(seen))} steps")
 
 
-# files.py
-
-def write_and_die(make, name):
-    with make(name, *([str] if make is atomic_directory else [])) as made:
-        (made / "a").write_text("new") if make is atomic_directory else made.write(b"new")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("make", [atomic_write, atomic_directory])
-def test_what_a_killed_writer_left_goes_with_the_next_write(make, workdir):
-    assert in_child(lambda: write_and_die(make, "out/made")) == -signal.SIGKILL
-    assert len(asides("made")) == 1 and not Path("out/made").exists()
-    with atomic_write("out/made", "w") as file:
-        file.write("newer")
-    assert contents() == {"made": b"newer"}
-
-
 def test_a_link_is_written_through(workdir):
     Path("elsewhere").mkdir()
     Path("elsewhere/target").write_text("old")
@@ -504,28 +474,3 @@ def test_a_link_is_written_through(workdir):
             file.write("new")
         assert Path(name).is_symlink() and Path(name).read_text() == "new"
     assert sorted(os.listdir("elsewhere")) == ["none", "target"]
-
-
-@pytest.mark.parametrize("target", ["pipe", "folder", "link_to_pipe", "socket", "file/in/it"])
-def test_what_is_no_file_is_not_replaced(target, workdir):
-    os.mkfifo("pipe")
-    Path("folder").mkdir()
-    Path("file").touch()
-    Path("link_to_pipe").symlink_to("pipe")
-    socket.socket(socket.AF_UNIX).bind("socket")
-    before = os.stat(target) if target != "file/in/it" else None
-    with pytest.raises(UserError, match=r"is a directory|is no regular file|is a file"), atomic_write(target) as file:
-        file.write(b"new")
-    assert before is None or os.stat(target)[:2] == before[:2]
-    assert not list(workdir.glob(".*"))
-
-
-@pytest.mark.parametrize("command", [
-    "kron_decompose.py 32 64 1 --init_from={} --out=pipe", "prune.py --init_from={} --out=pipe",
-    "perplexity.py {} text.txt --json_out=pipe", "kron_to_gpt.py {} pipe", "train.py --out_dir=pipe"])
-def test_scripts_refuse_a_pipe_before_they_work(command, gpt2_dir, workdir):
-    os.mkfifo("pipe")
-    Path("text.txt").write_text("some text " * 20)
-    said = run_here(*command.format(gpt2_dir).split())
-    assert said.returncode == 2 and said.stderr.count("\n") == 1 and "pipe" in said.stderr
-    assert stat.S_ISFIFO(os.stat("pipe").st_mode) and sorted(os.listdir()) == ["pipe", "text.txt"]

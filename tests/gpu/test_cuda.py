@@ -1,19 +1,21 @@
 """The model and train.py on CUDA, beside the CPU: `pytest -m gpu`. Skipped where there is no CUDA."""
 import copy
 import os
+import sys
 
 import pytest
 import torch
-from conftest import random_tokens, run_here
+from conftest import StandIn, continuation, random_tokens, run_here
 from test_train import RUN, as_it_was, load, losses_of, run_train, same, write_dataset  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 
+from kronygpt import checkpoint, data
 from kronygpt.device import default_dtype
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: cuBLAS is deterministic with it
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_it_was"),
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]  # -rs shows it
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_training_steps_are_those_of_the_cpu(dtype, tokens):
     run_train("--out_dir=cpu", "--device=cpu", "--dtype=float32")
     said = run_train(f"--device={DEVICE}", f"--dtype={dtype}")
     assert list(losses_of("out").values()) == pytest.approx(list(losses_of("cpu").values()), abs=0.05)
-    assert "mfu is a share of" in said.stdout
+    assert " tokens/s | " in said.stdout
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -66,6 +68,41 @@ def test_a_resumed_run_is_the_uninterrupted_one(dtype, tokens, exact):
     whole, parts = load("out/ckpt.pt"), load("parts/ckpt.pt")
     for key in ("model", "optimizer", "scaler", "best_val_loss"):
         assert same(whole[key], parts[key]), key
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_five_steps_never_wait_for_the_gpu(dtype, tokens, monkeypatch):
+    """Nothing between two lines of progress reads a number from the GPU, so that the CPU runs ahead."""
+    def batch_starts(n_tokens, context, seed, step, size):
+        torch.cuda.set_sync_debug_mode("error" if 2 <= step < 7 else "default")
+        return data.batch_starts(n_tokens, context, seed, step, size)
+
+    monkeypatch.setitem(sys.modules, "kronygpt.data", StandIn(data, batch_starts=batch_starts))
+    try:
+        run_train(f"--device={DEVICE}", f"--dtype={dtype}", "--dropout=0.1", "--max_iters=9", "--log_interval=8",
+                  "--eval_interval=8", "--lr_decay_iters=9")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_calibrated_compression_is_that_of_the_cpu(gpt2_dir, tokens):
+    x = random_tokens(4, 32)
+    logits = []
+    for where in ("cpu", DEVICE):
+        said = run_here("kron_decompose.py", 32, 64, 2, f"--init_from={gpt2_dir}", "--calibrate=tiny",
+                        "--calibration_tokens=2048", f"--device={where}", f"--out={where}.pt")
+        assert said.returncode == 0, said.stderr
+        model, _ = checkpoint.load(f"{where}.pt")
+        with torch.no_grad():
+            logits.append(model.eval()(x))
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0.02 * logits[0].std().item())  # TF32 in the statistics
+
+
+def test_greedy_generation_is_that_of_the_cpu(mixed_model, exact):
+    idx = random_tokens(2, 20)  # 12 with a cache, then the window slides
+    on_gpu = copy.deepcopy(mixed_model).to(DEVICE)
+    expected = continuation(mixed_model, idx, 24, temperature=0)
+    assert torch.equal(continuation(on_gpu, idx.to(DEVICE), 24, temperature=0).cpu(), expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -1,0 +1,161 @@
+"""narrow.py against numpy's SVD, plain loops of least squares, and plain attention."""
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_matrix
+
+from kronygpt import narrow
+from model import CausalSelfAttention, KronyGPTConfig
+
+
+def positive(n, seed):
+    A = random_matrix(2 * n, n, seed)
+    return A.T @ A / (2 * n)
+
+
+def square_root(S):  # the symmetric one
+    values, vectors = np.linalg.eigh(np.asarray(S))
+    return vectors * np.sqrt(values.clip(0)) @ vectors.T
+
+
+def tail_sums(sigma):  # ½ Σ_{i>k} σ_i², k = 0, 1, ...
+    return [0.5 * np.square(sigma[k:]).sum() for k in range(len(sigma) + 1)]
+
+
+def test_no_projection_costs_less_than_that_of_the_dual_bases():
+    G, F = positive(5, 1), positive(5, 2)
+    T, D, squares = narrow.dual_bases(G, F)
+    best = tail_sums(np.linalg.svd(square_root(G) @ square_root(F), compute_uv=False))
+    np.testing.assert_allclose(narrow.tails(squares), best, atol=1e-12)
+    for s in range(6):
+        miss = torch.eye(5) - T[:, :s] @ D[:, :s].T
+        assert torch.trace(miss.T @ G @ miss @ F).item() / 2 == pytest.approx(best[s], abs=1e-12)
+    torch.testing.assert_close(T.T @ D, torch.eye(5, dtype=torch.double))
+
+
+C, H, N = 6, 2, 40
+D_HEAD = C // H
+
+
+@pytest.fixture
+def attention():
+    """A random attention in float64, tokens' inputs (N, C), Fisher matrices, and their HeadBases."""
+    torch.manual_seed(0)
+    attn = CausalSelfAttention(KronyGPTConfig(n_head=H, n_embd=C, n_layer=1, block_size=N), 0).double()
+    for p in attn.parameters():
+        torch.nn.init.normal_(p)
+    x, fisher, stream = random_matrix(N, C, 3), positive(3 * C, 4), positive(C, 5)
+    return attn, x, fisher, stream
+
+
+def bases_of(attn, x, fisher, stream):
+    seen = []
+    hook = attn.c_proj.register_forward_hook(lambda matrix, inputs, output: seen.append(inputs[0][0]))
+    attn(x[None])
+    hook.remove()
+    covariances = (torch.cov(v.detach().T, correction=0) for v in (x, seen[0]))
+    weights = (p.detach() for p in (attn.c_attn.weight, attn.c_attn.bias, attn.c_proj.weight))
+    return narrow.head_bases(*weights, H, x.mean(0), *covariances, fisher, stream)
+
+
+def test_queries_and_keys_are_the_svd_of_their_product_in_the_metric(attention):
+    """Beside one SVD of the whole bilinear form x W_q W_kᵀ yᵀ, with the biases in it, where the keys' inputs have the second
+    moments K."""
+    attn, x, fisher, stream = attention
+    W = torch.cat((attn.c_attn.weight, attn.c_attn.bias[None])).detach()  # inputs [x, 1]
+    inputs = torch.cat((x, torch.ones(N, 1)), 1).double()
+    K = positive(C + 1, 6)
+    W_q, W_k = (W[:, part * C:(part + 1) * C].unflatten(1, (H, D_HEAD)).transpose(0, 1) for part in (0, 1))
+    for h in range(H):
+        columns = slice(h * D_HEAD, (h + 1) * D_HEAD)
+        fisher[columns, columns] = W_k[h].T @ K @ W_k[h]
+    bases = bases_of(attn, x, fisher, stream)
+    S = square_root(inputs.T @ inputs / N)
+    for h in range(H):
+        sigma = np.linalg.svd(S @ (W_q[h] @ W_k[h].T).numpy() @ square_root(K), compute_uv=False)[:D_HEAD]
+        np.testing.assert_allclose(bases.qk_costs[h], tail_sums(sigma), rtol=1e-6, atol=1e-9)
+
+
+def test_values_and_output_cost_what_their_errors_cost(attention):
+    attn, x, fisher, stream = attention
+    bases = bases_of(attn, x, fisher, stream)
+    seen = []
+    attn.c_proj.register_forward_hook(lambda matrix, inputs, output: seen.append(inputs[0][0].detach()))
+    attn(x[None])
+    for h, s in itertools.product(range(H), range(D_HEAD + 1)):
+        o, W = (v[h * D_HEAD:(h + 1) * D_HEAD] for v in (seen[0].T, attn.c_proj.weight.detach()))
+        e = (o - o.mean(1, keepdim=True)).T @ (torch.eye(D_HEAD) - bases.vo[0][h, :, :s] @ bases.vo[1][h, :, :s].T) @ W
+        cost = torch.einsum("ti,ij,tj->", e, stream, e).item() / N / 2
+        assert cost == pytest.approx(bases.vo_costs[h, s].item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("head_qk, head_v", [(D_HEAD, D_HEAD), (2, D_HEAD), (D_HEAD, 1), (1, 2)])
+def test_narrower_heads_that_lose_nothing_are_the_same_function(attention, head_qk, head_v):
+    """Heads whose queries and keys, and values, really have that rank."""
+    attn, x, fisher, stream = attention
+    W, b = attn.c_attn.A.data[0], attn.c_attn.bias.data
+    for h in range(H):
+        for part, rank in (0, head_qk), (2, head_v):
+            columns = slice(part * C + h * D_HEAD, part * C + (h + 1) * D_HEAD)
+            project = random_matrix(D_HEAD, rank, h + part) @ random_matrix(rank, D_HEAD, h + part + 9)
+            W[:, columns], b[columns] = W[:, columns] @ project, b[columns] @ project
+    expected = attn(x[None])[0]
+    T, D = narrow.head_maps(bases_of(attn, x, fisher, stream), head_qk, head_v)
+    if head_qk == D_HEAD:  # nothing is rotated
+        assert torch.equal(T[:2 * C, :2 * C], torch.eye(2 * C, dtype=torch.double))
+    q, k, v = (x @ (W @ T) + b @ T).split((H * head_qk, H * head_qk, H * head_v), 1)
+    q, k, v = (part.unflatten(1, (H, -1)).transpose(0, 1) for part in (q, k, v))  # (H, N, width)
+    scores = q @ k.mT / D_HEAD**0.5  # the scale of the wide head
+    y = scores.masked_fill(torch.ones(N, N).triu(1).bool(), -torch.inf).softmax(-1) @ v
+    D_v = D[2 * C:, 2 * H * head_qk:]
+    found = y.transpose(0, 1).flatten(1) @ (D_v.T @ attn.c_proj.weight) + attn.c_proj.bias
+    torch.testing.assert_close(found, expected)
+
+
+def test_brain_surgeon_drops_what_a_loop_of_least_squares_drops():
+    n, C = 9, 4
+    W, G, F = random_matrix(n, C, 1), positive(n, 2), positive(C, 3)
+    ridged = G + narrow.RIDGE * G.diagonal().mean() * torch.eye(n)
+
+    def loss_without(dropped):
+        """Of the least squares that the kept units make up for it with, on inputs X with XᵀX = ridged."""
+        X, R, V = np.linalg.cholesky(ridged.numpy()).T, np.linalg.cholesky(F.numpy()), W.numpy()
+        kept = [j for j in range(n) if j not in dropped]
+        best = np.linalg.lstsq(X[:, kept], X @ V, rcond=None)[0]
+        if kept:
+            np.testing.assert_allclose(narrow.without_units(W, G, kept), best, atol=1e-9)
+        return 0.5 * np.square((X @ V - X[:, kept] @ best) @ R).sum()
+
+    order, costs = narrow.brain_surgeon(W, G, F)
+    dropped = []
+    for step in range(n):
+        losses = {j: loss_without([*dropped, j]) for j in range(n) if j not in dropped}
+        dropped.append(min(losses, key=losses.get))
+        assert order[step] == dropped[-1] and costs[step + 1].item() == pytest.approx(losses[dropped[-1]], rel=1e-6)
+    assert costs[0] == 0
+
+
+def test_the_metric_of_hidden_units_is_that_of_gradients_behind_gelu():
+    """Beside autograd, over all pairs of some gradients of the stream and some inputs of gelu."""
+    W, gradients, inputs = random_matrix(5, 3, 1), random_matrix(4, 3, 2), random_matrix(6, 5, 3)
+    expected, slopes = 0, []
+    for z, g in itertools.product(inputs, gradients):
+        z = z.clone().requires_grad_()
+        back, = torch.autograd.grad((torch.nn.functional.gelu(z, approximate="tanh") @ W) @ g, z)
+        expected = expected + torch.outer(back, back) / 24
+        slopes.append(torch.autograd.grad(torch.nn.functional.gelu(z, approximate="tanh").sum(), z)[0])
+    S = torch.stack(slopes)
+    torch.testing.assert_close(narrow.unit_metric(W, gradients.T @ gradients / 4, S.T @ S / 24), expected)
+
+
+def test_embedding_of_low_rank_is_the_best_in_its_metric():
+    E, weights, M = random_matrix(10, 4, 1), random_matrix(10, 1, 2)[:, 0].abs(), positive(4, 3)
+    A, B, costs = narrow.embedding_factors(E, weights, M)
+    blended = 0.99 * M + 0.01 * M.diagonal().mean() * torch.eye(4, dtype=torch.double)
+    sigma = np.linalg.svd((weights.sqrt()[:, None] * E).numpy() @ square_root(blended), compute_uv=False)
+    np.testing.assert_allclose(costs, tail_sums(sigma), atol=1e-12)
+    for r in range(5):
+        e = E - A[:, :r] @ B[:r]
+        assert torch.einsum("v,vi,ij,vj->", weights, e, blended, e).item() / 2 == pytest.approx(costs[r].item(), abs=1e-12)
