@@ -125,6 +125,8 @@ def load_tokens(name, split, config, block_size=1):
 def check_format(path):
     """Raise UserError where a .bin shows another format than plain uint16 tokens."""
     check_no_pointer(path)
+    if (size := path.stat().st_size) % 2:
+        raise UserError(f"{path} has {size} bytes, an odd number, so it is no file of uint16 tokens; prepare it again")
     head = np.fromfile(path, "<u4", count=2**14)
     if len(head) and head[0] in LLM_C:
         raise UserError(f"{path} is a .bin of llm.c with a header of 256 int32: its tokens begin at byte 1024")

@@ -3,7 +3,6 @@ import bz2
 import csv
 import gzip
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -70,42 +69,6 @@ def test_exactly_the_files_that_the_glob_finds_are_prepared(pattern, names, kind
     said, documents = prepare(pattern.format(kind))
     assert said.returncode == 0, said.stderr
     assert documents == sorted(expected)
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.txt", "rows.parquet"])
-def test_other_text_of_the_same_name_size_and_time_is_read_anew(name, prepare):
-    for letter in "ab":
-        texts = [f"{letter} {i:02}" for i in range(30)]
-        if name.endswith("txt"):
-            Path(name).write_text("\n\n".join(texts))
-        elif name.endswith("jsonl"):
-            write_jsonl(name, [dict(text=text) for text in texts])
-        else:
-            write_parquet(name, texts)
-        os.utime(name, (10**9, 10**9))
-        assert prepare(name)[1] == texts
-
-
-@pytest.mark.parametrize("name, dataset, option", [
-    ("rows.txt", "rows.txt", None), ("rows.jsonl", "rows.jsonl", None), ("rows.parquet", "rows.parquet", None),
-    ("w/wikitext-2-v1/test-0.parquet", "wiki2", "--wikitext=w"), ("l.jsonl", "lambada", "--lambada=l.jsonl")])
-def test_other_text_of_the_same_path_size_and_time_is_scored_anew(name, dataset, option, gpt2_dir, workdir):
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    sizes, losses = set(), {}
-    for letter in "abc":
-        texts = [f"{letter} {i:02}" for i in range(30)]
-        write = {".txt": lambda path, texts: Path(path).write_text("\n\n".join(texts)), ".parquet": write_parquet,
-                 ".jsonl": lambda path, texts: write_jsonl(path, [dict(text=text) for text in texts])}
-        for path in name, f"plain{Path(name).suffix}":
-            write[Path(name).suffix](path, texts)
-            os.utime(path, (10**9, 10**9))
-        sizes.add(Path(name).stat().st_size)
-        for arguments in (dataset, *filter(None, [option])), (f"plain{Path(name).suffix}",):
-            said = run_here("perplexity.py", gpt2_dir, *arguments, "--json_out=out.json")
-            assert said.returncode == 0, said.stderr
-            losses.setdefault(letter, set()).add(json.loads(Path("out.json").read_text())[arguments[0]]["loss"])
-    assert len(sizes) == 1 and all(len(of_letter) == 1 for of_letter in losses.values())
-    assert len(set.union(*losses.values())) == 3
 
 
 def test_line_ends_are_scored_as_they_are_in_the_file(workdir):
