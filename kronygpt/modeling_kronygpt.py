@@ -107,10 +107,17 @@ class LowRankLinear(KronLinear):
         self.A = nn.Parameter(torch.empty(rank, m - rank, 1))
         self.register_buffer("order", torch.arange(m, dtype=torch.int32))
 
+    @torch.no_grad()
+    def init_weights(self):
+        nn.init.normal_(self.A, std=len(self.A)**-0.5)
+        nn.init.normal_(self.B, std=self.std)
+        nn.init.zeros_(self.bias)
+
     def forward(self, x):
         r, x = len(self.A), x.index_select(-1, self.order)
         z = x[..., :r] + x[..., r:] @ self.A.squeeze(2).T  # (..., r)
-        return z @ self.B.squeeze(1) + self.bias
+        y = z @ self.B.squeeze(1)
+        return y + self.bias.to(y.dtype)
 
 
 def from_left(L, X):
@@ -153,6 +160,9 @@ class KronyGPTModel(InitFactors, GPT2Model):
 
     def __init__(self, config):
         super().__init__(config)
+        for name, shapes in config.shapes.items():
+            if name not in MATRICES or len(shapes) != len(self.h):
+                raise ValueError(f"shapes has {len(shapes)} shapes of {name} for {len(self.h)} blocks")
         for i, block in enumerate(self.h):
             C, H, head_dim = config.n_embd, config.n_head, config.n_embd // config.n_head
             usual = dict(n_inner=config.n_inner or 4 * C, head_qk=head_dim, head_v=head_dim)

@@ -163,7 +163,7 @@ def to_gpt2(model):
 
     config = model.config
     hf_model = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-                                          n_layer=config.n_layer, n_head=config.n_head, n_inner=config.n_inner))
+                                          n_layer=config.n_layer, n_head=config.n_head, n_inner=config.n_inner[0]))
     hf_model.load_state_dict(gpt2_weights(model))
     return hf_model.eval()
 

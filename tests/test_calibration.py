@@ -61,8 +61,8 @@ def test_fisher_moments_and_spectra_are_those_of_a_plain_loop(monkeypatch):
     tokens, draws = torch.randint(6, (2, 5)), 10_000
     monkeypatch.setattr(calibration, "STATISTICS_TOKENS", 10 * draws)
     monkeypatch.setattr(calibration, "GRADIENT_TOKENS", 30_000)
-    found = calibration.statistics(model, tokens.repeat(draws, 1), [*KINDS])
-    fisher, spectra = found.fisher, found.spectra
+    found = calibration.statistics(model, tokens.repeat(draws, 1))
+    fisher = found.fisher
 
     inputs, outputs = {}, {}
     hooks = [matrix.register_forward_hook(lambda matrix, x, y, name=name: (inputs.update({name: x[0]}),
@@ -86,17 +86,15 @@ def test_fisher_moments_and_spectra_are_those_of_a_plain_loop(monkeypatch):
         covariance = np.cov(inputs[name].detach().flatten(0, 1).double().T.numpy(), bias=True)
         W = matrix.weight.detach().double().numpy()
         sigma = np.linalg.svd(root(covariance) @ W @ root(fisher[name].numpy()), compute_uv=False)
-        np.testing.assert_allclose(spectra[name], sigma**2, rtol=1e-3, atol=1e-5 * sigma[0]**2)
+        np.testing.assert_allclose(found.spectrum(name, matrix), sigma**2, rtol=1e-3, atol=1e-5 * sigma[0]**2)
 
 
-def test_whole_statistics_are_those_of_plain_forward_passes(trained, monkeypatch):
+def test_statistics_are_those_of_plain_forward_passes(trained, monkeypatch):
     model, tokens = copy.deepcopy(trained[0]), trained[1][:, :-1]
     monkeypatch.setattr(calibration, "GRADIENT_TOKENS", 100)
-    found = calibration.whole_statistics(model, tokens)
-    fisher = calibration.statistics(model, tokens, [*model.config.matrices]).fisher
+    found = calibration.statistics(model, tokens)
     inputs, slopes = {}, []
     for name, matrix in named_matrices(model):
-        torch.testing.assert_close(found.fisher[name], fisher[name])
         matrix.register_forward_hook(
             lambda matrix, x, y, name=name: inputs.update({name: (x[0].flatten(0, 1), y.flatten(0, 1))}))
     with torch.no_grad():
@@ -167,9 +165,9 @@ def test_calibration_keeps_more_of_the_model(trained, shape):
 
 def test_statistics_sample_a_long_text(trained, monkeypatch):
     model, tokens = trained[0], trained[1][:, :-1]
-    sample = calibration.statistics(model, tokens[::4], ["attn.c_proj"]).fisher
+    sample = calibration.statistics(model, tokens[::4]).fisher
     monkeypatch.setattr(calibration, "STATISTICS_TOKENS", tokens.numel() // 4)
-    found = calibration.statistics(model, tokens, ["attn.c_proj"]).fisher
+    found = calibration.statistics(model, tokens).fisher
     assert all(torch.equal(found[name], F) for name, F in sample.items())
 
 
@@ -195,7 +193,7 @@ def test_matrices_that_are_dense_stay_as_they_are(trained):
 def test_all_matrices_fitted_in_the_metric_keep_more_of_the_model(trained):
     model, tokens = trained
     kinds = [*KINDS]
-    fisher = calibration.statistics(model, tokens[:, :-1], kinds).fisher
+    fisher = calibration.statistics(model, tokens[:, :-1]).fisher
     shapes = {kind: [(m, 1, 6)] * 2 for kind, (m, n) in model.config.sizes(0).items()}
     losses = [loss(factorize(model, shapes), tokens)]
     for metric in None, fisher:
@@ -211,7 +209,7 @@ def test_errors_are_smallest_in_the_metric(trained, kind, place):
     """One matrix of the first block is factored, so that its inputs are the dense model's."""
     model, tokens = trained[0], trained[1][:, :-1]
     (m, n), half = model.config.sizes(0)[kind], kind.split(".")[0]
-    fisher = calibration.statistics(model, tokens, [kind]).fisher
+    fisher = calibration.statistics(model, tokens).fisher
     stream = calibration.ResidualStream(model, tokens)
     with torch.no_grad():
         if half == "mlp":
@@ -353,7 +351,7 @@ def test_script_calibrates(trained, workdir):
     text = data.calibration_text("pattern", 1024, model.config, "cpu")
     ordered = spread_units(model, text, 32)
     expected = compressed(ordered, (32, 32, [1, 1]))
-    fisher = calibration.statistics(ordered, text, ["mlp.c_fc", "mlp.c_proj"]).fisher
+    fisher = calibration.statistics(ordered, text).fisher
     calibration.calibrate(ordered, expected, text, fisher)
     for (_, _, matrix), (_, _, other) in zip(new.matrices(), expected.matrices()):
         assert torch.equal(matrix.A, other.A) and torch.equal(matrix.bias, other.bias)

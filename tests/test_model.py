@@ -119,7 +119,7 @@ def test_an_mlp_may_have_any_width(n_inner):
     model = tiny(n_inner=n_inner, shapes={"mlp.c_fc": [(16, 1, 2), (32, n_inner, 1)]})
     randomize_vectors(model)
     idx, targets = random_tokens(2, 16, vocab_size=64), random_tokens(2, 16, vocab_size=64).flip(0)
-    assert model.config.n_inner == n_inner and model.transformer.h[0].mlp.c_fc.bias.shape == (n_inner,)
+    assert model.config.n_inner == [n_inner] * 2 and model.transformer.h[0].mlp.c_fc.bias.shape == (n_inner,)
     torch.testing.assert_close(model(idx), to_gpt2(model)(idx).logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradients(model, idx, targets), expected_gradients(model, idx, targets), rtol=1e-4, atol=1e-6)
 
