@@ -38,7 +38,7 @@ class KronLinear(nn.Module):
         """Draw normal weights so that an element of W, Σ_f a_f b_f, has the standard deviation std. Both sides get the scale
         sqrt(std / sqrt(r)), so that Adam changes them alike; the smaller one exactly, since the mean square of a few normal
         numbers is far from its expectation. A side of one element is 1."""
-        small, large = sorted((self.A, self.B), key=lambda side: side[0].numel())
+        small, large = sorted((self.B, self.A), key=lambda side: side[0].numel())
         std /= math.sqrt(len(self.A))
         scale = math.sqrt(std) if small[0].numel() > 1 else 1.0
         nn.init.normal_(large, std=std / scale)
@@ -376,7 +376,7 @@ def contraction_order(A_shape, B_shape, tokens):
 def from_left(L, X):
     """L [p, q] @ X [T, q, s] -> (T, p, s), as one large product on a transposed copy; where s = 1 nothing is copied."""
     T, q, s = X.shape  # reshaped here: without gradients, torch's matmul would make T small products of three dimensions
-    return (X.transpose(1, 2).reshape(T * s, q) @ L.T).view(T, s, -1).transpose(1, 2)
+    return (X.transpose(1, 2).reshape(T * s, q) @ L.T).view(T, s, len(L)).transpose(1, 2)
 
 
 def kron_linear(x, A, B, bias, order=None):

@@ -8,7 +8,7 @@ If the second one was trained further, so should the first one be: that is the f
 alone, and loads nothing from elsewhere. It asks one model after the other, so that each has the machine for itself; several
 pages take turns, one token each. Ctrl-C ends it.
 """
-import codecs
+import itertools
 import json
 import math
 import re
@@ -64,16 +64,13 @@ def load_player(ckpt):
 
 def generate(player, request):
     """Yield {"text", "tokens", "of", "tokens_per_second", "prompt", "seen"} after each new token: the last two are the
-    tokens of the prompt, and how many of them the model sees. Text comes as soon as its bytes are UTF-8; the speed is that
-    after the first token, which reads the prompt."""
+    tokens of the prompt, and how many of them the model sees. The speed is that after the first token, which reads the
+    prompt."""
     import numpy as np
     import torch
 
     from kronygpt.data import check_tokens
-    from kronygpt.tokenizer import TOKEN_TYPE
-
-    def to_bytes(tokens):  # an unknown tokenizer has no bytes, and writes numbers
-        return player.tokenizer.decode_bytes(tokens) or player.tokenizer.decode(tokens).encode()
+    from kronygpt.tokenizer import TOKEN_TYPE, stream_text
 
     text, n, divisor, k, number = (type(globals()[name])(request.get(name, globals()[name])) for name in CONTROLS)
     tokens, context = player.tokenizer.encode_prompt(text), player.model.config.block_size
@@ -81,15 +78,16 @@ def generate(player, request):
         raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: type one")
     check_tokens(np.array(tokens, TOKEN_TYPE), player.model.config.vocab_size)
     idx = torch.tensor([tokens], device=player.model.lm_head.weight.device)
-    last, seconds, to_text = tokens[-1], 0.0, codecs.getincrementaldecoder("utf-8")("replace")
-    start = time.perf_counter()
-    for done, token in enumerate(player.model.generate(idx, n, divisor, k or None, number), 1):
-        token = token.item()
+    new = (token.item() for token in player.model.generate(idx, n, divisor, k or None, number))
+    texts, seconds = stream_text(player.tokenizer, new, tokens[-1]), 0.0
+    for done in itertools.count(1):
+        start = time.perf_counter()
+        if (text := next(texts, None)) is None:
+            return
         seconds += time.perf_counter() - start if done > 1 else 0
-        new = to_bytes([last, token])[len(to_bytes([last])):]  # some tokenizers write a token by the one before it
-        yield dict(text=to_text.decode(new, final=done == n), tokens=done, of=n, prompt=len(tokens),
-                   seen=min(len(tokens), context), tokens_per_second=(done - 1) / seconds if seconds else None)
-        last, start = token, time.perf_counter()
+        n_new = min(done, n)  # an incomplete character comes after the last token
+        yield dict(text=text, tokens=n_new, of=n, prompt=len(tokens), seen=min(len(tokens), context),
+                   tokens_per_second=(n_new - 1) / seconds if seconds else None)
 
 
 def score(player, request):

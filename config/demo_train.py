@@ -1,4 +1,4 @@
-# What each compressed model of `make demo` gets: a short training on the data of its base.
+# The short training of each compressed model of `make demo`, on the data of its base.
 dataset = "pydocs"
 
 batch_size = 16

@@ -1,4 +1,4 @@
-# One billion tokens from the budget start: a first result on GPT-2, with 2 GB of tokens.
+# One billion tokens for the model of train_gpt2_budget.py: a first result on GPT-2, with 2 GB of tokens.
 #   python prepare_owt.py --documents=900000        # 1.0 billion of OpenWebText's 9 billion tokens
 #   python kron_decompose.py --budget=82M --calibrate=openwebtext
 #   python train.py config/train_gpt2_1b.py

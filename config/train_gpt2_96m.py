@@ -8,7 +8,7 @@
 # on wikitext-103, 35.50 on wikitext-2 and 61.34 on lambada; one of the recipes for that has 250,000 steps from 1.8e-3 down
 # to 6e-5, batch_size 24 and gradient_accumulation_steps 5.
 #
-# Why these numbers: those of train_gpt2.py, so that the two sizes differ in the model alone.
+# Why these numbers: those of train_gpt2.py, so that only the model differs between the two sizes.
 import torch
 
 init_from = "checkpoints/prune_384_3072.pt"

@@ -4,8 +4,8 @@
 # Cost: 11.8B tokens at 6.0e8 FLOP each, as train.py counts them, are 7.1e18 FLOP: 20 GPU hours at 1e14 FLOP/s, a
 # third of an A100's peak in bfloat16. This is arithmetic, not a measurement.
 #
-# Why these numbers: those of train_gpt2.py, so that the two models of 82M differ in nothing else. On small models such
-# starts want low rates (docs/report.md); on GPT-2 no rate has been measured.
+# Why these numbers: those of train_gpt2.py, so that only the compression differs between the two models of 82M. Small
+# models compressed this way need low rates (docs/report.md). No rate has been measured on GPT-2.
 import torch
 
 init_from = "checkpoints/best_82M.pt"

@@ -1,5 +1,5 @@
-# The baseline: GPT-2 itself, dense, trained further on the same data. What compression costs is the distance to this model,
-# not to GPT-2, whose WebText was another selection: nanoGPT reports 3.11 nats per token before and about 2.85 after.
+# The baseline: GPT-2 itself, dense, trained further on the same data. Measure the cost of compression against this
+# model, not against GPT-2, which was trained on other text: nanoGPT reports 3.11 nats per token before and about 2.85 after.
 #   torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_dense.py
 # Its best checkpoint can teach the others, for the FLOP of its forward pass, 2.8e8 a token, on top of theirs:
 #   python train.py config/train_gpt2_budget.py --out_dir=out/distilled --teacher=out/gpt2_dense/best.pt

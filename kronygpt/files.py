@@ -85,7 +85,7 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder, names=".+", is_locked=True):
+def remove_leftovers(folder, names=".+"):
     """Clear what writers that were killed have left in a folder, in which nobody else writes now: a half-written file or
     directory is removed, and a directory that had been renamed away for a new one gets its name back."""
     for aside in list(folder.iterdir()):
@@ -252,5 +252,3 @@ def lock(directory):
         warnings.warn(f"no locks in {directory} ({error}): make sure that no other process writes there", stacklevel=2)
     return held
 
-
-check_is_file = output_file

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block
+COPY = 64  # multiply-adds that take as long as writing one number to memory
 
 
 class KronyGPTConfig(GPT2Config):
@@ -70,19 +71,27 @@ class KronLinear(nn.Module):
         # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
         A, B = self.A, self.B
         (r, m1, n1), (_, m2, n2) = A.shape, B.shape
-        X = x.reshape(-1, m1, m2)  # (T, m1, m2)
-        if n1 * m2 * (m1 + n2) <= m1 * n2 * (m2 + n1):  # the order of fewer multiply-adds; of low rank, the narrow one
-            Z = from_left(A.permute(2, 0, 1).reshape(n1 * r, m1), X)  # (T, n1 r, m2)
-            Y = Z.reshape(-1, r * m2) @ B.reshape(r * m2, n2)  # (T n1, n2)
+        rows = x.reshape(-1, m1 * m2)  # (T, m1 m2)
+        T, after_A, after_B = rows.shape[0], r * n1 * m2, r * m1 * n2
+        cost_A = T * (after_A * (m1 + n2) + COPY * (after_A + (m2 > 1) * (m1 * m2 + after_A)))  # A is contracted first
+        cost_B = T * (after_B * (m2 + n1) + COPY * (after_B + (n2 > 1) * (n1 * n2 + after_B)))  # B is
+        cost_W = (T + r + 2 * COPY) * m1 * m2 * n1 * n2  # the dense matrix is built and multiplied
+        if cost_W < cost_A and cost_W < cost_B:
+            W = A.flatten(1).T @ B.flatten(1)  # (m1 n1, m2 n2); the sum over f is one product
+            y = rows @ W.view(m1, n1, m2, n2).transpose(1, 2).reshape(m1 * m2, n1 * n2)
+        elif cost_A <= cost_B:
+            z = from_left(A.permute(2, 0, 1).reshape(n1 * r, m1), rows.reshape(-1, m1, m2))  # (T, n1 r, m2)
+            y = z.reshape(-1, r * m2) @ B.reshape(r * m2, n2)  # (T n1, n2)
         else:
-            Z = X.reshape(-1, m2) @ B.transpose(0, 1).reshape(m2, r * n2)  # (T m1, r n2)
-            Y = from_left(A.permute(2, 1, 0).reshape(n1, m1 * r), Z.view(-1, m1 * r, n2))  # (T, n1, n2)
-        return Y.reshape(*x.shape[:-1], n1 * n2) + self.bias.to(Y.dtype)
+            z = rows.reshape(-1, m2) @ B.transpose(0, 1).reshape(m2, r * n2)  # (T m1, r n2)
+            y = from_left(A.permute(2, 1, 0).reshape(n1, m1 * r), z.view(-1, m1 * r, n2))  # (T, n1, n2)
+        return y.reshape(*x.shape[:-1], n1 * n2) + self.bias.to(y.dtype)
 
 
 def from_left(L, X):
-    """L [p, q] @ X [T, q, s] -> (T, p, s), as one large product; where s = 1 nothing is copied."""
-    return (X.transpose(1, 2) @ L.T).transpose(1, 2)
+    """L [p, q] @ X [T, q, s] -> (T, p, s), as one large product on a transposed copy; where s = 1 nothing is copied."""
+    T, q, s = X.shape
+    return (X.transpose(1, 2).reshape(T * s, q) @ L.T).view(T, s, -1).transpose(1, 2)
 
 
 class InitFactors:

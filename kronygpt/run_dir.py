@@ -32,8 +32,6 @@ class RunDir:
 
     def check(self, is_resume, overwrite):
         """Raise UserError unless it holds what a resume needs, or nothing that a new run would destroy or be mixed with."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--out_dir={self.path} is a file")
         if is_resume and not self.last.exists():
             raise UserError(f"nothing to resume: no {self.last}")
         there = [path for path in (*self.path.glob("ckpt*.pt"), self.best, self.log_path, self.picture) if path.exists()]

@@ -330,3 +330,23 @@ def extends(config, name, vocab_size):
         return False
     theirs = {cls.name: cls.fingerprint for cls in (GPT2Tokenizer, BytesTokenizer)}.get(name, name)
     return is_same(theirs, fingerprint({token: number for token, number in ours.items() if number < vocab_size}))
+
+
+def stream_text(tokenizer, tokens, last):
+    """Yield the text of each token as it comes, "" while a character is incomplete; after the last one, what was held back.
+
+    Args:
+        tokens: an iterable of numbers, which continue a text.
+        last: the last token of that text: some tokenizers write a token by the one before it.
+    """
+    held, shown = [last], tokenizer.decode([last])  # tokens to decode together, and how their text begins
+    for token in tokens:
+        held.append(token)
+        text = tokenizer.decode(held)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield ""
+        else:
+            yield text[len(shown):]
+            held, shown = [token], tokenizer.decode([token])
+    if rest := tokenizer.decode(held)[len(shown):]:
+        yield rest

@@ -69,7 +69,7 @@ BAD = {  # {command: what its line says}
     "kron_to_gpt.py good.pt folder": "folder",
     # data and training
     f"{TRAIN} --dataset=none": "data/none",
-    f"{TRAIN} --dataset=odd": "train.bin",
+    f"{TRAIN} --dataset=odd": "multiple of the data-type",
     f"{TRAIN} --dataset=big --init_from=good.pt": "token 300",
     f"{TRAIN} --dataset=words --init_from=good.pt": "gpt2",
     f"{TRAIN} --init_from=resume": "nothing to resume",
@@ -82,8 +82,8 @@ BAD = {  # {command: what its line says}
     "perplexity.py good.pt empty.txt": "empty.txt",
     "perplexity.py good.pt half.parquet": "half.parquet",
     "perplexity.py far.pt tiny --json_out=made.json": "tiny",
-    "prepare_owt.py --data_files=none*.txt": "none*.txt",
-    "experiments/compare.py --seeds=x": "--seeds",
+    "prepare_owt.py --tokenizer=byte_level --data_files=none*.txt": "none*.txt",
+    "experiments/compare.py --seeds=x": "'x'",
 }
 
 
@@ -145,6 +145,7 @@ def world(tmp_path_factory, gpt2_dir):
     for name in "empty.pt", "empty.txt":
         Path(name).touch()
     Path("folder").mkdir()
+    write_byte_level_tokenizer("byte_level")
     os.chdir(before)
     return root
 

@@ -93,7 +93,7 @@ def test_widths_and_ranks_lose_little_more_than_the_best_of_all_combinations(see
     def table():
         return (10 * random(5)).int().cumsum(0) + 1, random(5).sort(descending=True).values / 10
 
-    parts = [[budget.Choice(k, int(20 * random()), random().item() / 20, [table(), table()]) for k in range(1 + p)]
+    parts = [[budget.Choice(k, int(20 * random()), random().item(), [table(), table()]) for k in range(1 + p)]
              for p in range(3)]
     every = [[(choice.size + a[0][i].item() + b[0][j].item(), choice.loss + a[1][i].item() + b[1][j].item())
               for choice in choices for a, b in [choice.tables] for i in range(5) for j in range(5)] for choices in parts]

@@ -477,6 +477,8 @@ def test_weights_that_do_not_fit_together_are_refused(small_model, tmp_path):
     assert attention in refused(**{attention + ".weight": None})
     assert "cannot have the shape (64, 100, 1)" in refused(**{attention + ".weight": torch.ones(100, 64)})
     assert "transformer.extra is (1,), where the model has none" in refused(**{"transformer.extra": torch.ones(1)})
+    quantized = (small_model.transformer.wpe.weight * 100).to(torch.int8)  # whose scale nobody knows
+    assert "holds no real numbers but torch.int8" in refused(**{"transformer.wpe.weight": quantized})
     assert "it lacks transformer.wte.weight" in refused(**{"transformer.wte.weight": None, "lm_head.weight": None})
     assert f"{mlp}c_fc" in refused(**{mlp + "c_fc_0": None})
 

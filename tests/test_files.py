@@ -124,7 +124,8 @@ def test_a_block_that_fails_leaves_what_was_there(here):
     for write, path in ((atomic_write, "file"), (lambda path: atomic_directory(path, str), "made"), (atomic_write, "none")):
         with pytest.raises(KeyboardInterrupt), write(path):
             raise KeyboardInterrupt
-    assert listing() == before and Path("file").read_text(encoding="utf-8") == "old" and Path("made/a").read_text(encoding="utf-8") == "old"
+    assert listing() == before
+    assert [Path(name).read_text(encoding="utf-8") for name in ("file", "made/a")] == ["old", "old"]
 
 
 def test_files_of_others_in_a_directory_come_along(workdir):

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from kronygpt import modeling_kronygpt
 from kronygpt.kron import balanced, leading_singular_vectors, rearrange, van_loan
-from model import contraction_order, kron_linear, kron_weight, multiply_adds
+from model import KronLinear, contraction_order, kron_linear, kron_weight, multiply_adds
 
 # Sides m1, n1, m2, n2 of A and B: each equal to 1 in turn and together, then narrow and wide ones.
 SIDES = [*product((1, 3), (1, 4), (1, 2), (1, 5)), (2, 2, 2, 2), (8, 32, 1, 1), (1, 1, 8, 32), (4, 32, 2, 1), (16, 2, 2, 16),
@@ -112,6 +113,25 @@ def test_kron_linear_contracts_in_the_order_that_is_cheapest():
     with FlopCounterMode(display=False) as counter:
         kron_linear(x, A, B, torch.zeros(384))
     assert counter.get_total_flops() == 2 * 64 * 8 * (96 + 384)
+
+
+@pytest.mark.parametrize("m, n, shape", [(12, 40, (12, 1, 3)), (40, 12, (1, 12, 3)), (12, 48, (12, 12, 1)),
+                                         (48, 12, (12, 12, 1)), (12, 40, (3, 4, 2)), (12, 40, (2, 2, 60))], ids=str)
+def test_exported_matrices_are_contracted_as_ours(m, n, shape):
+    ours, exported = KronLinear(m, n, shape), modeling_kronygpt.KronLinear(m, n, shape, std=0.02)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.normal_()
+        exported.load_state_dict(ours.state_dict())
+        for x in torch.randn(2, 300, m), torch.randn(1, m):
+            results, flops = [], []
+            for linear in ours, exported:
+                with FlopCounterMode(display=False) as counter:
+                    results.append(linear(x))
+                assert torch.ops.aten.bmm not in counter.get_flop_counts()["Global"]  # no product for each token
+                flops.append(counter.get_total_flops())
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+            assert flops[0] == flops[1] or shape[2] == 1  # ours multiplies a single number or pair elementwise
 
 
 def test_rearranged_rows_are_blocks():

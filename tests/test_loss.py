@@ -77,7 +77,7 @@ def test_cross_entropy_is_numpys(chunked, problem, request):
 
 @pytest.mark.parametrize("logits_at_once", [1, 64, 200, 1000, 10**9])
 def test_gradients_do_not_depend_on_the_chunks(logits_at_once, problem, monkeypatch):
-    monkeypatch.setattr(model_module, "chunk_rows", lambda W, dtype: max(1, (logits_at_once) // len(W)))
+    monkeypatch.setattr(model_module, "chunk_rows", lambda W, dtype: max(1, logits_at_once // len(W)))
     x, W, targets = problem
     expected = F.cross_entropy(x @ W.T, targets)
     found = linear_cross_entropy(x, W, targets)

@@ -107,7 +107,8 @@ def test_the_default_device_and_dtype(here, name, dtype, monkeypatch):
 
 def test_several_processes_use_the_cpu_of_an_apple(monkeypatch):
     machine(monkeypatch, mps=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT":
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
     monkeypatch.setattr(device, "dist", StandIn(device.dist, init_process_group=lambda backend: None))
     assert device.Processes("").device == CPU
     with pytest.raises(UserError, match="2 processes train on CUDA or the CPU, not on mps"):
