@@ -314,8 +314,8 @@ def model_card(name, model, rest, perplexities, dtype):
         dtype: of the export, a name.
     """
     parameters = model.count_parameters()["total"]
-    dense = parameters + sum(matrix.weight.numel() - matrix.A.numel() - matrix.B.numel()
-                             for _, _, matrix in model.matrices() if not matrix.is_dense)
+    dense = parameters + sum(matrix.weight.numel() + matrix.bias.numel() - matrix.count_parameters()
+                             for _, _, matrix in model.matrices())
     data = ModelCardData(base_model=base_model(rest["config"]), library_name="transformers", pipeline_tag="text-generation",
                          tags=["gpt2", "kronecker", "compression"])
     rows = [f"| {one_line(key)} | {value:.2f} |" for key, value in perplexities.items()]

@@ -108,7 +108,7 @@ def assert_same(model, other):
     """One KronyGPT that was read from a compressed export, and the one that was exported."""
     assert model.config == replace(other.config, shapes=of_columns(other.config))
     for (_, _, p), (_, _, q) in zip(model.matrices(), other.matrices()):
-        torch.testing.assert_close(p.weight, q.weight, rtol=0, atol=1e-6 * q.weight.abs().max().item())
+        torch.testing.assert_close(p.weight, q.weight, rtol=0, atol=5e-6 * q.weight.abs().max().item())
     for name, p in other.state_dict().items():
         assert name.endswith((".A", ".B")) or torch.equal(p, model.state_dict()[name])
 
@@ -200,7 +200,7 @@ def test_what_is_written(made, mixed_model):
     config = json.loads((made / "config.json").read_text())
     assert config["model_type"] == "kronygpt"
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert config["shapes"] == as_lists(of_columns(mixed_model.config))
+    assert config["shapes"] == as_lists(mixed_model.config.shapes)
 
 
 def test_the_code_of_an_export_is_not_run_to_verify_it(mixed_model, workdir, monkeypatch):
@@ -344,7 +344,7 @@ def test_a_training_step_reaches_every_factor(recompute, config):
     model = KronyGPTForCausalLM(config).train()
     if recompute:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = {name: p.clone() for name, p in model.named_parameters()}
     losses = []
     for _ in range(3):
