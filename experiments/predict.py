@@ -34,8 +34,10 @@ def parse_shares(name):
 
 def feasible(budget_shares, config, n_parameters):
     """The shares that leave each matrix a rank of 1 or more; the embeddings and vectors keep all of theirs."""
-    saved = sum(max(0, m * n - m - n) for layer in range(config.n_layer) for m, n in config.sizes(layer).values())
-    least = (n_parameters - saved) / n_parameters
+    from kronygpt.budget import smallest
+    from model import KINDS
+
+    least = smallest(config, KINDS, ("heads", "hidden")) / n_parameters
     if left_out := [share for share in budget_shares if share <= least]:
         print(f"budgets {', '.join(map(str, left_out))} are left out: with rank 1 in all matrices it is {least:.3f}")
     return [share for share in budget_shares if share > least]
@@ -88,9 +90,9 @@ def main():
     import torch
 
     from kronygpt import calibration, checkpoint, data
-    from kronygpt.budget import Plan, plan_ranks
+    from kronygpt.budget import Plan, plan_widths
     from kronygpt.compress import apply
-    from model import KINDS, Shape
+    from model import Shape
 
     budget_shares, matrix_shares = parse_shares("budgets"), parse_shares("shares")
     dense, _ = checkpoint.load(init_from)
@@ -117,18 +119,17 @@ def main():
         write_table(rows)
 
     print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out) * (context - 1):,} tokens", flush=True)
-    for share in budget_shares:
-        plan = plan_ranks(dense, KINDS, int(share * n_parameters), statistics)
+    for plan in plan_widths(dense, [int(share * n_parameters) for share in budget_shares], statistics):
         measure("budget", plan, plan.loss)
     for layer, kind, matrix in dense.matrices():
         m, n = matrix.weight.shape
         for share in matrix_shares:
-            rank = max(1, int(share * m * n / (m + n)))
+            rank = max(1, int((m + n - ((m + n)**2 - 4 * share * m * n)**0.5) / 2))  # r (m + n - r) numbers are in a file
             shapes = [Shape(m, n, 1)] * config.n_layer
             shapes[layer] = Shape(m, 1, rank)
             plan = Plan("one matrix alone", {kind: shapes}, fisher=statistics.fisher)
             predicted = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)[rank:].sum().item() / 2
-            measure(f"block {layer} {kind}", plan, predicted, rank * (m + n), m * n)
+            measure(f"block {layer} {kind}", plan, predicted, rank * (m + n - rank), m * n)
     draw(rows, Path(out_dir, "predicted.png"))
     print(f"wrote {out_dir}/table.md and predicted.png")
 

@@ -1,4 +1,5 @@
 """Budgets: the ranks of all matrices that cost a model least, and the table of shapes that fit a number of parameters."""
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import NamedTuple
@@ -7,7 +8,7 @@ import torch
 
 from kronygpt.calibration import progress
 from kronygpt.configurator import UserError
-from kronygpt.narrow import Block, narrowed, tails
+from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, Block, grid, narrowed, tails
 from model import KINDS, KronyGPT, Shape, multiply_adds
 
 SLACK = 0.99  # share of the budget that a shape in the table must use
@@ -103,11 +104,16 @@ def shapes_within(config, limit, largest=None):
     for dim_1 in (d for d in range(1, C + 1) if C % d == 0):
         for dim_2 in (d for d in range(1, hidden + 1) if hidden % d == 0):
             m1, n1, m2, n2 = dim_1, dim_2, C // dim_1, hidden // dim_2
-            per_factor = 2 * config.n_layer * (m1 * n1 + m2 * n2)
-            r = max(1, min((largest - rest) // per_factor, m1 * n1, m2 * n2))
+            is_low_rank = n1 == m2 == 1 or m1 == n2 == 1
+
+            def size(r):  # each rank counts once, as in KronLinear
+                saved = r * r * ((r < C) + (r < hidden)) if is_low_rank else 0  # noqa: B023
+                return rest + config.n_layer * (2 * r * (m1 * n1 + m2 * n2) - saved)  # noqa: B023
+
+            r = max(1, bisect_right(range(1, min(m1 * n1, m2 * n2) + 1), largest, key=size))
             sides = ((r, m1, n1), (r, m2, n2)), ((r, n1, m1), (r, n2, m2))  # of c_fc, and of c_proj, its mirror image
             macs = sum(min(multiply_adds(*pair).values()) for pair in sides)
-            shapes.append(MLPShape(dim_1, dim_2, r, rest + r * per_factor, macs / (2 * C * hidden),
+            shapes.append(MLPShape(dim_1, dim_2, r, size(r), macs / (2 * C * hidden),
                                    min(C, r * min(m1, n1) * min(m2, n2))))
     fitting = [shape for shape in shapes if SLACK * limit <= shape.parameters <= largest]
     if not fitting:
@@ -122,19 +128,37 @@ def shapes_within(config, limit, largest=None):
     return sorted(fitting, key=interest)
 
 
-def room(config, kinds, limit):
+def smallest(config, kinds, narrows=()):
+    """Number of parameters of a KronyGPTConfig's model with rank 1 in the matrices of some kinds, and with the narrowest
+    heads, hidden units or both."""
+    if "heads" in narrows:
+        config = replace(config, shapes={}, head_qk=grid(config.head_dim, HEAD_STEPS)[0],
+                         head_v=grid(config.head_dim, HEAD_STEPS)[0])
+    if "hidden" in narrows:
+        config = replace(config, shapes={}, n_inner=[grid(n, HIDDEN_STEPS)[0] for n in config.n_inner])
+    shapes = {kind: [Shape(config.sizes(layer)[kind][0], 1, 1) for layer in range(config.n_layer)] for kind in kinds}
+    return count_parameters(replace(config, shapes={**config.shapes, **shapes}))
+
+
+def room(config, kinds, limit, narrows=()):
     """How many numbers a budget of parameters leaves for the matrices of some kinds in all blocks together.
 
     Raises:
-        UserError: too few for rank 1, or enough for the dense matrices.
+        UserError: too few for rank 1 and the narrowest widths, or enough for the dense model.
     """
-    total = count_parameters(config, kinds)
-    sizes = [config.sizes(layer)[kind] for layer in range(config.n_layer) for kind in kinds]
-    dense, least = sum(m * n for m, n in sizes), sum(m + n - 1 for m, n in sizes)
-    if not least <= limit - (total - dense) < dense:
-        raise UserError(f"a budget of {limit:,} parameters is not between {total - dense + least:,}, with rank 1 in all "
-                        f"matrices, and {total:,}, which the dense model has")
-    return limit - (total - dense)
+    total, least = count_parameters(config, kinds), smallest(config, kinds, narrows)
+    if not least <= limit < total:
+        raise UserError(f"a budget of {limit:,} parameters is not between {least:,}, with rank 1 in all matrices, and "
+                        f"{total:,}, which the dense model has")
+    return limit - total + sum(m * n for layer in range(config.n_layer) for kind, (m, n) in config.sizes(layer).items()
+                               if kind in kinds)
+
+
+def is_dense(model):
+    """Whether a KronyGPT is a GPT-2: dense matrices, heads of the usual width. Others get ranks only."""
+    config = model.config
+    return (all(matrix.is_dense for *_, matrix in model.matrices())
+            and set(config.head_qk + config.head_v) == {config.head_dim})
 
 
 def plan_ranks(dense, kinds, limit, statistics):
@@ -163,34 +187,39 @@ def plan_ranks(dense, kinds, limit, statistics):
     return plan
 
 
-def plan_widths(dense, limit, statistics, narrows=("heads", "hidden")):
-    """Widths and ranks of all blocks for a number of parameters by predicted loss.
+def plan_widths(dense, limits, statistics, narrows=("heads", "hidden")):
+    """Widths and ranks of all blocks for some numbers of parameters by predicted loss.
 
     The attention of each block chooses the widths of its heads and the ranks of its two matrices, and its MLP a number of
     hidden units and two ranks. Each is free to stay as it is.
 
     Args:
-        dense: a KronyGPT with dense matrices.
-        limit: number of parameters in all, which is never exceeded.
+        dense: a KronyGPT that is_dense().
+        limits: [number of parameters in all], which are never exceeded.
         statistics: calibration.Statistics of the model.
         narrows: the widths that may change.
 
     Returns:
-        A Plan.
+        [Plan], one for each limit.
+
+    Raises:
+        UserError: a limit is too small for any plan, or large enough for the dense model.
     """
-    config, parts = dense.config, []
+    config, parts, plans = dense.config, [], []
+    spare = [room(config, KINDS, limit, narrows) for limit in limits]
     blocks = [Block(dense, layer, statistics) for layer in range(config.n_layer)]
     for block in progress(blocks, "widths", "block"):
         for name, options in (("heads", block.attention("heads" in narrows)), ("hidden", block.mlp("hidden" in narrows))):
             parts.append([Choice(option.widths, option.n_biases, option.loss,
                                  {kind: rank_table(*matrix) for kind, matrix in option.matrices.items()}, name)
                           for option in options])
-    in_blocks = sum(m * n + n for layer in range(config.n_layer) for m, n in config.sizes(layer).values())
-    plan = Plan(f"widths and ranks for {limit:,} parameters, by predicted loss")
-    for choice, ranks in cheapest(parts, limit - count_parameters(config, KINDS) + in_blocks):
-        plan.add(choice, ranks)
-    plan.narrowed, plan.fisher = narrowed(dense, blocks, plan.widths)
-    return plan
+    biases = sum(n for layer in range(config.n_layer) for _, n in config.sizes(layer).values())  # which change with widths
+    for limit, numbers in zip(limits, spare):
+        plans.append(plan := Plan(f"widths and ranks for {limit:,} parameters, by predicted loss"))
+        for choice, ranks in cheapest(parts, numbers + biases):
+            plan.add(choice, ranks)
+        plan.narrowed, plan.fisher = narrowed(dense, blocks, plan.widths)
+    return plans
 
 
 @dataclass

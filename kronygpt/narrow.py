@@ -221,6 +221,12 @@ class Option:
     matrices: dict
 
 
+def grid(width, steps):
+    """About `steps` widths, evenly spaced, up to a width."""
+    step = max(1, width // steps)
+    return [*range(step, width, step), width]
+
+
 class Block:
     """The matrices of a block of a dense KronyGPT with its calibration.Statistics, in float64, and what narrows them.
 
@@ -242,16 +248,15 @@ class Block:
         W, F = self.W["attn.c_attn"], self.F["attn.c_attn"]
         self.bases = bases = head_bases(W, self.b["attn.c_attn"], self.W["attn.c_proj"], H, self.mean["attn.c_attn"],
                                         self.G["attn.c_attn"], self.G["attn.c_proj"], F, self.F["attn.c_proj"])
-        step = max(1, head // HEAD_STEPS)
-        grid = range(step, head + 1, step) if is_narrowed else [head]
+        widths = grid(head, HEAD_STEPS) if is_narrowed else [head]
         qk_costs, vo_costs = bases.qk_costs.sum(0), bases.vo_costs.sum(0)
         R_attn, R_proj = root(self.G["attn.c_attn"]), root(self.F["attn.c_proj"])
         result = []
-        for v in grid:
+        for v in widths:
             D_v, T_v = (side[2 * C:, 2 * H * head:] for side in reversed(head_maps(bases, head, v)))
             W_v = D_v.T @ self.W["attn.c_proj"]  # (n_head v, C)
             proj = H * v, C, squares(W_v.T @ (T_v.T @ self.G["attn.c_proj"] @ T_v) @ W_v, R_proj)[:H * v]
-            for qk in grid:
+            for qk in widths:
                 T, D = head_maps(bases, qk, v)
                 W_qkv = W @ T  # (C, n_head (2 qk + v))
                 attn = *W_qkv.shape, squares(W_qkv @ (D.T @ F @ D) @ W_qkv.T, R_attn)[:W_qkv.shape[1]]
@@ -267,8 +272,8 @@ class Block:
         self.order, costs = torch.arange(n), torch.zeros(n + 1)
         if is_narrowed:
             self.order, costs = brain_surgeon(W, G, self.F["mlp.c_proj"])
-        step, result = max(1, n // HIDDEN_STEPS), []
-        for width in range(step, n + 1, step) if is_narrowed else [n]:
+        result = []
+        for width in grid(n, HIDDEN_STEPS) if is_narrowed else [n]:
             kept = self.kept(width)
             W_fc, W_proj = self.W["mlp.c_fc"][:, kept], self.output(kept)
             fc = *W_fc.shape, squares(W_fc @ self.F["mlp.c_fc"][kept][:, kept] @ W_fc.T, R_fc)[:width]
