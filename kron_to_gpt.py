@@ -76,7 +76,8 @@ def main(ckpt, out_dir=None):
     narrow = without_dropped_units(model)
     if narrow is not model:
         print(f"MLPs of {narrow.config.n_inner[0]} hidden units: B drops the others of {model.config.n_inner[0]}")
-    if compressed and all(matrix.is_dense for _, _, matrix in narrow.matrices()):
+    widths = (set(narrow.config.head_qk + narrow.config.head_v + [narrow.config.head_dim]), set(narrow.config.n_inner))
+    if compressed and all(matrix.is_dense for *_, matrix in narrow.matrices()) and all(len(width) == 1 for width in widths):
         raise UserError(f"every matrix of {ckpt} is dense: the plain export, without --compressed=True, is as small and "
                         "needs no code")
     exported = (export.to_compressed if compressed else export.to_dense)(narrow).to(getattr(torch, dtype))

@@ -122,12 +122,12 @@ def with_identity(column, row, largest=1.5):
 def without_identity(pivots, rest, row):
     """column [m, r] and row [r, n] of with_identity(), whole and balanced: columns of one and rows of the other are
     orthogonal and of equal norms, as an SVD has them, so that training changes both sides alike."""
-    column = rest.new_empty(len(rest) + len(pivots), len(pivots))
+    column = torch.empty(len(rest) + len(pivots), len(pivots), dtype=torch.float64)
     is_rest = torch.ones(len(column), dtype=torch.bool)
     is_rest[pivots] = False
-    column[pivots], column[is_rest] = torch.eye(len(pivots), dtype=rest.dtype), rest
-    (Q, R), (P, S) = torch.linalg.qr(column), torch.linalg.qr(row.T)
+    column[pivots], column[is_rest] = torch.eye(len(pivots), dtype=torch.float64), rest.double()
+    (Q, R), (P, S) = torch.linalg.qr(column), torch.linalg.qr(row.double().T)
     U, sigma, V = torch.linalg.svd(R @ S.T, full_matrices=False)
     column, row = (Q @ U) * sigma.sqrt(), sigma.sqrt()[:, None] * (V @ P.T)
     signs = column.gather(0, column.abs().argmax(0, keepdim=True)).sign()  # singular vectors come with either sign
-    return column * signs, row * signs.T
+    return (column * signs).to(rest), (row * signs.T).to(rest)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import kron_sum, named_matrices, random_tokens, randomize_vectors, run_here
+from torch.nn import functional as F
 
 from kronygpt import calibration, checkpoint, data, least_squares
-from kronygpt.budget import Plan
+from kronygpt.budget import Plan, plan_widths
 from kronygpt.calibration import contributions, interleave
 from kronygpt.compress import apply, factorize, spread_units
+from kronygpt.export import to_compressed
 from model import KINDS, KronyGPT, KronyGPTConfig, mlp_shapes
 
 
@@ -202,6 +204,15 @@ def test_all_matrices_fitted_in_the_metric_keep_more_of_the_model(trained):
         losses.append(loss(new, tokens))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == loss(apply(model, Plan("", shapes, fisher=fisher), tokens[:, :-1])[0], tokens)
+
+
+def test_a_compressed_export_in_bfloat16_has_the_loss_of_the_float32_one(trained, tmp_path):
+    model, tokens = trained
+    plan, = plan_widths(model, [24_000], calibration.statistics(model, tokens[:, :-1]))
+    exported = to_compressed(apply(model, plan, tokens[:, :-1])[0])
+    losses = [F.cross_entropy(exported.to(dtype)(tokens[:, :-1]).logits.float().mT, tokens[:, 1:]).item()
+              for dtype in (torch.float32, torch.bfloat16)]
+    assert losses[1] == pytest.approx(losses[0], abs=0.002)
 
 
 @pytest.mark.parametrize("kind, place", [("attn.c_attn", 0), ("attn.c_proj", 2), ("mlp.c_fc", 0), ("mlp.c_proj", 2)])
