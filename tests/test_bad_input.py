@@ -33,11 +33,11 @@ BAD = {  # {command: what its line says}
     # command lines
     "train.py --lr=1e-3": "did you mean --learning_rate?",
     "train.py --max_iters=1e4": "--max_iters takes a whole number, not '1e4'",
-    "train.py config/none.py": "no config file config/none.py",
-    "train.py syntax.py": "syntax.py, line 2: ",
+    "train.py config/none.py": "config/none.py",
+    "train.py syntax.py": "syntax.py, line 2",
     "train.py unknown.py": "did you mean --batch_size?",
-    "perplexity.py": "missing argument; usage: python perplexity.py ckpt",
-    "sample.py good.pt prompt": "unexpected argument 'prompt'",
+    "perplexity.py": "missing a required argument: 'ckpt'; usage: python perplexity.py ckpt",
+    "sample.py good.pt prompt": "too many positional arguments",
     "sample.py good.pt --device=cuda:99": "cuda:99",
     "sample.py good.pt --start=FILE:none.txt": "none.txt",
     # models
@@ -69,7 +69,7 @@ BAD = {  # {command: what its line says}
     "kron_to_gpt.py good.pt folder": "folder",
     # data and training
     f"{TRAIN} --dataset=none": "data/none",
-    f"{TRAIN} --dataset=odd": "multiple of the data-type",
+    f"{TRAIN} --dataset=odd": "odd number",
     f"{TRAIN} --dataset=big --init_from=good.pt": "token 300",
     f"{TRAIN} --dataset=words --init_from=good.pt": "gpt2",
     f"{TRAIN} --init_from=resume": "nothing to resume",

@@ -235,7 +235,7 @@ def test_an_export_that_differs_too_much_leaves_everything_as_it_was(exported, w
     (["notes"], "notes cannot be loaded: it holds no model"),
     (["notes/todo.txt"], "notes/todo.txt"),
     (["small.pt", "--tokenizer=notes"], "no tokenizer in notes"),
-    ([], "missing argument"),
+    ([], "missing a required argument"),
 ])
 def test_wrong_arguments_get_one_line_and_write_nothing(args, message, small_model, workdir):
     checkpoint.save("small.pt", small_model)
