@@ -81,7 +81,6 @@ BAD = {  # {command: what its line says}
     "perplexity.py good.pt bad.jsonl": "bad.jsonl, line 2",
     "perplexity.py good.pt empty.txt": "empty.txt",
     "perplexity.py good.pt half.parquet": "half.parquet",
-    "perplexity.py far.pt tiny --json_out=made.json": "tiny",
     "prepare_owt.py --tokenizer=byte_level --data_files=none*.txt": "none*.txt",
     "experiments/compare.py --seeds=x": "'x'",
 }
