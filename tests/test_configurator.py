@@ -38,8 +38,7 @@ class Panic(BaseException):
 
 
 FAILURES = dict(
-    missing=FileNotFoundError("no such thing"), odd=OSError("odd"), wrong=UserError("two\\nlines"),
-    diverged=UserError("not finite", status=1), memory=MemoryError(),
+    missing=FileNotFoundError("no such thing"), wrong=UserError("two\\nlines"), diverged=UserError("not finite", status=1),
     cuda=torch.OutOfMemoryError("CUDA out of memory\\nmore"), panic=Panic("index out of bounds"), long=TypeError(1000 * "x"))
 
 
@@ -101,10 +100,6 @@ def test_the_last_of_options_and_config_files_wins(workdir):
         assert positionals == ["one", "two"]
         assert (namespace["batch_size"], namespace["name"], namespace["fast"]) == (batch_size, "small", True)
         assert configurator.given == {"batch_size", "name", "fast"}
-
-
-def test_py_may_be_left_out_only_without_positionals(workdir):
-    Path("small.py").write_text("batch_size = 2")
     assert configured("small")[1] == ["small"]
     namespace = options()
     assert configure(namespace, ["small"], takes_positionals=False) == [] and namespace["batch_size"] == 2
@@ -121,14 +116,10 @@ def test_the_name_of_a_model_runs_no_file_beside_it(workdir):
         assert not Path("pwned").exists(), command
 
 
-@pytest.mark.parametrize("content", [
-    b"\xef\xbb\xbfbatch_size = 2\nname = 'd\xc3\xa9j\xc3\xa0'\n",
-    b"# -*- coding: latin-1 -*-\nbatch_size = 2\nname = 'd\xe9j\xe0'\n",
-])
-def test_a_config_file_is_read_as_python_reads_it(content, workdir):
-    Path("small.py").write_bytes(content)
-    namespace, _ = configured("small.py")
-    assert (namespace["batch_size"], namespace["name"]) == (2, "déjà")
+def test_a_config_file_is_read_as_python_reads_it(workdir):
+    for content in b"\xef\xbb\xbfname = 'd\xc3\xa9j\xc3\xa0'\n", b"# -*- coding: latin-1 -*-\nname = 'd\xe9j\xe0'\n":
+        Path("small.py").write_bytes(content)
+        assert configured("small.py")[0]["name"] == "déjà"
 
 
 def test_a_config_file_sees_the_options_so_far_and_may_compute(workdir):
@@ -210,23 +201,21 @@ def test_a_command_that_cannot_be_obeyed_is_one_line(say):
 
 
 def test_help_prints_the_docstring_and_every_option_with_default_and_comment(say):
-    for flag in "--help", "-h":
-        result = say("x", "--batch_size=3", flag)
-        assert result.returncode == 0 and "got" not in result.stdout
-        assert "python say.py what [where]" in result.stdout.splitlines()[0]
-        assert "Says what it was given.\n\n    python say.py words" in result.stdout
-        rows = [line.split(maxsplit=1) for line in result.stdout.partition("options:\n")[2].splitlines()]
-        assert rows[:-1] == [["--batch_size=8", "sequences at once"], ["--learning_rate=0.5", "of the optimizer"],
-                             ["--fast=False", "whether to hurry"], ["--name='\\n'", "of the run"],
-                             ["--budget=", "at most so many parameters"], ["--top_k=", "sample among these"]]
-        assert rows[-1][0] == "--traceback"
+    result = say("x", "--batch_size=3", "--help")
+    assert result.returncode == 0 and "got" not in result.stdout
+    assert "python say.py what [where]" in result.stdout.splitlines()[0]
+    assert "Says what it was given.\n\n    python say.py words" in result.stdout
+    rows = [line.split(maxsplit=1) for line in result.stdout.partition("options:\n")[2].splitlines()]
+    assert rows[:-1] == [["--batch_size=8", "sequences at once"], ["--learning_rate=0.5", "of the optimizer"],
+                         ["--fast=False", "whether to hurry"], ["--name='\\n'", "of the run"],
+                         ["--budget=", "at most so many parameters"], ["--top_k=", "sample among these"]]
+    assert rows[-1][0] == "--traceback"
     usage = run_here("experiments/compare.py", "--help").stdout.partition("\n")[0]
     assert usage == "usage: python -m experiments.compare [config.py ...] [--option=value ...]"
 
 
 @pytest.mark.parametrize("what, status, line", [
-    ("missing", 2, "no such thing"), ("odd", 1, "odd"), ("wrong", 2, "two lines"), ("diverged", 1, "not finite"),
-    ("memory", 1, "out of memory: lower --batch_size ()"),
+    ("missing", 2, "no such thing"), ("wrong", 2, "two lines"), ("diverged", 1, "not finite"),
     ("cuda", 1, "out of memory: lower --batch_size (CUDA out of memory)")])
 def test_exit_status_tells_wrong_arguments_from_failures(what, status, line, say):
     said = say(what)
@@ -247,10 +236,8 @@ def test_any_other_error_is_one_line_that_names_our_file_and_line(what, words, f
 
 
 def test_traceback_shows_all_of_an_error(say):
-    for what, status in (("panic", 1), ("wrong", 2)):
-        said = say(what, "--traceback")
-        assert said.returncode == status and said.stderr.startswith("Traceback"), said.stderr
-        assert "say.py" in said.stderr and "in main" in said.stderr
+    said = say("wrong", "--traceback")
+    assert said.returncode == 2 and said.stderr.startswith("Traceback") and "in main" in said.stderr
 
 
 def start(*args, encoding="utf-8", **options):
