@@ -63,13 +63,7 @@ def load_rows(name):
 
 
 def load_text_tokens(name, config, directory=None):
-    """The tokens of a text data set, and its length in bytes.
-
-    Args:
-        name: of the data set.
-        config: the KronyGPTConfig of the model.
-        directory: of another tokenizer than the model's, or None.
-    """
+    """The tokens of a text data set by the tokenizer of a KronyGPTConfig, or that in a directory, and its length in bytes."""
     rows = load_rows(name)
     texts = [row for row in rows if row is not None]
     if len(texts) < len(rows):

@@ -28,8 +28,11 @@ import time
 from pathlib import Path
 
 from experiments import pictures
+from kronygpt import checkpoint
 from kronygpt.configurator import UserError, run
+from kronygpt.data import find_dataset
 from kronygpt.files import atomic_write, output_directory
+from kronygpt.run_dir import read_log
 
 base = "out/demo/base/best.pt"  # the dense model: a checkpoint, a Hugging Face directory or a hub name
 starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # one start a line: name: command | options of its training
@@ -94,7 +97,7 @@ def modification_time(source):
 
 
 def score(source, path):
-    """The loss of a model on the held-out text, by perplexity.py, in nats per token. Its result goes to a JSON file."""
+    """The loss of a model on the held-out text in nats per token, by perplexity.py, whose result goes to a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     call("perplexity.py", str(source), dataset, f"--json_out={path}")
     return json.loads(path.read_text())[dataset]["loss"]
@@ -106,8 +109,6 @@ def make_start(folder, command):
     Returns:
         {"parameters", "shapes": {matrix: [[dim_1, dim_2, factors] of each block]}, "before": loss, "seconds"}
     """
-    from kronygpt import checkpoint
-
     path = folder / "start.pt" if command else base
     seconds = call(*command, f"--init_from={base}", f"--out={path}") if command else 0
     model, _ = checkpoint.load(str(path))
@@ -122,9 +123,6 @@ def train_start(folder, start, options, seed, is_exported):
     Returns:
         {"after": loss, "learning_rate", "seconds", "curve": [(step, validation loss)]}
     """
-    from kronygpt import checkpoint
-    from kronygpt.run_dir import read_log
-
     train_steps = [f"--max_iters={steps}"] if steps else []
     seconds = call("train.py", train_config, *options, f"--init_from={start}", f"--dataset={dataset}",
                    f"--out_dir={folder}", f"--seed={seed}", "--overwrite=True", *train_steps)  # ours last: they count
@@ -199,8 +197,6 @@ def write_results(rows):
 
 
 def main():
-    from kronygpt.data import find_dataset
-
     todo, folder, numbers = parse_starts(), Path(out_dir), list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     output_directory(folder)
     find_dataset(dataset)

@@ -220,12 +220,8 @@ def end_at_signals():
 
 
 def report(error, out_of_memory=None):
-    """What an error says in one line: with the place in our code, unless the user or the system is at fault.
-
-    Args:
-        error: the exception.
-        out_of_memory: what to do where memory is too small.
-    """
+    """What an error says in one line: with the place in our code, unless the user or the system is at fault. out_of_memory
+    says what to do where memory is too small."""
     if isinstance(error, (UserError, OSError)):
         return " ".join(str(error).split())
     first_line = shortened(str(error).strip().partition("\n")[0], 300)

@@ -30,12 +30,7 @@ def output_file(path):
 
 
 def output_directory(path, is_replaced=False):
-    """The path of a directory to write, checked before the work for it begins.
-
-    Args:
-        path: of the directory. It need not exist.
-        is_replaced: the whole directory is going to be replaced, as atomic_directory does; otherwise files are written into
-            it.
+    """The path of a directory to write, or with is_replaced, to replace as a whole, checked before the work for it begins.
 
     Raises:
         UserError: it is no directory, or lies where nothing can be written, or cannot be replaced.
@@ -113,18 +108,10 @@ def sync(path):
 
 @contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a file for writing that replaces the old one, as a whole, when the block ends.
+    """Open a file, as "wb" or as "w" for UTF-8 text, that replaces the old one, as a whole, when the block ends.
 
-    It is written beside it, flushed to disk and renamed. A block that fails leaves the old file as it was; what a kill
-    leaves, the next write of this path removes. The new file has the old one's mode. A link stays, and its target is
-    replaced.
-
-    with atomic_write("table.md", "w") as file:
-        file.write(table)
-
-    Args:
-        path: of the file; its folder is made.
-        mode: "wb", or "w" for UTF-8 text.
+    It is written beside it, flushed to disk and renamed; the folder is made. A block that fails leaves the old file as it
+    was. The new file has the old one's mode. A link stays, and its target is replaced.
 
     Raises:
         UserError: see output_file.
@@ -145,14 +132,7 @@ def atomic_directory(path, is_ours):
 
     It is written beside it. Then the old one is renamed, the new one gets its name, and the old one is removed. A kill
     between the two renames leaves both, complete, beside the name (.old and .tmp); the next write of this path begins by
-    giving the old one its name back.
-
-    with atomic_directory("models/mine", lambda name: name.endswith(".json")) as aside:
-        model.save_pretrained(aside)
-
-    Args:
-        path: of the directory; its folder is made.
-        is_ours: function of a name in it, whether we write such files. The others are copied from the old directory.
+    giving the old one its name back. Files for whose names is_ours(name) is false are copied from the old directory.
 
     Raises:
         UserError: see output_directory.
@@ -188,12 +168,8 @@ def link_or_copy(source, target):
 
 
 def lock(directory):
-    """Claim a directory, which is made, for this process.
-
+    """Claim a directory, which is made, for this process: the result's release(), or the end of the process, frees it.
     Where the file system has no locks (Lustre, some NFS, FUSE), it warns and claims nothing.
-
-    Returns:
-        A lock: its release(), or the end of the process, frees the directory.
 
     Raises:
         UserError: another process has it.
