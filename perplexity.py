@@ -63,7 +63,7 @@ def load_rows(name):
 
 
 def load_text_tokens(name, config, directory=None):
-    """The tokens of a text data set by the tokenizer of a KronyGPTConfig, or that in a directory, and its length in bytes."""
+    """The tokens of a text data set, by the tokenizer of a KronyGPTConfig or that in a directory, and its bytes."""
     rows = load_rows(name)
     texts = [row for row in rows if row is not None]
     if len(texts) < len(rows):
