@@ -162,6 +162,8 @@ def main():
             dataset, remark = gather(texts, str(scratch / "documents.arrow"))
         else:
             dataset, remark = load_hub(name, streaming=False), ""
+        if len(dataset) < 2:
+            raise UserError(f"{len(dataset)} documents are too few to split: --sample_by=line makes more of a .txt")
         start = time.perf_counter()
         parts = dataset.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
         report = write_documents(directory, ours, source, encode_all(parts, ours))

@@ -361,8 +361,8 @@ def read_rows(path, column="text"):
 def text_of(row, column, where):
     """The string in a column of a row, or None."""
     if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
-        fields = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise UserError(f"{where} has no text in a column `{column}`, but {fields}")
+        names = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
+        raise UserError(f"{where} has no text in a column `{column}` (columns: {names})")
     return row[column]
 
 

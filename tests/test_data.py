@@ -265,8 +265,8 @@ def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(shared, w
     (workdir / "one.txt").write_text("only one")
     (workdir / "latin.txt").write_bytes("déjà\n\nvu".encode("latin-1"))
     for pattern, message in ("nothing/*.txt", "no files match --data_files=nothing/*.txt"), \
-            ("other.*", "other.jsonl, row 1 has no text in a column `text`, but title"), \
-            ("one.*", "the resulting train set will be empty"), ("latin.txt", "cannot read latin.txt: UnicodeDecodeError"):
+            ("other.*", "other.jsonl, row 1 has no text in a column `text` (columns: title)"), \
+            ("one.*", "1 documents are too few to split"), ("latin.txt", "cannot read latin.txt: UnicodeDecodeError"):
         result = run_here("prepare_owt.py", "--out=mine", f"--data_files={pattern}")
         assert result.returncode and message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
         assert contents(workdir / "data" / "mine") == before

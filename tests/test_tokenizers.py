@@ -1,6 +1,7 @@
 """The tokenizer beside a model, from its directory to the text that is scored, sampled, prepared and exported."""
 import json
 import math
+import pickle
 import shutil
 from pathlib import Path
 
@@ -104,7 +105,6 @@ def test_gpt2_is_told_by_its_files_without_tiktokens(shared, workdir, monkeypatc
 
     write_gpt2("english")
     vocabulary = json.loads(Path("english/vocab.json").read_text())
-    assert fingerprint(vocabulary) == GPT2Tokenizer.fingerprint
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(workdir))
     assert isinstance(read_tokenizer("english"), GPT2Tokenizer) and tokenizer_record("english") is None
     other = Tokenizer(models.BPE.from_file("english/vocab.json", "english/merges.txt"))  # but each digit by itself
@@ -196,7 +196,6 @@ def test_a_directory_without_a_tokenizer_has_none(gpt2_dir):
     ({"tokenizer.json": "{"}, "cannot read the tokenizer in"),
     ({"tokenizer.json": '{"model": {"vocab": {"a": 1}}}'}, "cannot read the tokenizer in"),
     ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"}, r"tokenizer\.json is a git-lfs pointer"),
-    ({"vocab.json": '{"a": 65536}', "merges.txt": ""}, r"has 65,537 tokens: .* holds 65,536"),
     ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"b": 5}'}, "numbers in added_tokens.json"),
     ({"vocab.txt": "[PAD]\n"}, r"in a form that is not read here \(vocab\.txt\)"),
     ({"vocab.json": '{"a": 1}'}, r"in a form that is not read here \(vocab\.json\)"),
@@ -216,24 +215,22 @@ def test_a_tokenizer_that_went_or_changed_is_one_line_that_names_the_option(germ
     assert record["path"] == str(Path("german").resolve())
     assert isinstance(open_tokenizer(config_of(300, record)), HuggingFaceTokenizer)
     Path("german").rename("deutsch")
-    with pytest.raises(UserError, match=f"no tokenizer in .*german.*{record['name']}.*--tokenizer=DIRECTORY"):
+    with pytest.raises(UserError, match=f"german has no tokenizer, and the model's is {record['name']}"):
         open_tokenizer(config_of(300, record))
     assert open_tokenizer(config_of(300, record), "deutsch").encode("ist").tolist() == german.encode("ist").ids
     german.add_tokens(["neu"])
     Path("german").mkdir()
     german.save("german/tokenizer.json")
-    with pytest.raises(UserError, match=f"and the model was made with {record['name']}: --tokenizer=DIRECTORY"):
+    with pytest.raises(UserError, match=f"german has german-.*, and the model's is {record['name']}"):
         open_tokenizer(config_of(301, record))
-    with pytest.raises(UserError, match="no tokenizer in nothing"):
+    with pytest.raises(UserError, match="nothing has no tokenizer"):
         open_tokenizer(config_of(300, record), "nothing")
 
 
-def test_a_token_added_beyond_the_model_does_no_harm_and_a_larger_vocabulary_is_refused(german):
+def test_a_token_added_beyond_the_model_does_no_harm(german):
     german.add_special_tokens(["<pad>"])
     german.save("german/tokenizer.json")
     assert open_tokenizer(config_of(300, tokenizer_record("german"))).vocab_size == 301
-    with pytest.raises(UserError, match="has 301 tokens, and the model has a vocabulary of 299"):
-        open_tokenizer(config_of(299, tokenizer_record("german")))
 
 
 def test_a_model_is_scored_with_its_own_tokenizer(german, workdir):
@@ -314,11 +311,6 @@ def test_an_export_without_its_tokenizer_has_the_weights_and_a_line(german, work
     assert Path("exported/model.safetensors").exists() and not list(Path("exported").glob("*token*"))
 
 
-@pytest.mark.parametrize("record", ["gpt2", 5, [], {}, dict(name=3, path="x"), dict(name="a"), dict(name="a", path=3)])
-def test_what_is_no_record_in_a_file_of_others_is_none(record):
-    assert isinstance(open_tokenizer(config_of(256, record)), BytesTokenizer)
-
-
 @pytest.mark.parametrize("make", [BytesTokenizer, GPT2Tokenizer, lambda: HuggingFaceTokenizer("german")])
 def test_lone_surrogates_are_replaced_as_by_tiktoken(make, shared, german):
     ours = make()
@@ -342,40 +334,27 @@ class Pickled:
         return Path.touch, (Path("pwned"),)
 
 
-@pytest.fixture
-def char(workdir):
-    import pickle
-
+def test_nanogpts_characters_get_a_line_that_says_what_to_write_and_with_that_they_train(workdir):
     tokens = np.random.default_rng(0).integers(65, size=3000)
-    tokens[7] = 64
-    directory = write_dataset("char", tokens, tokens[:500], meta=None)
-    (directory / "meta.pkl").write_bytes(pickle.dumps(Pickled()))
-    return directory
-
-
-def test_nanogpts_characters_get_a_line_that_says_what_to_write_and_with_that_they_train(char, workdir):
-    line = '{"vocab_size": 65, "tokenizer": "unknown"}'
+    char = write_dataset("char", tokens, tokens[:500], meta=None)
+    (char / "meta.pkl").write_bytes(pickle.dumps(Pickled()))
     train = ["train.py", "--dataset=char", "--block_size=16", "--batch_size=2", "--gradient_accumulation_steps=1",
              "--n_layer=1", "--n_head=1", "--n_embd=16", "--max_iters=1", "--eval_iters=1"]
     said = run_here(*train)
     assert said.returncode == 2 and said.stderr.count("\n") == 1
-    assert f"write {line} into data/char/meta.json" in said.stderr
-    assert not Path("pwned").exists()
-    (char / "meta.json").write_text(line)
-    checkpoint.save("char.pt", model_of(65))
-    assert len(load_tokens("char", "train", config_of(65), 32)) == 3000
+    assert 'write {"vocab_size": N, "tokenizer": "unknown"} into data/char/meta.json' in said.stderr
+    (char / "meta.json").write_text('{"vocab_size": 65, "tokenizer": "unknown"}')
+    said = run_here(*train)
+    assert said.returncode == 0 and not Path("pwned").exists(), said.stderr
     assert data_tokenizer("char") == dict(name="unknown", path=None)
+    checkpoint.save("char.pt", model_of(65))
     said = run_here("perplexity.py", "char.pt", "char", "--json_out=out.json")
     assert said.returncode == 0, said.stderr
     result = json.loads(Path("out.json").read_text())["char"]
     assert result["bits_per_byte"] is None and result["tokens_scored"] == 500 - 16
-    assert not Path("pwned").exists()
-    said = run_here(*train)
-    assert said.returncode == 0, said.stderr
     for vocab_size in 50257, 256, 66:
         with pytest.raises(UserError, match="holds unknown tokens"):
             load_tokens("char", "train", config_of(vocab_size))
-    assert len(load_tokens("char", "train", config_of(256, data_tokenizer("char")))) == 3000
 
 
 def test_a_model_without_a_tokenizer_prints_numbers_and_takes_no_text(workdir):
