@@ -59,7 +59,7 @@ class GPT2Tokenizer(Tokenizer):
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = GPT2_VOCAB_SIZE - 1
 
-    @cached_property
+    @property
     def encoding(self):
         return tiktoken.get_encoding("gpt2")  # downloaded, unless TIKTOKEN_CACHE_DIR has it
 
@@ -113,7 +113,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.tokenizer = read_files(self.directory)
         self.vocabulary = self.tokenizer.get_vocab()  # {token: id}, added tokens included
         self.name = f"{self.directory.name}-{fingerprint(self.vocabulary)}"
-        self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
+        self.vocab_size = max(self.vocabulary.values()) + 1
         self.end_name = special_token(self.directory, "eos_token") or next(
             (token for token in (END_OF_TEXT, "</s>") if token in self.vocabulary), END_OF_TEXT)
         self.end_of_text = self.vocabulary.get(self.end_name)
@@ -284,10 +284,7 @@ def tokenizer_name(config):
 
 def extends(config, name, vocab_size):
     """Whether a model's tokenizer has all tokens of another one, of this name and vocab_size, under the same numbers."""
-    try:
-        ours = getattr(open_tokenizer(config), "vocabulary", {})
-    except UserError:
-        return False
+    ours = getattr(open_tokenizer(config), "vocabulary", {})
     theirs = {cls.name: cls.fingerprint for cls in (GPT2Tokenizer, BytesTokenizer)}.get(name, name)
     return is_same(theirs, fingerprint({token: number for token, number in ours.items() if number < vocab_size}))
 

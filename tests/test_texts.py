@@ -17,7 +17,7 @@ from test_data import config_of
 from kronygpt.configurator import UserError
 from kronygpt.data import read_pieces, read_rows
 from kronygpt.tokenizer import GPT2Tokenizer
-from perplexity import load_text_tokens
+from perplexity import is_text, load_text_tokens
 
 ROWS = [f"Zeile {i}: naïve \"café\",\nzweite Zeile." for i in range(40)]
 
@@ -130,14 +130,14 @@ def save(path, rows):
         gzip.compress("".join(json.dumps(dict(text=text)) + "\n" for text in ROWS).encode()))),
     ("rows.csv", lambda path: write_csv(path, ",")), ("rows.tsv", lambda path: write_csv(path, "\t")),
     ("rows.parquet", lambda path: write_parquet(path, ROWS)),
+    ("categories.parquet", lambda path: write_parquet(path, pa.array(ROWS).dictionary_encode())),
     ("saved", lambda path: save(path, ROWS)),
     ("saved/data-00000-of-00001.arrow", lambda path: save("saved", ROWS)),
     ("rows.arrow", lambda path: feather.write_feather(pa.table(dict(id=range(40), text=ROWS)), path)),
 ])
-def test_rows_come_in_several_forms(name, write, prepare):
+def test_rows_come_in_several_forms(name, write, workdir):
     write(name)
     assert list(read_rows(name)) == ROWS
-    assert prepare(name)[1] == sorted(ROWS)
 
 
 def test_a_compressed_text_is_the_text_and_several_splits_are_named(workdir):
@@ -149,11 +149,6 @@ def test_a_compressed_text_is_the_text_and_several_splits_are_named(workdir):
     with pytest.raises(UserError, match="saved has the splits train, test"):
         list(read_rows("saved"))
     assert list(read_rows("saved/test")) == ["b"]
-
-
-def test_texts_of_a_column_of_categories_are_texts(workdir):
-    write_parquet("a.parquet", pa.array(["a", "b", "a"]).dictionary_encode())
-    assert list(read_rows("a.parquet")) == ["a", "b", "a"]
 
 
 def test_a_lone_surrogate_is_replaced_in_both_scripts(prepare):
@@ -172,22 +167,14 @@ def test_a_byte_order_mark_and_empty_lines_are_no_text(prepare):
     assert prepare("a.txt")[1] == ["b", "ä"] and list(read_rows("a.txt")) == ["ä\n\nb"]
 
 
-@pytest.mark.parametrize("name", ["wiki.test.raw", "noending", "[a]?.txt", "UPPER.TXT"])
-def test_an_existing_file_is_a_text_for_perplexity(name, gpt2_dir, workdir):
-    scores = []
-    for path in name, "plain.txt":
-        Path(path).write_text("Ein Text, irgendwo.\n" * 9)
-        said = run_here("perplexity.py", gpt2_dir, path, "--json_out=out.json")
-        assert said.returncode == 0, said.stderr
-        scores.append(json.loads(Path("out.json").read_text())[path]["loss"])
-    assert scores[0] == scores[1]
-
-
-@pytest.mark.parametrize("name", ["val.bin", "ckpt.pt", "tokens.npy"])
-def test_a_file_of_tokens_is_no_text(name, gpt2_dir, workdir):
-    Path(name).write_bytes(bytes(range(1, 100)))
-    said = run_here("perplexity.py", gpt2_dir, name)
-    assert said.returncode == 2 and f"{name} is no text" in said.stderr and said.stderr.count("\n") == 1
+def test_an_existing_file_is_a_text_for_perplexity_unless_it_holds_tokens(workdir):
+    for name in "wiki.test.raw", "noending", "[a]?.txt", "UPPER.TXT":
+        Path(name).write_text("Ein Text")
+        assert is_text(name) and bytes(load_text_tokens(name, config_of(256))[0].tolist()) == b"Ein Text"
+    for name in "val.bin", "ckpt.pt", "tokens.npy":
+        Path(name).write_bytes(bytes(range(1, 100)))
+        with pytest.raises(UserError, match=f"{name} is no text"):
+            is_text(name)
 
 
 def test_a_separator_ends_a_document(prepare):
@@ -220,10 +207,3 @@ def test_documents_of_a_txt_are_those_of_datasets(sample_by, prepare, workdir):
         workdir.joinpath(f"{name}.txt").write_bytes(text.encode())
     theirs = load_dataset("text", data_files=["a.txt", "b.txt"], sample_by=sample_by, split="train", cache_dir="theirs")
     assert prepare("*.txt", f"--sample_by={sample_by}")[1] == sorted(filter(None, theirs["text"]))
-
-
-def test_a_directory_in_brackets_holds_a_local_wikitext(workdir, gpt2_dir):
-    Path("[w]/wikitext-2-v1").mkdir(parents=True)
-    write_parquet("[w]/wikitext-2-v1/test-00000-of-00001.parquet", ["Ein Satz.", "Noch einer."])
-    said = run_here("perplexity.py", gpt2_dir, "wiki2", "--wikitext=[w]")
-    assert said.returncode == 0, said.stderr
