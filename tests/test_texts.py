@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_here
+from datasets import Dataset, DatasetDict, load_dataset
 from pyarrow import feather
 from test_data import config_of
 
@@ -19,6 +20,7 @@ from kronygpt.data import read_pieces, read_rows
 from kronygpt.tokenizer import GPT2Tokenizer
 from perplexity import is_text, load_text_tokens
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 ROWS = [f"Zeile {i}: naïve \"café\",\nzweite Zeile." for i in range(40)]
 
 
@@ -36,17 +38,6 @@ def prepare(workdir, shared):
     return prepare
 
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-
-
-def write_parquet(path, column, name="text"):
-    pq.write_table(pa.table({name: column}), path)
-
-
-def write_jsonl(path, rows):
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 @pytest.mark.parametrize("kind", ["txt", "parquet"])
 @pytest.mark.parametrize("pattern, names", [
     ("br/*.{}", ["br/a1", "br/a[1]", "br/b?", "br/c*d", "br/c::d", "br/{e}", "br/f,g"]),
@@ -62,7 +53,7 @@ def test_exactly_the_files_that_the_glob_finds_are_prepared(pattern, names, kind
         if kind == "txt":
             path.write_text("\n\n".join(texts), encoding="utf-8")
         else:
-            write_parquet(path, texts)
+            pq.write_table(pa.table(dict(text=texts)), path)
     said, documents = prepare(pattern.format(kind))
     assert said.returncode == 0, said.stderr
     assert documents == sorted(expected)
@@ -75,74 +66,57 @@ def test_line_ends_are_scored_as_they_are_in_the_file(workdir):
     assert bytes(tokens.tolist()) == content and n_bytes == len(content)
 
 
-@pytest.mark.parametrize("name, write", [
-    ("rows.jsonl", lambda path: write_jsonl(path, [dict(text=text) for text in (*ROWS, None, None)])),
-    ("rows.parquet", lambda path: write_parquet(path, [*ROWS, None, None])),
-])
-def test_nulls_are_skipped_and_counted(name, write, prepare):
-    write(name)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_nulls_are_skipped_and_counted(name, prepare):
+    rows = Dataset.from_dict(dict(text=[*ROWS, None, None]))
+    rows.to_json(name) if name == "rows.jsonl" else rows.to_parquet(name)
     said, documents = prepare(name)
     assert documents == sorted(ROWS), said.stderr
     assert said.stdout.splitlines()[-1].endswith("; 2 rows with a null for a text are skipped")
     assert load_text_tokens(name, config_of(256))[1] == len("\n\n".join(ROWS).encode())
 
 
-@pytest.mark.parametrize("name, write, message", [
-    ("a.jsonl", lambda path: write_jsonl(path, [dict(text="a"), dict(text=3)]), "row 2 has no text in a column `text`"),
-    ("a.ndjson", lambda path: write_jsonl(path, [["a"]]), "row 1 has no text in a column `text` (columns: none)"),
-    ("a.jsonl", lambda path: Path(path).write_text('{"text": "a"}\n\n{"te'), "cannot read a.jsonl, line 3: JSONDecodeError"),
-    ("a.json", lambda path: Path(path).write_text('[{"id": "a"}]'), "row 1 has no text in a column `text` (columns: id)"),
-    ("a.parquet", lambda path: write_parquet(path, [["a"], ["b"]]), "row 1 has no text in a column `text`"),
-    ("a.parquet", lambda path: write_parquet(path, ["a"], "title"), "row 1 has no text in a column `text` (columns: title)"),
-    ("a.parquet", lambda path: Path(path).write_text("no parquet"), "cannot read a.parquet: ArrowInvalid"),
-    ("a.csv", lambda path: Path(path).write_text("id,title\n1,a\n"), "no text in a column `text` (columns: id, title)"),
-    ("a.txt.gz", lambda path: Path(path).write_bytes(gzip.compress(b"cut")[:-3]), "cannot read a.txt.gz: EOFError"),
-    ("latin.md", lambda path: Path(path).write_bytes(b"d\xe9j\xe0"), "cannot read latin.md: UnicodeDecodeError"),
-    ("a.txt", lambda path: Path(path).write_text(POINTER), "a.txt is a git-lfs pointer"),
-    ("a.parquet", lambda path: Path(path).write_text(POINTER), "a.parquet is a git-lfs pointer"),
-    ("none.txt", lambda path: None, "cannot read none.txt: FileNotFoundError"),
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "a.jsonl, row 2 has no text in a column `text`"),
+    ("a.ndjson", b'["a"]\n', "a.ndjson, row 1 has no text in a column `text` (columns: none)"),
+    ("a.jsonl", b'{"text": "a"}\n\n{"te', "cannot read a.jsonl, line 3: JSONDecodeError"),
+    ("a.json", b'[{"title": "a"}]', "a.json, row 1 has no text in a column `text` (columns: title)"),
+    ("a.parquet", pa.table(dict(text=[["a"], ["b"]])), "row 1 has no text in a column `text`"),
+    ("a.parquet", pa.table(dict(title=["a"])), "row 1 has no text in a column `text` (columns: title)"),
+    ("a.parquet", b"no parquet", "cannot read a.parquet: ArrowInvalid"),
+    ("a.csv", b"id,title\n1,a\n", "no text in a column `text` (columns: id, title)"),
+    ("a.txt.gz", gzip.compress(b"cut")[:-3], "cannot read a.txt.gz: EOFError"),
+    ("latin.md", b"d\xe9j\xe0", "cannot read latin.md: UnicodeDecodeError"),
+    ("a.txt", POINTER, "a.txt is a git-lfs pointer"),
+    ("a.parquet", POINTER, "a.parquet is a git-lfs pointer"),
 ])
-def test_what_is_no_text_is_one_line_that_names_the_place(name, write, message, workdir):
-    write(name)
+def test_what_is_no_text_is_one_line_that_names_the_place(name, content, message, workdir):
+    Path(name).write_bytes(content) if isinstance(content, bytes) else pq.write_table(content, name)
     with pytest.raises(UserError, match=re.escape(message)):
         list(read_rows(name))
 
 
-def write_csv(path, delimiter):
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter=delimiter).writerows([("id", "text"), *enumerate(ROWS)])
-
-
-def save(path, rows):
-    from datasets import Dataset
-
-    Dataset.from_dict(dict(id=range(len(rows)), text=rows)).save_to_disk(path)
-
-
-@pytest.mark.parametrize("name, write", [
-    ("rows.json", lambda path: Path(path).write_text(json.dumps([dict(text=text) for text in ROWS], indent=1))),
-    ("rows.json", lambda path: Path(path).write_text(json.dumps(ROWS))),
-    ("rows.json", lambda path: write_jsonl(path, [dict(text=text) for text in ROWS])),
-    ("ROWS.JSONL", lambda path: write_jsonl(path, [dict(text=text) for text in ROWS])),
-    ("rows.ndjson", lambda path: write_jsonl(path, [dict(text=text) for text in ROWS])),
-    ("rows.jsonlines", lambda path: write_jsonl(path, [dict(text=text) for text in ROWS])),
-    ("rows.jsonl.gz", lambda path: Path(path).write_bytes(
-        gzip.compress("".join(json.dumps(dict(text=text)) + "\n" for text in ROWS).encode()))),
-    ("rows.csv", lambda path: write_csv(path, ",")), ("rows.tsv", lambda path: write_csv(path, "\t")),
-    ("rows.parquet", lambda path: write_parquet(path, ROWS)),
-    ("categories.parquet", lambda path: write_parquet(path, pa.array(ROWS).dictionary_encode())),
-    ("saved", lambda path: save(path, ROWS)),
-    ("saved/data-00000-of-00001.arrow", lambda path: save("saved", ROWS)),
-    ("rows.arrow", lambda path: feather.write_feather(pa.table(dict(id=range(40), text=ROWS)), path)),
-])
-def test_rows_come_in_several_forms(name, write, workdir):
-    write(name)
-    assert list(read_rows(name)) == ROWS
+def test_rows_come_in_several_forms(workdir):
+    rows = [dict(id=i, text=text) for i, text in enumerate(ROWS)]
+    lines, table = "".join(json.dumps(row) + "\n" for row in rows).encode(), pa.Table.from_pylist(rows)
+    files = {"rows.json": json.dumps(rows, indent=1).encode(), "strings.json": json.dumps(ROWS).encode(),
+             "lines.json": lines, "ROWS.JSONL": lines, "rows.ndjson": lines, "rows.jsonlines": lines,
+             "rows.jsonl.gz": gzip.compress(lines)}
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+    for name, delimiter in ("rows.csv", ","), ("rows.tsv", "\t"):
+        with open(name, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows([("id", "text"), *enumerate(ROWS)])
+    pq.write_table(table, "rows.parquet")
+    pq.write_table(pa.table(dict(text=pa.array(ROWS).dictionary_encode())), "categories.parquet")
+    feather.write_feather(table, "rows.arrow")
+    Dataset.from_list(rows).save_to_disk("saved")
+    for name in (*files, "rows.csv", "rows.tsv", "rows.parquet", "categories.parquet", "rows.arrow", "saved",
+                 "saved/data-00000-of-00001.arrow"):
+        assert list(read_rows(name)) == ROWS, name
 
 
 def test_a_compressed_text_is_the_text_and_several_splits_are_named(workdir):
-    from datasets import Dataset, DatasetDict
-
     Path("a.txt.bz2").write_bytes(bz2.compress("ä\r\nb".encode()))
     assert list(read_rows("a.txt.bz2")) == ["ä\r\nb"]
     DatasetDict(train=Dataset.from_dict(dict(text=ROWS)), test=Dataset.from_dict(dict(text=["b"]))).save_to_disk("saved")
@@ -201,8 +175,6 @@ def test_pieces_do_not_depend_on_how_much_is_read_at_once(at_once, separator, wo
 
 @pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
 def test_documents_of_a_txt_are_those_of_datasets(sample_by, prepare, workdir):
-    from datasets import load_dataset
-
     for name, text in ("a", "a\n\n\nb\n\n\n\nc\nd\n"), ("b", "\ne\r\nf\r\n\r\ng\rh\r\r\n"):
         workdir.joinpath(f"{name}.txt").write_bytes(text.encode())
     theirs = load_dataset("text", data_files=["a.txt", "b.txt"], sample_by=sample_by, split="train", cache_dir="theirs")
