@@ -35,6 +35,7 @@ from model import linear_cross_entropy
 
 DATA_DIR = Path("data")
 SPLITS = ("train", "val")
+CHECKED_TOKENS = 2**20  # of a split, before anything is done with it; the others are checked when they are used
 LLM_C = (20240520, 20240801)  # how a .bin of llm.c begins: a header of 256 int32
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
@@ -108,7 +109,9 @@ def load_tokens(name, split, config, block_size=1):
     if n_tokens <= block_size:
         raise UserError(f"{path} has {n_tokens} tokens, and a block takes {block_size + 1}: "
                         "use a smaller block_size or more text")
-    return np.memmap(path, dtype=TOKEN_TYPE, mode="r")
+    tokens = np.memmap(path, dtype=TOKEN_TYPE, mode="r")
+    check_tokens(tokens, config.vocab_size, end=CHECKED_TOKENS)
+    return tokens
 
 
 def check_tokenizer(path, meta, config):

@@ -69,7 +69,7 @@ BAD = {  # {command: what its line says}
     "kron_to_gpt.py good.pt folder": "folder",
     # data and training
     f"{TRAIN} --dataset=none": "data/none",
-    f"{TRAIN} --dataset=odd": "an odd number",
+    f"{TRAIN} --dataset=odd": "not a multiple of the data-type size",
     f"{TRAIN} --dataset=big --init_from=good.pt": "token 300",
     f"{TRAIN} --dataset=words --init_from=good.pt": "gpt2",
     f"{TRAIN} --init_from=resume": "nothing to resume",
@@ -78,7 +78,7 @@ BAD = {  # {command: what its line says}
     f"{TRAIN} --init_from=good.pt --out_dir=text.pt": "text.pt",
     "perplexity.py good.pt none.txt": "none.txt",
     "perplexity.py good.pt latin.txt": "latin.txt",
-    "perplexity.py good.pt bad.jsonl": "bad.jsonl, line 2",
+    "perplexity.py good.pt bad.jsonl": "bad.jsonl, row 2",
     "perplexity.py good.pt empty.txt": "empty.txt",
     "perplexity.py good.pt half.parquet": "half.parquet",
     "perplexity.py far.pt tiny --json_out=made.json": "tiny",

@@ -74,8 +74,10 @@ def test_evaluation_windows_spread_over_the_whole_split():
 
 def test_tokens_beyond_the_vocabulary_are_an_error_that_names_the_place(workdir):
     write_dataset("a", [1, 2, 3, 256, 5, 6])
-    tokens = load_tokens("a", "train", config_of(256))
+    tokens = load_tokens("a", "train", config_of(257, dict(name="bytes")))
     assert tokens.tolist() == [1, 2, 3, 256, 5, 6] and windows(tokens, [0], 2, 256)[1].tolist() == [[2, 3]]
+    with pytest.raises(UserError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
+        load_tokens("a", "train", config_of(256))
     for starts in [1], [0, 2]:  # as a target, and as an input
         with pytest.raises(UserError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
             windows(tokens, starts, 2, 256)
