@@ -201,8 +201,8 @@ def alternate(problem, A, B, steps=ALS_STEPS):
 
 
 def initial_factors(problem, dim_1, dim_2, r):
-    """A [r, dim_1, dim_2] and B [r, m/dim_1, n/dim_2] to begin with: Van Loan's sum for the best weights of all, where moments
-    of the inputs and metric are replaced by the nearest separable ones."""
+    """A [r, dim_1, dim_2] and B [r, m/dim_1, n/dim_2] to begin with: Van Loan's sum for the best weights of all, where
+    moments of the inputs and metric are replaced by the nearest separable ones."""
     L, R = ([cholesky(side) for side in separable(*pair)] for pair in ((problem.ridged_G, dim_1), (problem.M, dim_2)))
     sides = van_loan(torch.kron(*L).T @ problem.solution @ torch.kron(*R), dim_1, dim_2, r)
     return [solve_triangular(R_i, solve_triangular(L_i.T, side, upper=True), upper=False, left=False)
