@@ -174,12 +174,15 @@ def read_file(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip and (record := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"the checksum of {record} is wrong")
-        with warnings.catch_warnings(action="ignore"):  # of pickles that are refused in any case
-            # Windows could not replace a file that is mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and os.name != "nt")
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):  # of pickles that are refused in any case
+            is_zip = zipfile.is_zipfile(file)
+            if is_zip and (record := zipfile.ZipFile(file).testzip()):
+                raise ValueError(f"the checksum of {record} is wrong")
+            file.seek(0)
+            # torch opens a file by its name to map it, and a run may have replaced it by then: this name is of the open file
+            name = f"/proc/self/fd/{file.fileno()}"
+            mmap = is_zip and os.path.exists(name)
+            return torch.load(name if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise ValueError("it is not a file of torch.save, or it holds more than tensors and plain types and is not "
                          "loaded, because it could run code") from error

@@ -72,7 +72,8 @@ class KronLinear(nn.Module):
         A, B = self.A, self.B
         (r, m1, n1), (_, m2, n2) = A.shape, B.shape
         rows = x.reshape(-1, m1 * m2)  # (T, m1 m2)
-        T, after_A, after_B = rows.shape[0], r * n1 * m2, r * m1 * n2
+        T = 1 if torch.compiler.is_compiling() else rows.shape[0]  # exported graphs take any number of tokens
+        after_A, after_B = r * n1 * m2, r * m1 * n2
         cost_A = T * (after_A * (m1 + n2) + COPY * (after_A + (m2 > 1) * (m1 * m2 + after_A)))  # A is contracted first
         cost_B = T * (after_B * (m2 + n1) + COPY * (after_B + (n2 > 1) * (n1 * n2 + after_B)))  # B is
         cost_W = (T + r + 2 * COPY) * m1 * m2 * n1 * n2  # the dense matrix is built and multiplied

@@ -69,7 +69,7 @@ BAD = {  # {command: what its line says}
     "kron_to_gpt.py good.pt folder": "folder",
     # data and training
     f"{TRAIN} --dataset=none": "data/none",
-    f"{TRAIN} --dataset=odd": "multiple of the data-type",
+    f"{TRAIN} --dataset=odd": "an odd number",
     f"{TRAIN} --dataset=big --init_from=good.pt": "token 300",
     f"{TRAIN} --dataset=words --init_from=good.pt": "gpt2",
     f"{TRAIN} --init_from=resume": "nothing to resume",

@@ -360,5 +360,5 @@ def test_progress_in_a_log_is_lines(monkeypatch, capsys):
         for _ in range(4):
             time.sleep(0.06)
             bar.update()
-    lines = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.split("\n")
     assert 2 <= sum(line.strip("\r ").startswith("reading: ") and " of 4.00 documents" in line for line in lines) <= 5, lines
