@@ -49,7 +49,7 @@ def test_an_output_matrix_of_its_own_is_refused(directory):
         checkpoint.load(str(directory))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_output_matrix_within_rounding_of_the_embedding_is_tied(dtype, directory):
     embedding = load_file(directory / "model.safetensors")["transformer.wte.weight"]
     change(directory, {"lm_head.weight": embedding.to(dtype)}, tie_word_embeddings=False)
@@ -234,16 +234,13 @@ def trap(directory, kind):
     elif kind == "compressed export":
         save_compressed(directory)
         (directory / "modeling_kronygpt.py").write_text(MARK.format(mark=str(mark)))
-    elif kind == "pickle":
+    else:
         (directory / "model.safetensors").unlink()
         (directory / "pytorch_model.bin").write_bytes(pickle.dumps({"transformer.wte.weight": Pickled(mark)}))
-    else:
-        adapter = {"base_model_name_or_path": str(directory.parent / "other"), "peft_type": "LORA"}
-        (directory / "adapter_config.json").write_text(json.dumps(adapter))
     return mark
 
 
-@pytest.mark.parametrize("kind", ["unknown type", "auto_map", "kernel", "pickle", "adapter", "compressed export"])
+@pytest.mark.parametrize("kind", ["unknown type", "auto_map", "kernel", "pickle", "compressed export"])
 def test_a_directory_runs_no_code_in_any_script(kind, directory, workdir, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))  # to whatever is asked
     write_dataset("tiny", 2000)
