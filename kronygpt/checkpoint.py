@@ -7,14 +7,12 @@ always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and 
 
 - the published Krony-PT files: a bare state dict with the same names;
 - older ones, with each factor by itself: c_fc_{f}_{k} and c_proj_{f}_{k} for side k of factor f, perhaps no MLP biases;
-- nanoGPT's own dense checkpoints, and those of other programs, whose weights may lie deeper in the file;
+- dense checkpoints of nanoGPT and other programs, whose weights may lie deeper in the file, under prefixes of wrappers;
 - transformers' GPT-2: a directory, or a .safetensors or .bin file of it;
-- the directories of kron_to_gpt.py --compressed=True, whose factors are `<name>.A` and `<name>.B`;
-- any of them with the prefixes of DDP, FSDP, torch.compile or another wrapper, and with other heads beside the model.
+- the directories of kron_to_gpt.py --compressed=True, whose factors are `<name>.A` and `<name>.B`.
 
 A model is data, and loading it never runs code: .pt and .bin files are read with torch.load(weights_only=True), and
-config.json and safetensors directly, without transformers. A flipped bit in a .pt file is found by the checksums of its
-records. Safetensors have none.
+config.json and safetensors directly, without transformers.
 """
 import os
 import pickle
@@ -199,7 +197,7 @@ def find_weights(content):
     while level:
         found = {key: part for key, part in level.items() if any(str(name).endswith(LAST_NORM) for name in part)}
         if found:
-            key = next((key for key in MODEL_KEYS if key in found), None) or min(found, key=str)
+            key = next(key for key in (*MODEL_KEYS, *found) if key in found)
             if len(found) > 1 and key not in MODEL_KEYS:
                 raise ValueError(f"it holds several models ({', '.join(map(str, found))}): save one of them by itself")
             return {name: p for name, p in found[key].items() if isinstance(p, torch.Tensor)}
@@ -279,16 +277,14 @@ def tie(state_dict):
 
 def stack_factors(state_dict):
     """Stack the factors of the oldest files, which have each by itself."""
-    result, sides = {}, {}  # sides: {(c_fc or c_proj of a block, side): {factor: tensor}}
+    result, sides = {}, {}  # sides: {name: {factor: tensor}}
     for name, p in state_dict.items():
         if match := UNSTACKED.fullmatch(name):
             stem, factor, side = match.groups()
-            sides.setdefault((stem, side), {})[int(factor)] = p
+            sides.setdefault(f"{stem}_{side}", {})[int(factor)] = p
         else:
             result[name] = p
-    for (stem, side), by_factor in sides.items():
-        result[f"{stem}_{side}"] = torch.stack([by_factor[f] for f in range(len(by_factor))])
-    return result
+    return result | {name: torch.stack([factors[f] for f in range(len(factors))]) for name, factors in sides.items()}
 
 
 def to_file_names(state_dict):
@@ -370,17 +366,12 @@ def check(model):
 # a run that is resumed
 
 def load_optimizer_state(optimizer, state, path):
-    """Give an AdamW with named parameters the step and the moments of each of them from a checkpoint, by name.
-
-    The options of its groups (learning rates, weight decay, betas) stay: a run that is resumed may have others than before.
-
-    Args:
-        optimizer: the AdamW.
-        state: the state_dict() of another one.
-        path: of the checkpoint, for the error.
+    """Give an AdamW with named parameters the steps and moments of the state_dict() of another one, by name. The options of
+    its groups (learning rates, weight decay, betas) stay, as a run that is resumed may have others than before.
 
     Raises:
-        UserError: moments are missing, or have another shape: the fused step would write beyond them.
+        UserError: moments are missing in the checkpoint `path`, or have another shape: the fused step would write beyond
+            them.
     """
     own = optimizer.state_dict()
     try:
