@@ -16,6 +16,7 @@ from test_train import write_dataset
 from kronygpt import checkpoint
 from kronygpt.compress import factorize
 from kronygpt.configurator import UserError
+from kronygpt.export import to_compressed
 from model import mlp_shapes
 
 IDX = random_tokens(2, 32)
@@ -195,10 +196,8 @@ SCRIPTS = {
     "kron_to_gpt.py": ["{}", "made"],
     "perplexity.py": ["{}", "tiny"],
     "sample.py": ["{}", "--max_new_tokens=1"],
-    "train.py": ["--init_from={}", "--dataset=tiny", "--block_size=16", "--max_iters=1", "--eval_iters=1",
+    "train.py": ["--init_from={}", "--teacher={}", "--dataset=tiny", "--block_size=16", "--max_iters=1", "--eval_iters=1",
                  "--gradient_accumulation_steps=1"],
-    "train.py teacher": ["--teacher={}", "--dataset=tiny", "--block_size=16", "--max_iters=1", "--eval_iters=1",
-                         "--gradient_accumulation_steps=1", "--n_layer=1", "--n_head=1", "--n_embd=16"],
 }
 
 
@@ -212,11 +211,8 @@ class Pickled:
 
 def save_compressed(directory):
     """Write the model of a directory with factored MLPs, as kron_to_gpt.py --compressed=True does."""
-    from kronygpt.export import to_compressed
-
     model, _ = checkpoint.load(str(directory))
-    shapes = mlp_shapes(32, 64, [2] * model.config.n_layer)
-    to_compressed(factorize(model, shapes)).save_pretrained(directory)
+    to_compressed(factorize(model, mlp_shapes(32, 64, [2] * model.config.n_layer))).save_pretrained(directory)
 
 
 def trap(directory, kind):
@@ -246,7 +242,7 @@ def test_a_directory_runs_no_code_in_any_script(kind, directory, workdir, monkey
     write_dataset("tiny", 2000)
     mark = trap(directory, kind)
     for script, arguments in SCRIPTS.items():
-        said = run_here(script.split()[0], *(argument.format(directory) for argument in arguments))
+        said = run_here(script, *(argument.format(directory) for argument in arguments))
         assert not mark.exists() and not (directory / "mark").exists(), (script, kind)
         if kind in ("unknown type", "pickle"):
             assert said.returncode in (1, 2) and "Traceback" not in said.stderr, (script, said.stderr)

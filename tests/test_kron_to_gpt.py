@@ -2,9 +2,7 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from kron_to_gpt import default_directory
-from kronygpt import checkpoint, export
+from kronygpt import checkpoint
 from kronygpt.export import write_tokenizer
 from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer
 from model import KronyGPT, KronyGPTConfig
@@ -119,19 +117,12 @@ def test_what_the_converter_to_gguf_reads(n_inner, small_model, workdir):
         assert shapes[f"transformer.h.{layer}.attn.c_attn.weight"] == (64, 192)
 
 
-def test_an_unknown_vocabulary_is_exported_without_a_tokenizer(small_model, workdir):
-    from transformers import AutoModelForCausalLM
-
-    odd = type(small_model)(type(small_model.config)(**dict(small_model.config.as_plain_types(), vocab_size=300))).eval()
-    checkpoint.save("odd.pt", odd)
+def test_an_unknown_vocabulary_is_exported_without_a_tokenizer(workdir):
+    checkpoint.save("odd.pt", KronyGPT(KronyGPTConfig(block_size=32, vocab_size=300, n_layer=1, n_head=1, n_embd=64)))
     said = run_here("kron_to_gpt.py", "odd.pt")
     assert said.returncode == 0, said.stderr
     assert "no tokenizer is known for the vocabulary of 300 (--tokenizer=DIRECTORY names one): only the" in said.stdout
-    idx = torch.randint(300, (1, 32))
-    with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained("models/odd", trust_remote_code=False).eval()(idx).logits
-        torch.testing.assert_close(theirs, odd(idx), rtol=0, atol=1e-4)
-    assert not list(Path("models/odd").glob("*token*"))
+    assert checkpoint.load("models/odd")[0].config.vocab_size == 300 and not list(Path("models/odd").glob("*token*"))
 
 
 @pytest.mark.parametrize("path, name", [
@@ -157,15 +148,6 @@ def test_a_directory_is_replaced_as_a_whole_and_files_of_others_stay(small_model
         "notes.md", "sub", "sub/data.csv"}
     assert Path("made/sub/data.csv").read_text() == "old" and sorted(os.listdir()) == ["a.pt", "made"]
     assert checkpoint.load("made")[0].config.n_layer == 2
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143), RuntimeError("a bug")])
-def test_an_export_that_is_stopped_leaves_nothing(stop, small_model, workdir, monkeypatch):
-    checkpoint.save("a.pt", small_model)
-    monkeypatch.setattr(export, "verify", mock.Mock(side_effect=stop))
-    with suppress(RuntimeError):
-        run_here("kron_to_gpt.py", "a.pt", "made")
-    assert export.verify.called and os.listdir() == ["a.pt"]
 
 
 def test_an_export_that_differs_too_much_leaves_everything_as_it_was(exported, workdir):
@@ -197,15 +179,14 @@ def test_wrong_arguments_get_one_line_and_write_nothing(args, message, small_mod
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
-@pytest.mark.parametrize("umask, mode", [(0o077, 0o600), (0o002, 0o664)])
-def test_files_have_the_mode_that_the_user_gives_new_files(umask, mode, small_model, workdir):
+def test_files_have_the_mode_that_the_user_gives_new_files(small_model, workdir):
     checkpoint.save("small.pt", small_model)
-    before = os.umask(umask)
+    before = os.umask(0o002)
     try:
         assert run_here("kron_to_gpt.py", "small.pt", "made").returncode == 0
     finally:
         os.umask(before)
-    assert {file.stat().st_mode & 0o777 for file in Path("made").iterdir()} == {mode}
+    assert {file.stat().st_mode & 0o777 for file in Path("made").iterdir()} == {0o664}
 
 
 # --push

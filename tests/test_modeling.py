@@ -177,9 +177,7 @@ def test_a_cache_that_is_wrong_is_found(mixed_model, workdir, monkeypatch):
 
 
 def test_a_function_that_differs_is_found(mixed_model, workdir, monkeypatch):
-    whole = export.to_compressed
-
-    def broken(model):
+    def broken(model, whole=export.to_compressed):
         exported = whole(model)
         bias = exported.transformer.h[1].mlp.c_proj.bias
         bias.data = bias + 1e-2 * torch.randn_like(bias)  # a copy: the others are the checkpoint's own
