@@ -158,12 +158,14 @@ def read_config(directory):
 
 def weight_files(path):
     """The files with the tensors of a Hugging Face model: of a directory, or behind one of WEIGHTS in it."""
-    weights = next((path / name for name in WEIGHTS if (path / name).exists()), None) if path.is_dir() else path
-    if weights is None:
-        raise ValueError(f"it has no weights: none of {', '.join(WEIGHTS)}")
-    if weights.suffix != ".json":
-        return [weights]
-    return [weights.with_name(shard) for shard in sorted(set(read_json(weights)["weight_map"].values()))]
+    if path.is_dir():
+        found = [path / name for name in WEIGHTS if (path / name).exists()]
+        if not found:
+            raise ValueError(f"it has no weights: none of {', '.join(WEIGHTS)}")
+        path = found[0]
+    if path.suffix != ".json":
+        return [path]
+    return [path.with_name(shard) for shard in sorted(set(read_json(path)["weight_map"].values()))]
 
 
 def read_file(path):
