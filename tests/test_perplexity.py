@@ -216,7 +216,7 @@ def test_no_network_gets_one_line_that_names_the_way_around(name, option, gpt2_d
     ("perplexity.py", ["nothing", "wiki103"], "no file or directory nothing, nor models/nothing"),
     ("perplexity.py", ["{}", "wiki103"], "--wikitext=DIRECTORY"),
     ("perplexity.py", ["{}", "lambada"], "--lambada=FILE.jsonl"),
-    ("prepare_owt.py", ["--tokenizer={}", "--out=mine"], "--data_files=FILES reads local files")])
+    ("prepare_owt.py", ["--tokenizer={}", "--out=mine"], "Couldn't reach 'Skylion007/openwebtext' on the Hub")])
 def test_a_hub_that_does_not_answer_is_tried_once_and_quietly(script, args, words, gpt2_dir, workdir, run_script):
     """Its libraries retry for 26 s, and print two lines each time."""
     write_byte_level_tokenizer("model")

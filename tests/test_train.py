@@ -389,7 +389,7 @@ def test_a_resume_takes_the_moments_from_the_file_and_the_options_from_the_comma
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--dataset=mine"], "make it with: python prepare_owt.py --data_files='*.txt' --out=mine (there are: tiny)"),
+    (["--dataset=mine"], "make it with: python prepare_owt.py --data_files='*.txt' --out=mine"),
     (["--block_size=5000"], "train.bin has 5000 tokens, and a block takes 5001"),
     (["--init_from=resume"], "nothing to resume: no out/ckpt.pt"),
     (["--init_from=nothing.pt"], "no checkpoint nothing.pt"),
