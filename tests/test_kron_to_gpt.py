@@ -161,11 +161,11 @@ def test_an_export_that_differs_too_much_leaves_everything_as_it_was(exported, w
 
 @pytest.mark.parametrize("args, message", [
     (["small.pt", "notes"], "notes exists and is no Hugging Face model"),
-    (["small.pt", "small.pt"], "small.pt is a file: name a directory to write"),
+    (["small.pt", "small.pt"], "small.pt is a file"),
     (["small.pt", "."], "holds the current directory"),
     (["notes"], "notes cannot be loaded: it holds no model"),
     (["small.pt", "--tokenizer=notes"], "no tokenizer in notes"),
-    ([], "missing argument"),
+    ([], "missing a required argument"),
 ])
 def test_wrong_arguments_get_one_line_and_write_nothing(args, message, small_model, workdir):
     checkpoint.save("small.pt", small_model)
