@@ -73,7 +73,7 @@ def check_options(config):
     by_contribution = select == "contribution"
     rules = {
         "--keep is at least 2, and --offset from 0 to keep - 1": keep >= 2 and 0 <= offset < min(keep, n_units),
-        f"--keep divides the {n_units} units of --dim={dim}": dim == "layer" or n_units % keep == 0,
+        f"--keep={keep} must divide the {n_units} units of --dim={dim}": dim == "layer" or n_units % max(keep, 1) == 0,
         "--dim=layer goes without --refit and --epsilon": dim != "layer" or not (refit or epsilon),
         "--plain=True goes with --dim=hidden, without --epsilon": not plain or (dim == "hidden" and not epsilon),
         "--select=contribution goes with --dim=hidden, without --offset":

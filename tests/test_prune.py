@@ -83,8 +83,9 @@ def test_kept_hidden_units_alone_are_the_same_function(gpt2_dir, workdir):
 
 
 @pytest.mark.parametrize("options, message", [
-    ("--keep=3", "--keep divides the 64 units of --dim=embd"),
+    ("--keep=3", "--keep=3 must divide the 64 units of --dim=embd"),
     ("--offset=2", "--offset from 0 to keep - 1"),
+    ("--keep=0", "--keep is at least 2"),
     ("--dim=heads", "--dim is embd, hidden or layer"),
     ("--dim=layer --keep=4 --offset=3", "--offset from 0"),
     ("--dim=layer --epsilon=0.1", "--dim=layer goes without --refit and --epsilon"),
