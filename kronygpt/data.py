@@ -286,7 +286,7 @@ def scratch_folder(directory):
 
 
 def progress(**options):
-    """A tqdm bar on a terminal; in a log a line every LOG_SECONDS."""
+    """A tqdm bar on a terminal; in a log, a line every LOG_SECONDS."""
     from tqdm import tqdm
 
     if not sys.stderr.isatty():
