@@ -401,7 +401,7 @@ def test_a_resume_takes_the_moments_from_the_file_and_the_options_from_the_comma
     (["--distill=50"], "--distill is a share"),
     (["--factors_only", "--dim_1=32", "--dim_2=128", "--factors=1"], "nothing to train"),
     (["--bath_size=4"], "did you mean --batch_size?"),
-    (["nothing"], "no config file nothing"),
+    (["nothing"], "nothing.py"),
 ])
 def test_wrong_options_get_one_line_and_write_nothing(options, message, tokens):
     said = run_here("train.py", *RUN, *options)
