@@ -245,10 +245,12 @@ def test_text_is_prepared_with_a_models_tokenizer_and_belongs_to_it(german, work
 
 def test_documents_need_an_end_and_a_tokenizer_without_one_is_a_line(german, workdir):
     Path("german/tokenizer_config.json").write_text("{}")
+    Path("empty").mkdir()
     workdir.joinpath("text.txt").write_text("a\n\nb\n\nc")
-    said = run_here("prepare_owt.py", "--data_files=text.txt", "--out=satz", "--tokenizer=german")
-    assert said.returncode == 2 and "has no end-of-text token: name one as eos_token in its tokenizer_config" in said.stderr
-    assert said.stderr.count("\n") == 1 and not Path("data").exists()
+    for directory in "german", "empty":
+        said = run_here("prepare_owt.py", "--data_files=text.txt", "--out=satz", f"--tokenizer={directory}")
+        assert said.returncode == 2 and said.stderr.count("\n") == 1 and not Path("data").exists()
+        assert f"{directory} has no tokenizer with an end-of-text token" in said.stderr
 
 
 def test_an_export_takes_the_tokenizer_along_as_data(german, workdir):
