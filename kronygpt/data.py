@@ -37,9 +37,8 @@ DATA_DIR = Path("data")
 SPLITS = ("train", "val")
 CHECKED_TOKENS = 2**20  # of a split, before anything is done with it; the others are checked when they are used
 LLM_C = (20240520, 20240801)  # how a .bin of llm.c begins: a header of 256 int32
-JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
-ROWS = (*JSON_LINES, ".json", *TABLES)
+ROWS = (".jsonl", ".ndjson", ".jsonlines", ".json", *TABLES)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 CHARACTERS_AT_ONCE = 2**20  # of a text that is split
 LOG_SECONDS = 30  # between lines of progress in a log
@@ -286,7 +285,7 @@ def scratch_folder(directory):
 
 
 def progress(**options):
-    """A tqdm bar on a terminal; in a log a line every LOG_SECONDS."""
+    """A tqdm bar on a terminal; in a log, a line every LOG_SECONDS."""
     from tqdm import tqdm
 
     if not sys.stderr.isatty():
