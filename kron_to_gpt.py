@@ -24,11 +24,10 @@ perplexities: str | None = None  # a file of perplexity.py --json_out, for the m
 push: str | None = None  # ORG/NAME on the Hugging Face hub, to which the finished directory is uploaded
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 tolerance: float | None = None  # largest difference of a logit that counts as rounding; default: as largest_allowed() says
-seed = 1337  # seed for the random tokens of the comparison
 
 
 def default_directory(ckpt, models):
-    """models/<name> for a checkpoint: the name of the file, or of its folder where the file is ckpt.pt or best.pt."""
+    """models/<name> for a checkpoint: of the file, or of its folder where that is ckpt.pt or best.pt."""
     path = Path(ckpt).resolve()
     return models / (path.parent.name if path.stem in ("ckpt", "best") else path.stem)
 
@@ -57,13 +56,11 @@ def main(ckpt, out_dir=None):
     from kronygpt import checkpoint, export, hub
     from kronygpt.compress import without_dropped_units
     from kronygpt.files import atomic_directory, output_directory
-    from kronygpt.tokenizer import TOKENIZER_FILES, BytesTokenizer
+    from kronygpt.tokenizer import TOKENIZER_FILES, BytesTokenizer, read_json
 
     # what can be refused before the work
     check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
-    if perplexities and not compressed:
-        raise UserError("--perplexities is for the model card of --compressed=True")
-    scores = export.read_perplexities(perplexities) if perplexities else {}
+    scores = read_json(Path(perplexities)) if perplexities else {}
     out_dir = output_directory(out_dir or default_directory(ckpt, checkpoint.MODELS_DIR), is_replaced=True)
     if out_dir.exists() and not (out_dir / "config.json").exists():
         raise UserError(f"{out_dir} exists and is no Hugging Face model: name another directory")
@@ -76,10 +73,6 @@ def main(ckpt, out_dir=None):
     narrow = without_dropped_units(model)
     if narrow is not model:
         print(f"MLPs of {narrow.config.n_inner[0]} hidden units: B drops the others of {model.config.n_inner[0]}")
-    widths = (set(narrow.config.head_qk + narrow.config.head_v + [narrow.config.head_dim]), set(narrow.config.n_inner))
-    if compressed and all(matrix.is_dense for *_, matrix in narrow.matrices()) and all(len(width) == 1 for width in widths):
-        raise UserError(f"every matrix of {ckpt} is dense: the plain export, without --compressed=True, is as small and "
-                        "needs no code")
     exported = (export.to_compressed if compressed else export.to_dense)(narrow).to(getattr(torch, dtype))
     # generation ends at GPT-2's <|endoftext|>, but not at the line end that ends a document of bytes
     end = None if found is None or found.name == BytesTokenizer.name else found.end_of_text
@@ -100,7 +93,7 @@ def main(ckpt, out_dir=None):
         if compressed:
             shutil.copyfile(export.CODE, aside / export.CODE.name)
             export.model_card(push or out_dir.name, narrow, rest, scores, dtype).save(aside / card.name)
-        difference = export.verify(model, aside, compressed, dtype, tolerance, seed)
+        difference = export.verify(model, aside, compressed, dtype, tolerance)
 
     # the report
     before, after = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())

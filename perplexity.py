@@ -17,11 +17,15 @@ Here every token counts, and the rows are scored as they are, as one text.
 """
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
+from kronygpt import checkpoint, data
 from kronygpt.configurator import UserError, run
+from kronygpt.device import autocast_to, pick_device
+from kronygpt.files import atomic_write, output_file
+from kronygpt.hub import hub_dataset
+from kronygpt.tokenizer import open_tokenizer, well_formed
 
 stride: int | None = None  # tokens between the starts of two windows; default: the model's context
 wikitext = "Salesforce/wikitext"  # hub name, or a local directory with the same layout
@@ -34,31 +38,22 @@ json_out: str | None = None  # file for the results as JSON
 
 PUBLISHED = ("wiki103", "wiki2", "lambada")
 OWT_BATCHES = 200
-LARGEST_LOSS = math.log(sys.float_info.max)  # nats per token whose exp is a number
 
 
 def is_text(name):
     """Whether a data set is text, and no .bin of tokens: a published one or a file."""
-    from kronygpt.data import DATA_DIR, ROWS, kind_of
-
-    if name in PUBLISHED or kind_of(name) in (".txt", *ROWS):
-        return True
-    if kind_of(name) in (".bin", ".pt", ".npy", ".safetensors") and Path(name).is_file():
-        raise UserError(f"{name} is no text: of a data set, name its directory under data/")
-    return Path(name).exists() and not Path(name).is_dir() and not (DATA_DIR / name).is_dir()
+    return (name in PUBLISHED or data.kind_of(name) in (".txt", *data.ROWS)
+            or (Path(name).exists() and not Path(name).is_dir() and not (data.DATA_DIR / name).is_dir()))
 
 
 def load_rows(name):
     """The texts of a data set, None for a row without one: wiki103, wiki2, lambada, or the path of a file."""
-    from kronygpt.data import ROWS, kind_of, read_rows
-    from kronygpt.hub import hub_dataset
-
     path, config = {"wiki103": (wikitext, "wikitext-103-v1"), "wiki2": (wikitext, "wikitext-2-v1"),
                     "lambada": (lambada, None)}.get(name, (name, None))
-    if name not in PUBLISHED or Path(path).is_file() or kind_of(path) in (".txt", *ROWS):
-        return list(read_rows(path))
+    if name not in PUBLISHED or Path(path).is_file() or data.kind_of(path) in (".txt", *data.ROWS):
+        return list(data.read_rows(path))
     if Path(path).is_dir() and (files := sorted(Path(path, config or "").glob("test-*.parquet"))):
-        return [row for file in files for row in read_rows(file)]
+        return [row for file in files for row in data.read_rows(file)]
     try:
         return hub_dataset(path, config, split="test")["text"]
     except (OSError, ValueError) as error:
@@ -68,15 +63,7 @@ def load_rows(name):
 
 
 def load_text_tokens(name, config, directory=None):
-    """The tokens of a text data set, and its length in bytes.
-
-    Args:
-        name: of the data set.
-        config: the KronyGPTConfig of the model.
-        directory: of another tokenizer than the model's, or None.
-    """
-    from kronygpt.tokenizer import open_tokenizer, well_formed
-
+    """The tokens of a text data set, by the tokenizer of a KronyGPTConfig or that in a directory, and its bytes."""
     rows = load_rows(name)
     texts = [row for row in rows if row is not None]
     if len(texts) < len(rows):
@@ -88,10 +75,7 @@ def load_text_tokens(name, config, directory=None):
 def load_bin_tokens(name, n_windows, config):
     """The tokens of data/<name>/val.bin, or the first n_windows contexts of them, and their length in bytes, None where
     nobody knows their text."""
-    from kronygpt.data import load_tokens
-    from kronygpt.tokenizer import open_tokenizer
-
-    tokens = load_tokens(name, "val", config)[:n_windows * config.block_size or None]
+    tokens = data.load_tokens(name, "val", config)[:n_windows * config.block_size or None]
     try:
         text = open_tokenizer(config).decode_bytes(tokens.tolist())
     except UserError:  # the loss does not need the tokenizer
@@ -111,12 +95,8 @@ def make_windows(n_tokens, context, stride):
 
 
 def main(ckpt, dataset=None, n_batches=None):
-    from kronygpt import checkpoint, data
-    from kronygpt.device import autocast_to, pick_device
-    from kronygpt.files import atomic_write, output_file
-
-    if n_batches is not None and (is_text(dataset) or not n_batches.isdecimal() or not int(n_batches)):
-        raise UserError(f"n_batches is a whole number, and for a data set under data/ only, not {dataset} {n_batches}")
+    if n_batches and is_text(dataset):
+        raise UserError(f"n_batches is for a data set under data/ only, not for {dataset}")
     if json_out:
         output_file(json_out)
     model, _ = checkpoint.load(ckpt)
@@ -127,7 +107,6 @@ def main(ckpt, dataset=None, n_batches=None):
         raise UserError(f"--stride is from 1 to the model's context of {context}, not {step}")
 
     results = {}
-    head = f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13} {'tokens/s':>9}"
     for name in [dataset] if dataset else PUBLISHED:
         if is_text(name):
             tokens, n_bytes = load_text_tokens(name, model.config, tokenizer)
@@ -144,13 +123,13 @@ def main(ckpt, dataset=None, n_batches=None):
         seconds, (total, n_scored) = time.perf_counter() - start, so_far
 
         loss = total / n_scored
-        if not abs(loss) <= LARGEST_LOSS:
-            raise UserError(f"the loss on {name} in {dtype} is {loss:g}, which has no perplexity", status=1)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss on {name} in {dtype} is {loss}", status=1)
         bits = loss / math.log(2) * len(tokens) / n_bytes if n_bytes else None
         results[name] = dict(perplexity=math.exp(loss), loss=loss, tokens_scored=n_scored, bits_per_byte=bits,
                              tokens_per_second=n_scored / seconds)
         if len(results) == 1:
-            print(head)
+            print(f"{'data set':<12} {'perplexity':>10} {'loss':>8} {'tokens scored':>13} {'bits per byte':>13}  tokens/s")
         print(f"{name:<12} {math.exp(loss):>10.3f} {loss:>8.4f} {n_scored:>13,} "
               f"{'-' if bits is None else f'{bits:.4f}':>13} {n_scored / seconds:>9,.0f}")
     if json_out:

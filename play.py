@@ -14,12 +14,18 @@ import math
 import re
 import sys
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
 
+import torch
+
+from kronygpt import checkpoint, data
 from kronygpt.configurator import UserError, run
+from kronygpt.device import autocast_to, pick_device
+from kronygpt.tokenizer import open_tokenizer, stream_text
 
 port = 8017  # of the page at 127.0.0.1; 0 takes any that is free
 prompt = "The function returns"  # what the page begins with, as do the next four options
@@ -40,19 +46,10 @@ POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
           "frame-ancestors 'none'")
 
 
-class Player(NamedTuple):
-    """A KronyGPT in eval mode on its device, its Tokenizer, and what the page says of it."""
-
-    model: object
-    tokenizer: object
-    facts: dict
+Player = namedtuple("Player", "model tokenizer facts")  # a KronyGPT on its device, and what the page says of it
 
 
 def load_player(ckpt):
-    from kronygpt import checkpoint
-    from kronygpt.device import pick_device
-    from kronygpt.tokenizer import open_tokenizer
-
     model, _ = checkpoint.load(ckpt)
     text_tokenizer = open_tokenizer(model.config, tokenizer)
     model.to(pick_device(device)).eval()
@@ -66,17 +63,10 @@ def generate(player, request):
     """Yield {"text", "tokens", "of", "tokens_per_second", "prompt", "seen"} after each new token: the last two are the
     tokens of the prompt, and how many of them the model sees. The speed is that after the first token, which reads the
     prompt."""
-    import numpy as np
-    import torch
-
-    from kronygpt.data import check_tokens
-    from kronygpt.tokenizer import TOKEN_TYPE, stream_text
-
     text, n, divisor, k, number = (type(globals()[name])(request.get(name, globals()[name])) for name in CONTROLS)
     tokens, context = player.tokenizer.encode_prompt(text), player.model.config.block_size
     if not tokens:
         raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: type one")
-    check_tokens(np.array(tokens, TOKEN_TYPE), player.model.config.vocab_size)
     idx = torch.tensor([tokens], device=player.model.lm_head.weight.device)
     new = (token.item() for token in player.model.generate(idx, n, divisor, k or None, number))
     texts, seconds = stream_text(player.tokenizer, new, tokens[-1]), 0.0
@@ -93,8 +83,6 @@ def generate(player, request):
 def score(player, request):
     """Yield {"loss": nats per token so far, "tokens", "of"} after each window of the text. Windows do not overlap, and the
     first token of each is not scored, as in perplexity.py."""
-    from kronygpt import data
-
     tokens, context = player.tokenizer.encode(request["text"]), player.model.config.block_size
     windows = [(begin, begin + 1, min(begin + context, len(tokens))) for begin in range(0, len(tokens) - 1, context)]
     if not windows:
@@ -106,7 +94,7 @@ def score(player, request):
 
 
 def in_one_line(error):
-    """What an error says on the page, whatever it is: a tokenizer's panic is no Exception."""
+    """What an error says on the page."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:300]
 
@@ -119,8 +107,6 @@ class Server(ThreadingHTTPServer):
     machine in turns; the others wait for it and talk to the clients."""
 
     def __init__(self, players):
-        from kronygpt.device import autocast_to, pick_device
-
         self.players, self.closed = players, False
         self.autocast = autocast_to(pick_device(device), dtype)
         self.worker = ThreadPoolExecutor(max_workers=1)
@@ -128,8 +114,6 @@ class Server(ThreadingHTTPServer):
 
     def next_event(self, events):
         """The next of a request's events, or None after the last."""
-        import torch
-
         def step():
             with self.autocast, torch.no_grad():
                 return next(events, None)
@@ -189,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
             event = self.server.next_event(events)
         except (ConnectionError, TimeoutError):  # the client has gone
             raise
-        except BaseException as error:
+        except BaseException as error:  # a tokenizer's panic is no Exception
             return self.reply(400, in_one_line(error))
         self.reply(200, "", "application/x-ndjson")
         while event and not self.server.closed:
@@ -203,10 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         """The Player and the options that a request names."""
         length = int(self.headers.get("Content-Length", 0))
         if length > LARGEST_REQUEST:
-            while length > 0 and self.rfile.read(min(length, LARGEST_REQUEST)):  # a client reads after it has sent
-                length -= LARGEST_REQUEST
-            raise UserError(f"a text of more than {LARGEST_REQUEST // 2**10} KiB is too long for the page: perplexity.py "
-                            "takes it as a file")
+            raise UserError("the request is too long")  # as the page says before it sends one
         request = json.loads(self.rfile.read(max(0, length)))
         return self.server.players[request["model"]], request
 
@@ -215,17 +196,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(dense, compressed=None):
-    players = [load_player(ckpt) for ckpt in (dense, compressed) if ckpt]
-    try:
-        server = Server(players)
-    except OSError as error:
-        raise UserError(f"cannot serve at port {port} ({error.strerror}): --port=N names another", status=1) from None
-    with server:
+    with Server([load_player(ckpt) for ckpt in (dense, compressed) if ckpt]) as server:
         print(f"open http://{HOST}:{server.server_port} in a browser; Ctrl-C ends it", flush=True)
-        try:
+        with suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            print()
 
 
 if __name__ == "__main__":

@@ -3,24 +3,23 @@
     python prepare_owt.py                                           # OpenWebText, 17 GB of tokens
     python prepare_owt.py --documents=900000                        # 1.0 billion of its 9 billion tokens, streamed
     python prepare_owt.py --hub=HuggingFaceFW/fineweb-edu --hub_config=sample-10BT --documents=1000000 --out=fineweb_edu
-    python prepare_owt.py --hub=karpathy/climbmix-400b-shuffle --documents=1000000 --out=climbmix
     python prepare_owt.py --data_files='books/*.txt' --out=books    # local text, or rows with a `text`
     python prepare_owt.py --data_files=stories.txt --separator='<|endoftext|>' --out=stories
     python prepare_owt.py --tokenizer=models/german --out=german --data_files='german/*.txt'    # that of another model
 
-The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, seed
-2357, an end-of-text token after each document. The other scripts take the data set by its name, `--dataset=<out>`.
-With --documents=N the first N of a corpus are streamed, and nothing else is downloaded. Their text is in data/<out>/.scratch
-while they are tokenized: a billion tokens of English take about 7 GB for a while, and 2 GB in the end. Local files are .txt,
-.md or .raw, or rows in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow or a folder of save_to_disk; .gz, .bz2, .xz and
-.zst are unpacked. All of OpenWebText is first downloaded to the cache of `datasets`, HF_HOME.
+The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, with an
+end-of-text token after each document. With --documents=N nothing but the first N is downloaded, into data/<out>/.scratch
+while they are tokenized: a billion tokens of English take about 7 GB for a while, and 2 GB in the end. All of OpenWebText
+is first downloaded to the cache of `datasets`, HF_HOME. Local rows are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow
+or a folder of save_to_disk; any other file is one UTF-8 text; .gz, .bz2, .xz and .zst are unpacked.
 """
 import gc
 import glob
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -41,22 +40,18 @@ threads = os.cpu_count() or 1  # tokenizer threads
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 PARQUET = "refs/convert/parquet"  # the hub's own copy of a data set
-TEXTS = (".txt", ".md", ".raw")
-DOCUMENTS_AT_ONCE = 2000  # read and tokenized together: bounds the memory
 DOCUMENTS_PER_TASK = 100  # in a thread's task: with one each, several threads are no faster than one
+TASKS_AT_ONCE = 100  # before their tokens are written: bounds the memory
 
 
 def find_files():
     """The local files that data_files names."""
-    from kronygpt.data import ROWS, kind_of
+    from kronygpt.data import kind_of
 
     names = glob.glob(data_files, recursive=True) or [data_files]  # a name that is no pattern, as of a[1].txt alone
     files = sorted(name for name in names if Path(name).is_file() or kind_of(name) == ".arrow")
     if not files:
         raise UserError(f"no files match --data_files={data_files}")
-    if others := sorted({kind_of(file) or file for file in files} - {*TEXTS, *ROWS}):
-        raise UserError(f"--data_files={data_files} matches {', '.join(others)}: "
-                        f"give files of text ({', '.join(TEXTS)}) or rows ({', '.join(ROWS)})")
     return files
 
 
@@ -70,15 +65,8 @@ def read_documents(file):
         yield from filter(None, (piece.strip("\n") for piece in read_pieces(file, separator)))
     elif sample_by == "document":
         yield "".join(read_pieces(file))
-    elif sample_by == "line":
-        previous = None
-        for line in read_pieces(file, "\n"):
-            if previous is not None:
-                yield previous
-            previous = line
-        yield from filter(None, [previous])  # behind the last line end is no line
     else:
-        yield from filter(None, read_pieces(file, "\n\n"))
+        yield from filter(None, read_pieces(file, "\n" if sample_by == "line" else "\n\n"))
 
 
 def load_hub(name, streaming):
@@ -89,34 +77,19 @@ def load_hub(name, streaming):
     from datasets import load_dataset
 
     options = dict(name=hub_config, split="train", streaming=streaming)
-    with reaching(name):
-        try:
-            return load_dataset(name, **options)
-        except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
-            return load_dataset(name, revision=PARQUET, **options)
-
-
-@contextmanager
-def reaching(name):
-    """Errors in this block say what helps without a network."""
     try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # those of a network have no class in common
-        raise UserError(f"cannot load {name} ({type(error).__name__}: {error}); with no network, --data_files=FILES reads "
-                        "local files", status=1) from None
+        return load_dataset(name, **options)
+    except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
+        return load_dataset(name, revision=PARQUET, **options)
 
 
 def hub_texts(name):
     """Yield the texts of a data set of the hub while it is downloaded, None for a null."""
+    from kronygpt.data import text_of
+
     try:
-        with reaching(name):
-            for row in load_hub(name, streaming=True):
-                if not isinstance(row.get(column, 0), str | None):
-                    raise UserError(f"{name} has no texts in a column `{column}`; its columns are {', '.join(row)}: name "
-                                    "one with --column")
-                yield row[column]
+        for row in load_hub(name, streaming=True):
+            yield text_of(row, column, name)
     finally:
         gc.collect()  # ends pyarrow's threads: they read ahead, and at the interpreter's end would abort it
 
@@ -150,30 +123,34 @@ def gather(texts, path):
     return Dataset.from_file(path), remark
 
 
-def encode_all(batches, ours, pool):
-    """Yield the tokens of all documents in order; while the threads of the pool tokenize a batch, the next one is read."""
-    begun = ()
-    for batch in batches:
-        texts = batch["text"]
-        pieces = [texts[i:i + DOCUMENTS_PER_TASK] for i in range(0, len(texts), DOCUMENTS_PER_TASK)]
-        ahead = pool.map(lambda piece: [ours.encode(text) for text in piece], pieces)
-        yield from (tokens for piece in begun for tokens in piece)
-        begun = ahead
-    yield from (tokens for piece in begun for tokens in piece)
+def encode_all(parts, ours):
+    """Yield (split, tokens) of all documents."""
+    from kronygpt.data import progress
+
+    def encode_some(part, start):
+        return [ours.encode(text) for text in part[start:start + DOCUMENTS_PER_TASK]["text"]]
+
+    with ThreadPoolExecutor(threads) as pool:
+        for split, part in (("val", parts["test"]), ("train", parts["train"])):
+            starts = range(0, len(part), DOCUMENTS_PER_TASK)
+            with progress(desc=f"tokenizing {split}", total=len(part), unit="documents") as bar:
+                for task in range(0, len(starts), TASKS_AT_ONCE):
+                    for tokens in pool.map(partial(encode_some, part), starts[task:task + TASKS_AT_ONCE]):
+                        yield from ((split, document) for document in tokens)
+                        bar.update(len(tokens))
 
 
 def main():
-    from kronygpt.data import DATA_DIR, dataset_writer, progress, scratch_folder
+    from kronygpt.data import DATA_DIR, scratch_folder, write_documents
     from kronygpt.tokenizer import GPT2Tokenizer, read_tokenizer
 
     check_choice(globals(), "sample_by", "line", "paragraph", "document")
     if hub and (data_files or documents is None):
         raise UserError("--hub goes with --documents=N, the number to stream, and without --data_files")
     ours = read_tokenizer(tokenizer) if tokenizer else GPT2Tokenizer()
-    ours.encode("")  # which says what is wrong with it now
-    if ours.end_of_text is None:
-        raise UserError(f"the tokenizer {ours.name} has no end-of-text token: name one as eos_token in its "
-                        "tokenizer_config.json")
+    if ours is None or ours.end_of_text is None:
+        raise UserError(f"{tokenizer} has no tokenizer with an end-of-text token: its settings need an eos_token")
+    ours.encode("")  # loads it: an error comes before the download
     name = data_files or hub or OPENWEBTEXT
     files = find_files() if data_files else None
     source = ", ".join(filter(None, [name, hub_config, documents and f"the first {documents:,} documents"]))
@@ -184,19 +161,12 @@ def main():
             dataset, remark = gather(texts, str(scratch / "documents.arrow"))
         else:
             dataset, remark = load_hub(name, streaming=False), ""
-        if len(dataset) * (1 - val_fraction) < 1:
-            raise UserError(f"--val_fraction={val_fraction} of {len(dataset):,} documents leaves none for training; "
-                            "--sample_by=line makes more of a .txt")
+        if len(dataset) < 2:
+            raise UserError(f"{len(dataset)} documents are too few to split: --sample_by=line makes more of a .txt")
         start = time.perf_counter()
         parts = dataset.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
-        with dataset_writer(directory, ours, source) as writer, ThreadPoolExecutor(threads) as pool:
-            for split, part in (("val", parts["test"]), ("train", parts["train"])):
-                batches = part.select_columns("text").iter(DOCUMENTS_AT_ONCE)
-                with progress(desc=f"tokenizing {split}", total=len(part), unit="documents") as bar:
-                    for tokens in encode_all(batches, ours, pool):
-                        writer.add(split, tokens)
-                        bar.update()
-        print(f"{writer.report}\ntokenized {len(dataset):,} documents in {time.perf_counter() - start:.1f} s{remark}")
+        report = write_documents(directory, ours, source, encode_all(parts, ours))
+        print(f"{report}\ntokenized {len(dataset):,} documents in {time.perf_counter() - start:.1f} s{remark}")
 
 
 if __name__ == "__main__":

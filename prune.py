@@ -9,15 +9,13 @@
     python prune.py --dim=layer         # whole blocks, every other one, as DistilGPT2 began → checkpoints/layers_2_0.pt
     python prune.py --dim=hidden --select=contribution --refit=True --calibrate=openwebtext
 
-By default every second unit is kept. --select=contribution keeps the hidden units that add most on real text. They are
-first moved to the even places, which leaves the model's function unchanged. --refit fits the kept units by least squares
-to the output of all units on real text.
-
 A holds the kept rows, and B = [1, 0]ᵀ puts them into the even places: the model starts as the pruned one and is trained
 further as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 4 n_embd / N) along the hidden side.
 
---dim=hidden --plain=True writes the kept units without B, as a dense model with n_inner = 4 n_embd / N. Training it is
-training with a fixed B, and its export is a GPT-2 with MLPs of one Nth of the size, for every program that reads GPT-2.
+--select=contribution keeps the hidden units that add most on real text: they are first moved to the even places, which
+leaves the model's function unchanged. --refit fits the kept units by least squares to the output of all units on real
+text. --plain=True writes the kept units without B, as a dense model with n_inner = 4 n_embd / N for every program that
+reads GPT-2.
 """
 import re
 
@@ -36,16 +34,12 @@ device = ""  # where to calibrate; default: CUDA if available, else the CPU
 epsilon = 0.0  # value in B in place of the zeros
 plain = False  # with --dim=hidden: write the kept units as dense matrices of a smaller n_inner, without B
 
-BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.*)")
-
 
 def prune_matrix(W, dim_1, dim_2, offset=0, epsilon=0.0):
     """W [m, n] with all but one in N rows (or columns) dropped, as one Kronecker product.
 
     Args:
         dim_1, dim_2: rows and columns of A: (m / N, n) to drop rows, (m, n / N) to drop columns.
-        offset: of the one that is kept, among N.
-        epsilon: what B holds for the others.
 
     Returns:
         A [1, dim_1, dim_2], the kept rows (columns), and B [1, m/dim_1, n/dim_2], 1 at offset and epsilon elsewhere.
@@ -64,7 +58,8 @@ def without_layers(model):
     shapes = {kind: of_blocks[offset::keep] for kind, of_blocks in args["shapes"].items()}
     state_dict = {}
     for name, p in model.state_dict().items():
-        if not (block := BLOCK.match(name)):
+        block = re.match(r"transformer\.h\.(\d+)\.(.*)", name)
+        if not block:
             state_dict[name] = p
         elif int(block[1]) in kept:
             state_dict[f"transformer.h.{kept.index(int(block[1]))}.{block[2]}"] = p
@@ -72,21 +67,23 @@ def without_layers(model):
 
 
 def check_options(config):
+    """Raise UserError for options that do not go together, of which one would have no effect."""
     check_choice(globals(), "dim", "embd", "hidden", "layer")
     check_choice(globals(), "select", "even", "contribution")
     n_units = {"embd": config.n_embd, "hidden": config.n_inner[0], "layer": config.n_layer}[dim]
-    if dim == "layer" and (refit or epsilon):
-        raise UserError("--dim=layer drops whole blocks: it goes with --keep and --offset, not with --refit or --epsilon")
-    if plain and (dim != "hidden" or epsilon):
-        raise UserError("--plain=True goes with --dim=hidden, and not with --epsilon")
-    if keep < 2 or not 0 <= offset < min(keep, n_units):
-        raise UserError(f"--keep is at least 2 and --offset from 0 to keep - 1, not {keep} and {offset}")
-    if dim != "layer" and n_units % keep:
-        raise UserError(f"--keep={keep} does not divide the {n_units} units of --dim={dim}")
-    if select == "contribution" and (offset or dim != "hidden"):
-        raise UserError("--select=contribution goes with --dim=hidden, and not with --offset")
-    if bool(calibrate) != (refit or select == "contribution"):
-        raise UserError("--refit and --select=contribution need text, and nothing else does: they go with --calibrate")
+    by_contribution = select == "contribution"
+    rules = {
+        "--keep is at least 2, and --offset from 0 to keep - 1": keep >= 2 and 0 <= offset < min(keep, n_units),
+        f"--keep={keep} must divide the {n_units} units of --dim={dim}": dim == "layer" or n_units % max(keep, 1) == 0,
+        "--dim=layer goes without --refit and --epsilon": dim != "layer" or not (refit or epsilon),
+        "--plain=True goes with --dim=hidden, without --epsilon": not plain or (dim == "hidden" and not epsilon),
+        "--select=contribution goes with --dim=hidden, without --offset":
+            not by_contribution or (dim == "hidden" and not offset),
+        "--refit and --select=contribution, and nothing else, go with --calibrate":
+            bool(calibrate) == (refit or by_contribution)}
+    for rule, holds in rules.items():
+        if not holds:
+            raise UserError(rule)
 
 
 def main():

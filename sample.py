@@ -6,7 +6,7 @@
 The model is a .pt file, a Hugging Face directory, a name under models/ or a hub name. Without a tokenizer for it, an empty
 prompt begins with token 0, and the numbers of the tokens are printed.
 """
-from kronygpt.configurator import UserError, run
+from kronygpt.configurator import run
 
 start = "\n"  # the prompt, where <|endoftext|> is that token; FILE:path reads it from a file; empty: <|endoftext|>
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
@@ -20,8 +20,6 @@ dtype = "float32"  # bfloat16 or float16, by autocast
 
 
 def main(ckpt):
-    import warnings
-
     import torch
 
     from kronygpt import checkpoint
@@ -33,10 +31,6 @@ def main(ckpt):
     model, _ = checkpoint.load(ckpt)
     text_tokenizer = open_tokenizer(model.config, tokenizer)
     tokens = text_tokenizer.encode_prompt(prompt)
-    if not tokens:
-        raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: give --start")
-    if len(tokens) > (context := model.config.block_size):
-        warnings.warn(f"the prompt has {len(tokens)} tokens: the model sees the last {context}", stacklevel=1)
     torch_device = pick_device(device)
     model.to(torch_device)
     idx = torch.tensor([tokens], device=torch_device)

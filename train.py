@@ -223,7 +223,7 @@ def make_model(run_dir):
             n_head=n_head, n_embd=n_embd, dropout=dropout, tokenizer=data_tokenizer(dataset),
             shapes=mlp_shapes(dim_1 or n_embd, dim_2 or 4 * n_embd, factors_of_blocks(n_layer))))
     elif init_from == "resume":
-        model, rest = checkpoint.load_to_resume(run_dir.last, dropout)
+        model, rest = checkpoint.load(run_dir.last, dropout)
     else:
         model, _ = checkpoint.load(init_from, dropout)
     if init_from != "scratch":

@@ -7,13 +7,12 @@
 Models have GPT-2's sizes and random weights; the shapes are those of the MLPs, and a fourth number is the rank of attention
 matrices: with 768,1,288,288 the whole model has 82M parameters, as with 768,768,1. Candidates run in turns in one process,
 after a warm-up, and the median of each is reported. Read the ratios, not the seconds: above 1 is faster (smaller) than the
-dense model. It writes table.md, results.json and ratios.png to out_dir.
+dense model. It writes table.md and results.json to out_dir.
 """
 import ctypes
 import io
 import itertools
 import json
-import math
 import re
 import statistics
 import time
@@ -21,10 +20,14 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch.nn import functional as F
+
 from experiments.compare import markdown
-from experiments.pictures import MARKERS
-from kronygpt.configurator import UserError, check_choice, run
-from kronygpt.files import atomic_write, output_file
+from kronygpt.configurator import run
+from kronygpt.device import autocast_to, pick_device
+from kronygpt.files import atomic_write, output_directory
+from model import KronyGPT, KronyGPTConfig, Shape, mlp_shapes
 
 n_layer = 12  # blocks
 n_head = 12  # attention heads
@@ -38,11 +41,10 @@ new_tokens = 32  # tokens generated in a measurement
 shapes = "768,768,1 768,1,288,288 768,1536,1 384,3072,1 256,64,10 768,1,153"  # dim_1,dim_2,factors[,attention rank]
 device = ""  # cuda, cpu, ...; default: CUDA if available
 dtype = "float32"  # or bfloat16 or float16, by autocast
-out_dir = "out/bench"  # directory of the table and the picture
+out_dir = "out/bench"  # directory of the results
 
 CONTEXTS, SEQUENCES = (64, 900), (1, 8)  # of generation: tokens at the end, and sequences at once
 LOOP_FACTORS = 16  # at most, of a torch.kron loop: it keeps as many whole matrices for the backward pass
-OUTPUTS = ("table.md", "results.json", "ratios.png")
 
 # A torch.nn.Module with its calls loss(idx, targets) and generate(idx, n), for idx and targets (B, T)
 Candidate = namedtuple("Candidate", "model loss generate")
@@ -50,46 +52,38 @@ Candidate = namedtuple("Candidate", "model loss generate")
 
 def make_config(shape):
     """The KronyGPTConfig of a model with a shape (dim_1, dim_2, factors), and perhaps attention's rank."""
-    from model import KronyGPTConfig, Shape, mlp_shapes
-
     dim_1, dim_2, factors, *ranks = shape
     attention = {f"attn.{name}": [Shape(n_embd, 1, rank)] * n_layer for rank in ranks for name in ("c_attn", "c_proj")}
     return KronyGPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
                           shapes=mlp_shapes(dim_1, dim_2, [factors] * n_layer) | attention)
 
 
-def time_in_turns(function, names, once=()):
-    """{name: median seconds of function(name)} in turns, after a warm-up; for names in `once`, of a single cold run."""
-    import torch
-
+def time_in_turns(function, names):
+    """{name: median seconds of function(name)} in turns, after a warm-up."""
     def clock():
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
 
     seconds = {name: [] for name in names}
-    for turn in range(1 + repeats):
+    for _ in range(1 + repeats):
         for name in names:
-            if turn == 0 or name not in once:
-                start = clock()
-                function(name)
-                seconds[name].append(clock() - start)
-    return {name: statistics.median(values[1:] or values) for name, values in seconds.items()}
+            start = clock()
+            function(name)
+            seconds[name].append(clock() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def peak_memory(function, torch_device):
     """Bytes that a call allocates at its peak, on top of those before it; None on systems that do not tell."""
-    import torch
-
     if torch_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    status = Path("/proc/self/status")  # Linux
 
     def read(field):
-        return 1024 * int(re.search(rf"{field}:\s*(\d+)", status.read_text())[1])
+        return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
     try:
         ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system: it would hide allocations of the call
@@ -104,11 +98,7 @@ def peak_memory(function, torch_device):
 def make_candidates(shape, is_first):
     """{name: Candidate} to measure in turns: the dense model, ours, and a torch.kron loop unless it has many factors; with
     the first shape also transformers' GPT-2, and ours with its loss from whole logits."""
-    import torch
-    from torch.nn import functional as F
     from transformers import GPT2Config, GPT2LMHeadModel
-
-    from model import KronyGPT
 
     def loss_of_whole_logits(logits_of, idx, targets):
         return F.cross_entropy(logits_of(idx).flatten(0, 1).float(), targets.flatten())
@@ -146,10 +136,6 @@ def make_candidates(shape, is_first):
 
 def measure(candidates, torch_device):
     """Measure candidates in turns: {name: {measurement: seconds, or bytes}}."""
-    import torch
-
-    from kronygpt.device import autocast_to
-
     idx = torch.randint(vocab_size, (max(batch_size, memory_batch_size), block_size + 1),
                         generator=torch.Generator().manual_seed(0)).to(torch_device)
     results = {name: {} for name in candidates}
@@ -179,12 +165,11 @@ def measure(candidates, torch_device):
     record("peak memory", {name: peak for name, peak in peaks.items() if peak is not None})
     optimizers.clear()
     record("forward", time_in_turns(partial(step, n=batch_size, is_training=False), candidates))
-    loops = [name for name in candidates if name.startswith("torch.kron")]  # these take minutes at long contexts
     for sequences, context in itertools.product(SEQUENCES, sorted({min(context, block_size) for context in CONTEXTS})):
-        names = [name for name in candidates if name not in loops or sequences * context <= max(CONTEXTS)]
-        once = loops if context == max(CONTEXTS) else ()
-        seconds = time_in_turns(partial(generate, sequences=sequences, context=context), names, once)
-        record(f"generation {sequences} × {context}", seconds)
+        names = [name for name in candidates  # the loops have no cache, and take minutes at long contexts
+                 if not name.startswith("torch.kron") or context == min(CONTEXTS)]
+        record(f"generation {sequences} × {context}",
+               time_in_turns(partial(generate, sequences=sequences, context=context), names))
     for name, candidate in candidates.items():
         file = io.BytesIO()
         torch.save(candidate.model.state_dict(), file)
@@ -192,52 +177,27 @@ def measure(candidates, torch_device):
     return results
 
 
-def draw(ratios, columns):
-    """Draw ratios.png from {model: {measurement: ratio}}."""
-    from kronygpt.run_dir import new_figure, save_figure
-
-    figure = new_figure(9, 1 + 0.6 * len(columns))
-    axes = figure.subplots()
-    for (name, values), marker in zip(ratios.items(), itertools.cycle(MARKERS)):
-        axes.plot([values.get(column, math.nan) for column in columns], columns, marker, label=name)
-    axes.axvline(1, color="k", linewidth=1)
-    axes.set(xscale="log", xlabel="times faster (smaller) than the dense model")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
-    save_figure(figure, Path(out_dir, "ratios.png"))
-
-
 def main():
-    from kronygpt.device import pick_device
-
-    check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
+    output_directory(out_dir)
     measured_shapes, torch_device = [tuple(map(int, shape.split(","))) for shape in shapes.split()], pick_device(device)
     for shape in measured_shapes:
         make_config(shape)  # which says now what is wrong with it
-    if new_tokens >= min(*CONTEXTS, block_size):
-        raise UserError(f"--new_tokens={new_tokens} leaves no prompt in a context of {min(*CONTEXTS, block_size)}")
-    for name in OUTPUTS:
-        output_file(Path(out_dir, name))
     results = {}
     for shape in measured_shapes:
         candidates = make_candidates(shape, is_first=not results)
         print(", ".join(candidates))
-        measured = measure(candidates, torch_device)
-        for name in candidates:
-            ratios = {what: measured["dense"][what] / value for what, value in measured[name].items() if value}
-            results.setdefault(name, dict(measured=measured[name], faster_than_dense=ratios))
+        for name, measured in (measurements := measure(candidates, torch_device)).items():
+            ratios = {what: measurements["dense"][what] / value for what, value in measured.items() if value}
+            results.setdefault(name, dict(measured=measured, faster_than_dense=ratios))
         del candidates  # before the next ones are made
     columns = list(results["dense"]["measured"])
     rows = [(name, *(f"{result['faster_than_dense'][column]:.2f} ×" if column in result["faster_than_dense"] else ""
                      for column in columns)) for name, result in results.items()]
     table = markdown(["model", *columns], rows)
-    for path, content in (("table.md", table), ("results.json", json.dumps(results, indent=2, allow_nan=False))):
-        with atomic_write(Path(out_dir, path), "w") as file:
+    for name, content in (("table.md", table), ("results.json", json.dumps(results, indent=2))):
+        with atomic_write(Path(out_dir, name), "w") as file:
             file.write(content + "\n")
     print("\ntimes and sizes of the dense model over those of each (above 1: faster, smaller)", table, sep="\n")
-    draw({name: result["faster_than_dense"] for name, result in results.items() if name != "dense"}, columns)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Results go to out_dir: results.json, table.md, pareto.png (loss against paramete
 each pass through the starts. Finished work is not repeated: a comparison that was stopped, or that has another start or
 seed, continues where it was.
 """
-import itertools
 import json
 import re
 import shlex
@@ -29,8 +28,11 @@ import time
 from pathlib import Path
 
 from experiments import pictures
+from kronygpt import checkpoint
 from kronygpt.configurator import UserError, run
-from kronygpt.files import atomic_write, output_file
+from kronygpt.data import find_dataset
+from kronygpt.files import atomic_write, output_directory
+from kronygpt.run_dir import read_log
 
 base = "out/demo/base/best.pt"  # the dense model: a checkpoint, a Hugging Face directory or a hub name
 starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # one start a line: name: command | options of its training
@@ -40,20 +42,17 @@ seeds = "1337"  # comma list of seeds for the batches; every start is trained on
 dataset = "pydocs"  # data/<dataset>, for training and scores
 out_dir = "out/demo"  # directory of the results
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("kron_decompose.py", "prune.py", "experiments/peers.py")
 SET_HERE = {"init_from", "out", "out_dir", "dataset", "seed", "overwrite", "max_iters"}  # options that no start may have
 RESULT_FORMAT = 5  # of the kept results; those of another format are computed again
-OUTPUTS = ("table.md", "results.json", "pareto.png", "loss.png")
-NOTHING_DONE = 1.0  # seconds that a finished start takes at most to be read
 
 
 def call(script, *args):
     """Run a script of the repository, show its output, and return the seconds that it took; UserError if it fails."""
-    program = ["-m", script.removesuffix(".py").replace("/", ".")] if "/" in script else [str(ROOT / script)]
-    print(f"\n$ python {shlex.join([*(program if '/' in script else [script]), *args])}", flush=True)
+    words = ["-m", script.removesuffix(".py").replace("/", "."), *args]
+    print(f"\n$ python {shlex.join(words)}", flush=True)
     begin = time.perf_counter()
-    if subprocess.run([sys.executable, *program, *args]).returncode:
+    if subprocess.run([sys.executable, *words]).returncode:
         raise UserError(f"{script} failed; see above", status=1)
     return time.perf_counter() - begin
 
@@ -73,8 +72,6 @@ def parse_starts():
         if folder_name(name) in parsed:
             raise UserError(f"--starts: another start has the name {name!r}, or one like it")
         parsed[folder_name(name)] = name, words, training
-    if not parsed:
-        raise UserError("--starts names no start")
     return list(parsed.values())
 
 
@@ -84,12 +81,9 @@ def folder_name(name):
 
 def keep_result(path, key, compute, *args):
     """Read the result of compute(*args) from a JSON file with the same key, or compute it and write the file."""
-    try:
-        kept = json.loads(path.read_text())
-        if kept["key"] == key:
-            return kept["result"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        pass  # no result yet, or a damaged one
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("key") == key:
+        return kept["result"]
     result = compute(*args)
     with atomic_write(path, "w") as file:
         json.dump(dict(key=key, result=result), file, indent=2, allow_nan=False)
@@ -103,7 +97,7 @@ def modification_time(source):
 
 
 def score(source, path):
-    """The loss of a model on the held-out text, by perplexity.py, in nats per token. Its result goes to a JSON file."""
+    """The loss of a model on the held-out text in nats per token, by perplexity.py, whose result goes to a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     call("perplexity.py", str(source), dataset, f"--json_out={path}")
     return json.loads(path.read_text())[dataset]["loss"]
@@ -115,8 +109,6 @@ def make_start(folder, command):
     Returns:
         {"parameters", "shapes": {matrix: [[dim_1, dim_2, factors] of each block]}, "before": loss, "seconds"}
     """
-    from kronygpt import checkpoint
-
     path = folder / "start.pt" if command else base
     seconds = call(*command, f"--init_from={base}", f"--out={path}") if command else 0
     model, _ = checkpoint.load(str(path))
@@ -131,15 +123,10 @@ def train_start(folder, start, options, seed, is_exported):
     Returns:
         {"after": loss, "learning_rate", "seconds", "curve": [(step, validation loss)]}
     """
-    from kronygpt import checkpoint
-    from kronygpt.run_dir import read_log
-
     train_steps = [f"--max_iters={steps}"] if steps else []
     seconds = call("train.py", train_config, *options, f"--init_from={start}", f"--dataset={dataset}",
                    f"--out_dir={folder}", f"--seed={seed}", "--overwrite=True", *train_steps)  # ours last: they count
     _, last = checkpoint.load(str(folder / "ckpt.pt"))
-    if last["iter_num"] < last["config"]["max_iters"]:
-        raise UserError(f"train.py was stopped after {last['iter_num']} of {last['config']['max_iters']} steps", status=1)
     source = folder / "best.pt"
     if is_exported:
         source = folder / "hf"
@@ -196,8 +183,7 @@ def conclusion(rows):
 
 
 def caption(rows):
-    n_seeds = len(rows[1]["runs"])
-    return f"Losses on held-out text of {dataset} in nats per token; {n_seeds} seed{'s' * (n_seeds > 1)}."
+    return f"Losses on held-out text of {dataset} in nats per token. Number of seeds: {len(rows[1]['runs'])}."
 
 
 def write_results(rows):
@@ -211,36 +197,26 @@ def write_results(rows):
 
 
 def main():
-    from kronygpt.data import find_dataset
-
     todo, folder, numbers = parse_starts(), Path(out_dir), list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
-    for name in OUTPUTS:
-        output_file(folder / name)
+    output_directory(folder)
     find_dataset(dataset)
     settings = dict(format=RESULT_FORMAT, base=[base, modification_time(base)],
                     dataset=[dataset, modification_time(Path("data", dataset))])
     training_settings = dict(settings, config=Path(train_config).read_text(encoding="utf-8"), steps=steps)
     rows = [dict(keep_result(folder / "base.json", settings, make_start, folder, None), name="dense base")]
     rows += [dict(name=name, runs=[]) for name, _, _ in todo]
-    durations = []  # of the starts that were worked on
-    for done, (seed, (row, (name, command, training))) in enumerate(itertools.product(numbers, zip(rows[1:], todo))):
-        begin, left = time.perf_counter(), len(numbers) * len(todo) - done
-        of_seeds = f", seed {numbers.index(seed) + 1} of {len(numbers)}" if len(numbers) > 1 else ""
-        minutes = f", about {statistics.mean(durations) * left / 60:.0f} minutes left" if durations else ""
-        print(f"\nstart {done % len(todo) + 1} of {len(todo)}{of_seeds}: {name}{minutes}", flush=True)
-
-        made_in = folder / folder_name(next(n for n, c, _ in todo if c == command))  # the first one made in this way
-        start, run_dir = made_in / "start.pt", folder / folder_name(name) / f"seed_{seed}"
-        row |= keep_result(made_in / "start.json", dict(settings, command=command), make_start, made_in, command)
-        key = dict(training_settings, start=[str(start), modification_time(start)], training=training, seed=seed,
-                   is_exported=seed == numbers[0])
-        row["runs"].append(keep_result(Path(f"{run_dir}.json"), key, train_start, run_dir, start, training, seed,
-                                       seed == numbers[0]))
-        row["learning_rate"] = row["runs"][0]["learning_rate"]
-        if (seconds := time.perf_counter() - begin) > NOTHING_DONE:
-            durations.append(seconds)
-        if done % len(todo) == len(todo) - 1:  # the end of a pass
-            write_results(rows)
+    for seed in numbers:
+        for i, (row, (name, command, training)) in enumerate(zip(rows[1:], todo)):
+            print(f"\nseed {seed}, start {i + 1} of {len(todo)}: {name}", flush=True)
+            made_in = folder / folder_name(next(n for n, c, _ in todo if c == command))  # the first one made in this way
+            start, run_dir = made_in / "start.pt", folder / folder_name(name) / f"seed_{seed}"
+            row |= keep_result(made_in / "start.json", dict(settings, command=command), make_start, made_in, command)
+            key = dict(training_settings, start=[str(start), modification_time(start)], training=training, seed=seed,
+                       is_exported=seed == numbers[0])
+            row["runs"].append(keep_result(Path(f"{run_dir}.json"), key, train_start, run_dir, start, training, seed,
+                                           seed == numbers[0]))
+            row["learning_rate"] = row["runs"][0]["learning_rate"]
+        write_results(rows)
     print(f"\n{aligned(*table(rows))}\n\n{caption(rows)}\n{conclusion(rows)}\n"
           f"in {out_dir}/: table.md, results.json, pareto.png, loss.png")
 

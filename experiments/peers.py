@@ -12,7 +12,7 @@ import math
 import time
 from bisect import bisect_right
 
-from kronygpt.configurator import UserError, run
+from kronygpt.configurator import run
 
 init_from = "gpt2"  # the model to compress: a hub name, a Hugging Face directory or a checkpoint
 out: str | None = None  # file to write; default: checkpoints/even_ranks_....pt
@@ -41,16 +41,17 @@ def even_ranks(config, limit):
     return {kind: [Shape(m, 1, r) for (m, _), r in zip(sizes[kind], rs)] for kind, rs in ranks(share).items()}
 
 
+METHODS = {"even_ranks": even_ranks}
+
+
 def main(method, budget):
     from kronygpt import calibration, checkpoint, compress, data
     from kronygpt.budget import parse_budget
     from kronygpt.files import output_file
 
-    if method != "even_ranks":
-        raise UserError(f"the methods of peers are: even_ranks, not {method}")
     path, start = output_file(out or f"checkpoints/{method}_{budget}.pt"), time.perf_counter()
     dense, _ = checkpoint.load(init_from)
-    new, fits = compress.factorize(dense, even_ranks(dense.config, parse_budget(budget)[0])), []
+    new, fits = compress.factorize(dense, METHODS[method](dense.config, parse_budget(budget)[0])), []
     if calibrate:
         text = data.calibration_text(calibrate, calibration_tokens, dense.config, device)
         fits = calibration.calibrate(dense.to(text.device), new.to(text.device), text)

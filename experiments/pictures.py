@@ -3,8 +3,7 @@ import re
 import statistics
 
 SAME_SIZE = 1.1  # starts whose numbers of parameters differ by less than this factor share a panel
-MARKERS = "osD^vPX*hd"
-COLORS = 10  # of matplotlib's cycle, C0 to C9
+MARKERS = "osD^vPX*hd"  # beside the ten colors of matplotlib's cycle, C0 to C9
 
 
 def method(name):
@@ -14,7 +13,7 @@ def method(name):
 
 def method_styles(rows):
     """{method: color and marker}, in another combination for each ten."""
-    return {name: dict(color=f"C{i % COLORS}", marker=MARKERS[(i + i // COLORS) % len(MARKERS)])
+    return {name: dict(color=f"C{i % 10}", marker=MARKERS[(i + i // 10) % 10])
             for i, name in enumerate(dict.fromkeys(method(row["name"]) for row in rows))}
 
 
@@ -24,14 +23,9 @@ def dense_start(rows):
 
 
 def draw_pareto(rows, path, dataset):
-    """Loss against parameters, before and after training, with a line for a method at several sizes.
-
-    Args:
-        rows: {"name", "parameters", "shapes", "before"} of the dense base, and of the starts, which also have "runs",
-            [{"after", "curve"}] with one for each seed.
-        path: of the picture.
-        dataset: name of the held-out text.
-    """
+    """Loss on a held-out text against parameters, before and after training, with a line for a method at several sizes, for
+    rows {"name", "parameters", "shapes", "before"} of the dense base, and of the starts, which also have "runs", [{"after",
+    "curve"}] with one for each seed."""
     from kronygpt.run_dir import new_figure, save_figure, use_log_scale
 
     figure, dense = new_figure(11, 5.5), dense_start(rows)
@@ -43,7 +37,7 @@ def draw_pareto(rows, path, dataset):
         axes.set(xlabel="parameters (millions)", ylabel=f"loss on held-out {dataset} (nats per token)", title=title)
         axes.grid(alpha=0.3)
         axes.margins(x=0.15)
-    right.plot([], [], "k*:", markersize=14, label="dense" + " (on the right: trained as long)" * bool(dense))
+    right.plot([], [], "k*:", markersize=14, label="dense (on the right: trained as long)" if dense else "dense")
     others = [row for row in rows[1:] if row is not dense]
     for name, style in method_styles(others).items():
         same = sorted((row for row in others if method(row["name"]) == name), key=lambda row: row["parameters"])

@@ -8,8 +8,16 @@ held-out text. The table is written anew after each model.
 """
 from pathlib import Path
 
-from kronygpt.configurator import UserError, run
+import torch
+
+from experiments.compare import markdown
+from kronygpt import calibration, checkpoint, data
+from kronygpt.budget import Plan, plan_widths, smallest
+from kronygpt.compress import apply
+from kronygpt.configurator import run
 from kronygpt.files import atomic_write
+from kronygpt.run_dir import new_figure, save_figure
+from model import KINDS, Shape
 
 init_from = "gpt2"  # the dense model: a hub name, a Hugging Face directory or a checkpoint
 calibrate = "openwebtext"  # data set under data/: its training split is calibrated on, its validation split scored
@@ -24,37 +32,14 @@ BATCH_SIZE = 8  # windows that are scored together
 COLORS = {"attn.c_attn": "C0", "attn.c_proj": "C1", "mlp.c_fc": "C2", "mlp.c_proj": "C3"}
 
 
-def parse_shares(name):
-    """The numbers of an option that is a comma list of shares."""
-    numbers = [float(text) for text in globals()[name].split(",")]
-    if not all(0 < number < 1 for number in numbers):
-        raise UserError(f"--{name} is a comma list of numbers between 0 and 1, not {globals()[name]}")
-    return numbers
-
-
-def feasible(budget_shares, config, n_parameters):
-    """The shares that leave each matrix a rank of 1 or more; the embeddings and vectors keep all of theirs."""
-    from kronygpt.budget import smallest
-    from model import KINDS
-
-    least = smallest(config, KINDS, ("heads", "hidden")) / n_parameters
-    if left_out := [share for share in budget_shares if share <= least]:
-        print(f"budgets {', '.join(map(str, left_out))} are left out: with rank 1 in all matrices it is {least:.3f}")
-    return [share for share in budget_shares if share > least]
-
-
 def rank_correlation(pairs):
     """Spearman's rank correlation of [(x, y)]; no two x or y are expected to be equal."""
-    import torch
-
     ranks = torch.tensor(pairs).argsort(0).argsort(0).double()
     return torch.corrcoef(ranks.T)[0, 1].item()
 
 
 def draw(rows, path):
     """Predicted against measured loss added on logarithmic axes, with the line on which they are equal."""
-    from kronygpt.run_dir import new_figure, save_figure
-
     figure = new_figure(7, 6)
     axes = figure.subplots()
     for end, style in [*((kind, dict(color=color, marker="o", alpha=0.7, linestyle="", label=f"{kind}, alone"))
@@ -71,33 +56,24 @@ def draw(rows, path):
     save_figure(figure, path)
 
 
-def row_cells(name, size, share, predicted, measured):
-    return f"| {name} | {size:,} | {share:.1%} | {predicted:.5f} | {measured:.5f} |"
+def cells(name, size, share, predicted, measured):
+    return name, f"{size:,}", f"{share:.1%}", f"{predicted:.5f}", f"{measured:.5f}"
 
 
 def write_table(rows):
     """Write table.md: the results so far, and the rank correlations."""
-    lines = ["| compressed | parameters | of them | predicted | measured |", "|---|---:|---:|---:|---:|"]
+    table = markdown(("compressed", "parameters", "of them", "predicted", "measured"), [cells(*row) for row in rows])
     alone, together = ([row[3:] for row in rows if (row[0] == "budget") == is_budget] for is_budget in (False, True))
     correlations = " and ".join(f"{rank_correlation(pairs):.3f} over {len(pairs)} {what}" for pairs, what in
                                 ((alone, "matrices alone"), (together, "budgets")) if len(pairs) > 1)
     with atomic_write(Path(out_dir, "table.md"), "w") as file:
-        file.write("\n".join([*lines, *(row_cells(*row) for row in rows), "",
-                              f"Loss added in nats per token. Rank correlation: {correlations or 'not yet'}.", ""]))
+        file.write(f"{table}\n\nLoss added in nats per token. Rank correlation: {correlations or 'not yet'}.\n")
 
 
 def main():
-    import torch
-
-    from kronygpt import calibration, checkpoint, data
-    from kronygpt.budget import Plan, plan_widths
-    from kronygpt.compress import apply
-    from model import Shape
-
-    budget_shares, matrix_shares = parse_shares("budgets"), parse_shares("shares")
+    budget_shares, matrix_shares = ([float(text) for text in option.split(",")] for option in (budgets, shares))
     dense, _ = checkpoint.load(init_from)
     config, n_parameters = dense.config, dense.count_parameters()["total"]
-    budget_shares = feasible(budget_shares, config, n_parameters)
     text = data.calibration_text(calibrate, calibration_tokens, config, device)
     tokens, context = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens], config.block_size
     held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
@@ -115,10 +91,14 @@ def main():
         new, _ = apply(dense, plan, text)
         size = size or new.count_parameters()["total"]
         rows.append((name, size, size / of, predicted, loss(new) - base))
-        print(row_cells(*rows[-1]), flush=True)
+        print(*cells(*rows[-1]), sep="  ", flush=True)
         write_table(rows)
 
     print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out) * (context - 1):,} tokens", flush=True)
+    least = smallest(config, KINDS, ("heads", "hidden"))
+    for share in [share for share in budget_shares if share * n_parameters < least + 1]:
+        print(f"budget {share} is left out: with rank 1 in all matrices it is {least / n_parameters:.3f}")
+        budget_shares.remove(share)
     for plan in plan_widths(dense, [int(share * n_parameters) for share in budget_shares], statistics):
         measure("budget", plan, plan.loss)
     for layer, kind, matrix in dense.matrices():

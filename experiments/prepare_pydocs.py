@@ -46,7 +46,7 @@ def documents():
 
 
 def main():
-    from kronygpt.data import DATA_DIR, dataset_writer
+    from kronygpt.data import DATA_DIR, write_documents
     from kronygpt.tokenizer import BytesTokenizer
 
     texts = documents()
@@ -54,10 +54,8 @@ def main():
     n_val = max(1, round(len(texts) * val_fraction))
     tokenizer = BytesTokenizer()
     source = f"documentation of CPython {sys.version.split()[0]}: pydoc topics and docstrings"
-    with dataset_writer(DATA_DIR / out, tokenizer, source) as writer:
-        for i, text in enumerate(texts):
-            writer.add("val" if i < n_val else "train", tokenizer.encode(text))
-    print(writer.report)
+    documents_of_splits = (("val" if i < n_val else "train", tokenizer.encode(text)) for i, text in enumerate(texts))
+    print(write_documents(DATA_DIR / out, tokenizer, source, documents_of_splits))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ optimizer's state, both sides are whole. load() also takes
 
 - the published Krony-PT files: a bare state dict with the same names;
 - older ones, with each factor by itself: c_fc_{f}_{k} and c_proj_{f}_{k} for side k of factor f, perhaps no MLP biases;
-- nanoGPT's own dense checkpoints, and those of other programs, whose weights may lie deeper in the file;
+- dense checkpoints of nanoGPT and other programs, whose weights may lie deeper in the file, under prefixes of wrappers;
 - transformers' GPT-2: a directory, or a .safetensors or .bin file of it;
-- the directories of kron_to_gpt.py --compressed=True, whose factors are `<name>.A` and `<name>.B`;
-- any of them with the prefixes of DDP, FSDP, torch.compile or another wrapper, and with other heads beside the model.
+- the directories of kron_to_gpt.py --compressed=True, whose factors are `<name>.A` and `<name>.B`.
 
 A model is data, and loading it never runs code: .pt and .bin files are read with torch.load(weights_only=True), and
-config.json and safetensors directly, without transformers. A flipped bit in a .pt file is found by the checksums of its
-records. Safetensors have none.
+config.json and safetensors directly, without transformers.
 """
 import os
 import pickle
@@ -32,7 +30,7 @@ from kronygpt.configurator import UserError
 from kronygpt.files import atomic_write
 from kronygpt.hub import WEIGHTS, download
 from kronygpt.kron import column_side, with_identity, without_identity
-from kronygpt.tokenizer import read_json, tokenizer_record
+from kronygpt.tokenizer import check_no_pointer, read_json, tokenizer_record
 from model import KINDS, KronyGPT
 
 MODELS_DIR = Path("models")
@@ -51,7 +49,6 @@ MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older file
 LAST_NORM = "ln_f.weight"  # in every GPT-2: where it is, the weights are
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 TIED_RTOL, TIED_ATOL = 2**-8, 1e-6  # the rounding of half precision: an output matrix nearer to the embedding is tied
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 COMPRESSED_TYPE = "kronygpt"  # model_type of modeling_kronygpt.py: factors that are not expanded
 FUNCTION = {  # fields of a GPT-2's config.json that change its function: the default, and what computes the same
     "model_type": ("gpt2", COMPRESSED_TYPE), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
@@ -113,10 +110,7 @@ def load(source, dropout=0.0):
     except Exception as error:  # bytes of other programs can make torch raise anything
         reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise UserError(f"{path} cannot be loaded: {reason or type(error).__name__}") from error
-    rest = {name: content.get(name, default) for name, default in DEFAULTS.items()}
-    if isinstance(rest["best_val_loss"], torch.Tensor):  # as nanoGPT keeps it
-        rest["best_val_loss"] = rest["best_val_loss"].item()
-    return model, rest
+    return model, {name: content.get(name, default) for name, default in DEFAULTS.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -134,17 +128,15 @@ def locate(source):
 
 def looks_like_hub_name(source):
     """gpt2 or org/name: a hub name has at most one slash, and is no path to a file of weights."""
-    is_file_name = source.startswith(".") or source.endswith((".pt", ".bin", ".safetensors"))
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not is_file_name
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and not source.endswith((".pt", ".bin", ".safetensors"))
 
 
 def read(path):
     """{name: tensor} of a model in a file or a directory, and all that lies beside it."""
-    if path.is_dir() or (path.name in WEIGHTS and (path.parent / "config.json").exists()):
-        directory, weights = (path, None) if path.is_dir() else (path.parent, path)
-        config = read_config(directory)
-        tensors = {}
-        for file in weight_files(directory, weights):
+    directory = path if path.is_dir() else path.parent
+    if path.is_dir() or (path.name in WEIGHTS and (directory / "config.json").exists()):
+        config, tensors = read_config(directory), {}
+        for file in weight_files(path):
             tensors |= read_file(file)
         tensors = find_weights(tensors)
         if not config["tie_word_embeddings"] and not any(name.endswith(HEAD) for name in tensors):
@@ -157,11 +149,8 @@ def read(path):
 
 
 def read_config(directory):
-    """The fields of a Hugging Face GPT-2's config.json, defaults included.
-
-    Raises:
-        ValueError: it is no GPT-2, or one that computes another function than a KronyGPT.
-    """
+    """The fields of a Hugging Face GPT-2's config.json, defaults included; ValueError where a KronyGPT computes another
+    function."""
     if not (directory / "config.json").exists():
         raise ValueError("it holds no model: neither config.json (Hugging Face) nor ckpt.pt")
     config = read_json(directory / "config.json")
@@ -172,29 +161,21 @@ def read_config(directory):
     return config
 
 
-def weight_files(directory, weights=None):
-    """The paths of the files with the tensors in a directory: of `weights`, or of the first of WEIGHTS that is there."""
-    weights = weights or next((directory / name for name in WEIGHTS if (directory / name).exists()), None)
-    if weights is None:
-        raise ValueError(f"it has no weights: none of {', '.join(WEIGHTS)}")
-    if weights.suffix != ".json":
-        return [weights]
-    shards = sorted(set(read_json(weights)["weight_map"].values()))
-    for shard in shards:
-        if Path(shard).name != shard:
-            raise ValueError(f"{weights.name} names a file of another directory: {shard}")
-        if not (directory / shard).is_file():
-            raise ValueError(f"the file {shard} is missing, which {weights.name} names")
-    return [directory / shard for shard in shards]
+def weight_files(path):
+    """The files with the tensors of a Hugging Face model: of a directory, or behind one of WEIGHTS in it."""
+    if path.is_dir():
+        found = [path / name for name in WEIGHTS if (path / name).exists()]
+        if not found:
+            raise ValueError(f"it has no weights: none of {', '.join(WEIGHTS)}")
+        path = found[0]
+    if path.suffix != ".json":
+        return [path]
+    return [path.with_name(shard) for shard in sorted(set(read_json(path)["weight_map"].values()))]
 
 
 def read_file(path):
     """The content of a file of torch.save or safetensors, which runs no code; checksums of a .pt file are compared."""
-    if not path.is_file():
-        raise ValueError(f"{path.name} is no regular file")
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path.name} is a pointer of git-lfs, in place of the weights: `git lfs pull` fetches them")
+    check_no_pointer(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -210,7 +191,7 @@ def read_file(path):
     except pickle.UnpicklingError as error:
         raise ValueError("it is not a file of torch.save, or it holds more than tensors and plain types and is not "
                          "loaded, because it could run code") from error
-    except (MemoryError, PermissionError):
+    except (MemoryError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:
         message = str(error).partition("\n")[0]
@@ -219,13 +200,11 @@ def read_file(path):
 
 def find_weights(content):
     """The dict with the weights of a GPT-2 in the content of a file, at whatever depth."""
-    if not isinstance(content, dict):
-        raise ValueError(f"it is no checkpoint: it holds a {type(content).__name__}")
     level = {"": content}
     while level:
         found = {key: part for key, part in level.items() if any(str(name).endswith(LAST_NORM) for name in part)}
         if found:
-            key = next((key for key in MODEL_KEYS if key in found), None) or min(found, key=str)
+            key = next(key for key in (*MODEL_KEYS, *found) if key in found)
             if len(found) > 1 and key not in MODEL_KEYS:
                 raise ValueError(f"it holds several models ({', '.join(map(str, found))}): save one of them by itself")
             return {name: p for name, p in found[key].items() if isinstance(p, torch.Tensor)}
@@ -236,8 +215,8 @@ def find_weights(content):
 
 def warn_of_exact_gelu(content, tensors, path):
     """Warn of a file of nanoGPT or Krony-PT: their GELU is the exact one, where GPT-2's and KronyGPT's is the tanh form."""
-    stated = content.get("model_args")
-    is_ours = isinstance(stated, dict) and ("shapes" in stated or "dim_1" in stated)  # dim_1: the first edition
+    stated = content.get("model_args") or {}
+    is_ours = "shapes" in stated or "dim_1" in stated  # dim_1: the first edition
     if not is_ours and any(".mlp.c_fc" in name for name in tensors) and not is_conv1d(tensors):
         warnings.warn(f"{path} is a file of nanoGPT or Krony-PT, which compute the exact GELU; here it is GPT-2's tanh "
                       "form, and logits differ by up to 1e-3", stacklevel=4)
@@ -254,9 +233,7 @@ def upgrade(tensors):
     state_dict = without_identities(from_file_names(stack_factors(state_dict)))
     for name, p in list(state_dict.items()):  # biases that an old file lacks were zero
         if name.endswith(".B"):
-            stem, A = name[:-2], state_dict.get(f"{name[:-1]}A")
-            if A is None:
-                continue  # which from_state_dict() tells
+            stem, A = name[:-2], state_dict[f"{name[:-1]}A"]
             if p.shape == (1, 1, 1):  # A ⊗ [[b]] is b A
                 state_dict |= {f"{stem}.A": A.float() * p, name: torch.ones_like(p)}
             state_dict.setdefault(f"{stem}.bias", p.new_zeros(A.shape[2] * p.shape[2]))
@@ -286,22 +263,19 @@ def plain_names(tensors):
                 raise ValueError(f"{name} holds no real numbers but {p.dtype}")
             result[plain] = p
     if left_out:
-        shown = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
-        warnings.warn(f"left out what is no part of a GPT-2 language model: {shown}", stacklevel=4)
+        warnings.warn(f"left out {len(left_out)} tensors that are no part of a GPT-2 language model, such as {left_out[0]}",
+                      stacklevel=4)
     return result
 
 
 def tie(state_dict):
-    """Make one entry of embedding and output matrix, which may be there twice or under either name.
-
-    Raises:
-        ValueError: they differ.
-    """
-    head = state_dict.pop(HEAD, None)
+    """Make one entry of embedding and output matrix, which may be there twice or under either name; ValueError where they
+    differ."""
+    head = state_dict.pop(HEAD, state_dict.get(EMBEDDING))
     embedding = state_dict.setdefault(EMBEDDING, head)
-    if embedding is None:
+    if head is None:
         raise KeyError(EMBEDDING)
-    if head is None or (head.data_ptr(), head.shape) == (embedding.data_ptr(), embedding.shape):
+    if head.data_ptr() == embedding.data_ptr():
         return
     if head.shape != embedding.shape or not torch.allclose(head.float(), embedding.float(), TIED_RTOL, TIED_ATOL, True):
         raise ValueError("it has an output matrix (lm_head.weight) that differs from its embedding, and a KronyGPT has one "
@@ -310,18 +284,14 @@ def tie(state_dict):
 
 def stack_factors(state_dict):
     """Stack the factors of the oldest files, which have each by itself."""
-    result, sides = {}, {}  # sides: {(c_fc or c_proj of a block, side): {factor: tensor}}
+    result, sides = {}, {}  # sides: {name: {factor: tensor}}
     for name, p in state_dict.items():
         if match := UNSTACKED.fullmatch(name):
             stem, factor, side = match.groups()
-            sides.setdefault((stem, side), {})[int(factor)] = p
+            sides.setdefault(f"{stem}_{side}", {})[int(factor)] = p
         else:
             result[name] = p
-    for (stem, side), by_factor in sides.items():
-        if sorted(by_factor) != list(range(len(by_factor))):
-            raise ValueError(f"{stem} has the factors {sorted(by_factor)}, and some in between are missing")
-        result[f"{stem}_{side}"] = torch.stack([by_factor[f] for f in range(len(by_factor))])
-    return result
+    return result | {name: torch.stack([factors[f] for f in range(len(factors))]) for name, factors in sides.items()}
 
 
 def with_identities(state_dict):
@@ -441,32 +411,13 @@ def check(model):
 # ----------------------------------------------------------------------------------------------------------------------
 # a run that is resumed
 
-def load_to_resume(path, dropout=0.0):
-    """load() for a checkpoint of train.py, which holds an optimizer's state.
-
-    Raises:
-        UserError: it holds none.
-    """
-    model, rest = load(path, dropout)
-    if not rest["optimizer"]:
-        raise UserError(f"{path} cannot be resumed, as it holds no optimizer's state: start from its weights, "
-                        f"--init_from={path} with another --out_dir")
-    return model, rest
-
-
 def load_optimizer_state(optimizer, state, path):
-    """Give an AdamW the step and the moments of each parameter from a checkpoint, by the parameters' names.
-
-    The options of its groups (learning rates, weight decay, betas) stay as they are. A run that is resumed may have others
-    than before.
-
-    Args:
-        optimizer: an AdamW with named parameters.
-        state: the state_dict() of another one.
-        path: of the checkpoint, for the error.
+    """Give an AdamW with named parameters the steps and moments of the state_dict() of another one, by name. The options of
+    its groups (learning rates, weight decay, betas) stay, as a run that is resumed may have others than before.
 
     Raises:
-        UserError: moments are missing, or have another shape: the fused step would write beyond them.
+        UserError: moments are missing in the checkpoint `path`, or have another shape: the fused step would write beyond
+            them.
     """
     own = optimizer.state_dict()
     try:
@@ -478,7 +429,7 @@ def load_optimizer_state(optimizer, state, path):
                     own["state"][i] = {key: moments[name][key] for key in ("step", "exp_avg", "exp_avg_sq")}
                     if not moments[name]["exp_avg"].shape == moments[name]["exp_avg_sq"].shape == p.shape:
                         raise ValueError(f"the moments of {name} have another shape")
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the optimizer's state in {path} is not of this model ({error}): it is from another program or an "
-                        f"earlier version. Start from its weights, --init_from={path} with another --out_dir") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be resumed: it holds no optimizer's state of this model ({error}). Start from its "
+                        f"weights, --init_from={path} with another --out_dir") from None
     optimizer.load_state_dict(own)

@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from kronygpt.configurator import UserError
 from kronygpt.device import pick_device
-from kronygpt.files import atomic_write, lock, output_file
+from kronygpt.files import atomic_write, lock
 from kronygpt.tokenizer import (
     GPT2_VOCAB_SIZE,
     TOKEN_TYPE,
@@ -35,11 +35,10 @@ from model import linear_cross_entropy
 
 DATA_DIR = Path("data")
 SPLITS = ("train", "val")
+CHECKED_TOKENS = 2**20  # of a split, before anything is done with it; the others are checked when they are used
 LLM_C = (20240520, 20240801)  # how a .bin of llm.c begins: a header of 256 int32
-CHECKED_TOKENS = 1024  # looked at, spread evenly over a split, before anything is done with it
-JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
-ROWS = (*JSON_LINES, ".json", *TABLES)
+ROWS = (".jsonl", ".ndjson", ".jsonlines", ".json", *TABLES)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 CHARACTERS_AT_ONCE = 2**20  # of a text that is split
 LOG_SECONDS = 30  # between lines of progress in a log
@@ -55,9 +54,7 @@ def find_dataset(name):
     if not any((directory / f"{split}.bin").exists() for split in SPLITS):
         known = {"openwebtext": "python prepare_owt.py", "pydocs": "python -m experiments.prepare_pydocs"}
         command = known.get(name, f"python prepare_owt.py --data_files='*.txt' --out={name}")
-        others = sorted(path.parent.name for path in DATA_DIR.glob("*/train.bin"))
-        there = f" (there are: {', '.join(others)})" if others else ""
-        raise FileNotFoundError(f"no data set in {directory}; make it with: {command}{there}")
+        raise FileNotFoundError(f"no data set in {directory}; make it with: {command}")
     return directory
 
 
@@ -66,20 +63,13 @@ def load_meta(name):
 
     Raises:
         FileNotFoundError: no such data set.
-        UserError: a meta.json that says nothing of use, or none where nanoGPT's meta.pkl shows other tokens.
+        UserError: nanoGPT's meta.pkl shows tokens other than GPT-2's, and there is no meta.json.
     """
     path = find_dataset(name) / "meta.json"
     if not path.exists() and path.with_name("meta.pkl").exists():  # a pickle, which could run code: not opened
-        files = [file for split in SPLITS if (file := path.with_name(f"{split}.bin")).exists() and file.stat().st_size]
-        largest = max((int(np.memmap(file, TOKEN_TYPE, "r").max()) for file in files), default=0)
-        meta = json.dumps(dict(vocab_size=largest + 1, tokenizer=UnknownTokenizer.name))
-        raise UserError(f"{path.parent} has a meta.pkl, so its tokens are not GPT-2's, and no meta.json: "
-                        f"write {meta} into {path}")
-    default = dict(vocab_size=GPT2_VOCAB_SIZE, tokenizer=GPT2Tokenizer.name)
-    meta = dict(tokens={}) | read_json(path, default)
-    if not default.keys() <= meta.keys():
-        raise UserError(f"{path} is damaged: it has no vocab_size or no tokenizer; prepare the data set again")
-    return meta
+        raise UserError(f"{path.parent} has a meta.pkl, so its tokens are not GPT-2's, and no meta.json: write "
+                        f'{{"vocab_size": N, "tokenizer": "unknown"}} into {path}, with the N that prepare.py printed')
+    return dict(tokens={}) | read_json(path, dict(vocab_size=GPT2_VOCAB_SIZE, tokenizer=GPT2Tokenizer.name))
 
 
 def data_tokenizer(name):
@@ -95,8 +85,7 @@ def load_tokens(name, split, config, block_size=1):
     """The tokens of a split, memory-mapped.
 
     Args:
-        name: of the data set, a directory under data/.
-        split: "train" or "val".
+        name, split: data/<name>/<split>.bin.
         config: the KronyGPTConfig of the model that is to read them.
         block_size: the context that must fit into the split, with the target of its last token.
 
@@ -106,7 +95,12 @@ def load_tokens(name, split, config, block_size=1):
     """
     path, meta = find_dataset(name) / f"{split}.bin", load_meta(name)
     check_tokenizer(path, meta, config)
-    check_format(path)
+    head = np.fromfile(path, "<u4", count=2**14)
+    # a wide token has zeros in its upper half, or in vocabularies of over 65,536 tokens a small number
+    is_wide = len(head) >= 16 and (head >> 16).max() <= 3 and (head & 0xffff).max() > 3
+    if is_wide or (len(head) and head[0] in LLM_C):
+        raise UserError(f"{path} looks like tokens of 32 or 64 bits, or like llm.c's, which follow a header of 1024 bytes: "
+                        "array.astype('uint16').tofile(path) writes plain ones")
     n_tokens = path.stat().st_size // np.dtype(TOKEN_TYPE).itemsize
     if n_tokens != meta["tokens"].get(split, n_tokens):
         raise UserError(f"{path} has {n_tokens:,} tokens, and meta.json counts {meta['tokens'][split]:,}: "
@@ -115,24 +109,8 @@ def load_tokens(name, split, config, block_size=1):
         raise UserError(f"{path} has {n_tokens} tokens, and a block takes {block_size + 1}: "
                         "use a smaller block_size or more text")
     tokens = np.memmap(path, dtype=TOKEN_TYPE, mode="r")
-    sample = np.linspace(0, n_tokens - 1, CHECKED_TOKENS).astype(np.int64)  # the others are checked when they are used
-    bad = sample[tokens[sample] >= config.vocab_size]
-    if len(bad):
-        raise unknown_token(tokens[bad[0]], tokens, bad[0], config.vocab_size)
+    check_tokens(tokens, config.vocab_size, end=CHECKED_TOKENS)
     return tokens
-
-
-def check_format(path):
-    """Raise UserError where a .bin shows another format than plain uint16 tokens."""
-    check_no_pointer(path)
-    if (size := path.stat().st_size) % 2:
-        raise UserError(f"{path} has {size} bytes, an odd number, so it is no file of uint16 tokens; prepare it again")
-    head = np.fromfile(path, "<u4", count=2**14)
-    if len(head) and head[0] in LLM_C:
-        raise UserError(f"{path} is a .bin of llm.c with a header of 256 int32: its tokens begin at byte 1024")
-    # a wide token has zeros in its upper half, or in vocabularies of over 65,536 tokens a small number
-    if len(head) >= 16 and (head >> 16).max() <= 3 and (head & 0xffff).max() > 3:
-        raise UserError(f"{path} looks like tokens of 32 or 64 bits: array.astype('uint16').tofile(path) writes plain ones")
 
 
 def check_tokenizer(path, meta, config):
@@ -149,16 +127,12 @@ def check_tokenizer(path, meta, config):
                         f"vocabulary of {vocab_size}, of {ours} tokens: use data and a model that belong together")
 
 
-def unknown_token(token, tokens, position, vocab_size):
-    where = f"{getattr(tokens, 'filename', 'the data')}, position {position}"
-    return UserError(f"token {token} in {where}: the model's vocabulary ends at {vocab_size - 1}")
-
-
 def check_tokens(tokens, vocab_size, begin=0, end=None):
     """Raise UserError where one of tokens[begin:end] is none of the vocabulary."""
     part = tokens[begin:end]
     if len(part) and part.max() >= vocab_size:
-        raise unknown_token(part.max(), tokens, begin + part.argmax(), vocab_size)
+        where = f"{getattr(tokens, 'filename', 'the data')}, position {begin + part.argmax()}"
+        raise UserError(f"token {part.max()} in {where}: the model's vocabulary ends at {vocab_size - 1}")
 
 
 def windows(tokens, starts, block_size, vocab_size, device="cpu"):
@@ -169,11 +143,9 @@ def windows(tokens, starts, block_size, vocab_size, device="cpu"):
     Raises:
         UserError: a token that the vocabulary does not have.
     """
-    rows = np.stack([tokens[start:start + block_size + 1] for start in starts])
-    if rows.max() >= vocab_size:
-        row, column = np.argwhere(rows >= vocab_size)[0]
-        raise unknown_token(rows[row, column], tokens, starts[row] + column, vocab_size)
-    rows = torch.from_numpy(rows.astype(np.int64))
+    for start in starts:
+        check_tokens(tokens, vocab_size, start, start + block_size + 1)
+    rows = torch.from_numpy(np.stack([tokens[start:start + block_size + 1] for start in starts]).astype(np.int64))
     if torch.device(device).type == "cuda":
         rows = rows.pin_memory().to(device, non_blocking=True)
     return rows[:, :-1].to(device), rows[:, 1:].to(device)
@@ -199,13 +171,11 @@ def calibration_text(dataset, n_tokens, config, device):
     """Windows spread evenly over the training split of a data set.
 
     Args:
-        dataset: its name under data/.
         n_tokens: number of tokens; all there are, where they are fewer.
         config: the KronyGPTConfig of the model that reads them.
-        device: its name, or "" for the default.
 
     Returns:
-        (windows, block_size) tokens.
+        (windows, block_size) tokens on the device.
 
     Raises:
         UserError: fewer tokens than a window has, or than a matrix has inputs.
@@ -227,10 +197,8 @@ def calibration_text(dataset, n_tokens, config, device):
 def score(model, tokens, windows, batch_size):
     """Score tokens window by window; yields (sum of the losses in nats, tokens scored) so far, after each batch.
 
-    The mode of the model, training or eval, and autocast are the caller's.
-
     Args:
-        model: a KronyGPT, on its device.
+        model: a KronyGPT, on its device; its mode, training or eval, and autocast are the caller's.
         tokens: array of the whole text.
         windows: [(begin, first, end)]: the model reads tokens[begin:end], and the losses of tokens[first:end] count, where
             first > begin.
@@ -266,61 +234,43 @@ def mean_loss(model, tokens, windows, batch_size):
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing a data set
 
-class DatasetWriter:
-    """What dataset_writer() yields."""
-
-    def __init__(self, directory, files, tokenizer):
-        self.directory = directory
-        self.files = files
-        self.end_of_text = np.array([tokenizer.end_of_text], dtype=TOKEN_TYPE)
-        self.documents = dict.fromkeys(SPLITS, 0)
-        self.tokens = dict.fromkeys(SPLITS, 0)
-
-    def add(self, split, tokens):
-        """Append a document's tokens (uint16) and an end-of-text token."""
-        self.files[split].write(tokens.data)
-        self.files[split].write(self.end_of_text.data)
-        self.documents[split] += 1
-        self.tokens[split] += len(tokens) + 1
-
-    @property
-    def report(self):
-        return "\n".join(f"{self.directory / split}.bin: {self.tokens[split]:,} tokens of {self.documents[split]:,} "
-                         "documents" for split in SPLITS)
-
-
-@contextmanager
-def dataset_writer(directory, tokenizer, source):
+def write_documents(directory, tokenizer, source, documents):
     """Write a data set: its files appear under their names when all of them are complete.
 
-    with dataset_writer(DATA_DIR / "mytext", tokenizer, source="where it came from") as writer:
-        writer.add("train", tokens_of_a_document)
+    Args:
+        tokenizer: the Tokenizer that the tokens are of; its end_of_text is written behind each document.
+        source: where the text is from, for meta.json.
+        documents: iterable of (split, tokens of a document as uint16).
+
+    Returns:
+        A line for each split, of what was written.
     """
-    try:
-        with ExitStack() as writes:  # the file that is opened last has its name first
-            files = {split: writes.enter_context(atomic_write(directory / f"{split}.bin")) for split in SPLITS}
-            meta_file = writes.enter_context(atomic_write(directory / "meta.json", "w"))
-            writer = DatasetWriter(directory, files, tokenizer)
-            yield writer
-            meta = dict(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.name, tokens=writer.tokens,
-                        documents=writer.documents, source=source)
-            if tokenizer.directory:
-                meta["tokenizer_path"] = str(tokenizer.directory)
-            meta_file.write(json.dumps(meta, indent=2) + "\n")
-            for file in (*files.values(), meta_file):  # whatever fails, fails before the first one has its name
-                file.flush()
-                os.fsync(file.fileno())
-    finally:
-        with suppress(OSError):  # only empty ones can be removed
-            os.removedirs(directory)
+    n_tokens, n_documents = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    end_of_text = np.array([tokenizer.end_of_text], dtype=TOKEN_TYPE)
+    with ExitStack() as writes:  # the file that is opened last has its name first
+        files = {split: writes.enter_context(atomic_write(directory / f"{split}.bin")) for split in SPLITS}
+        meta_file = writes.enter_context(atomic_write(directory / "meta.json", "w"))
+        for split, tokens in documents:
+            files[split].write(tokens.data)
+            files[split].write(end_of_text.data)
+            n_documents[split] += 1
+            n_tokens[split] += len(tokens) + 1
+        meta = dict(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.name, tokens=n_tokens, documents=n_documents,
+                    source=source)
+        if tokenizer.directory:
+            meta["tokenizer_path"] = str(tokenizer.directory)
+        meta_file.write(json.dumps(meta, indent=2) + "\n")
+        for file in (*files.values(), meta_file):  # whatever fails, fails before the first one has its name
+            file.flush()
+            os.fsync(file.fileno())
+    return "\n".join(f"{directory / split}.bin: {n_tokens[split]:,} tokens of {n_documents[split]:,} documents"
+                     for split in SPLITS)
 
 
 @contextmanager
 def scratch_folder(directory):
     """Lock the directory of a data set that is going to be written, and make an empty folder in it for what is large. What
     a process that was killed has left there is removed first."""
-    for name in (*(f"{split}.bin" for split in SPLITS), "meta.json"):
-        output_file(directory / name)
     held, folder = lock(directory), directory / ".scratch"
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -329,18 +279,18 @@ def scratch_folder(directory):
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         directory.joinpath(".lock").unlink(missing_ok=True)
-        with suppress(OSError):
+        with suppress(OSError):  # only empty ones can be removed
             os.removedirs(directory)
         held.release()
 
 
 def progress(**options):
-    """A tqdm bar on a terminal; in a log a line every LOG_SECONDS."""
+    """A tqdm bar on a terminal; in a log, a line every LOG_SECONDS."""
     from tqdm import tqdm
 
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {elapsed} so far, {remaining} left\n"
-        options |= dict(bar_format=line, miniters=1, **dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_SECONDS))
+        options |= dict(bar_format=line, miniters=1, delay=LOG_SECONDS, mininterval=LOG_SECONDS, maxinterval=LOG_SECONDS)
     return tqdm(unit_scale=True, leave=False, **options)
 
 
@@ -358,14 +308,14 @@ def kind_of(path):
 
 
 @contextmanager
-def reading(path):
-    """Errors in this block name the file."""
+def reading(place):
+    """Errors in this block name the file, or a line of it."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # those of gzip, csv, pyarrow and UTF-8 have no class in common
-        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from None
+        raise UserError(f"cannot read {place}: {type(error).__name__}: {error}") from None
 
 
 def open_text(path, newline=None):
@@ -376,11 +326,24 @@ def open_text(path, newline=None):
     return io.TextIOWrapper(file, "utf-8-sig", newline=newline)
 
 
+def read_pieces(path, separator=None, newline=None):
+    """Yield the pieces of a UTF-8 text between separators, or of any size without one.
+
+    newline is that of open(): None reads every line end as "\\n", "" leaves all as they are.
+    """
+    rest = ""
+    with reading(path), open_text(path, newline) as file:
+        while chunk := file.read(CHARACTERS_AT_ONCE):
+            *pieces, rest = (rest + chunk).split(separator) if separator else (chunk, "")
+            yield from pieces
+    yield rest
+
+
 def read_rows(path, column="text"):
-    """Yield the texts of a file, None for a row whose text is null; a byte order mark and empty lines are no text.
+    """Yield the texts of a file, None for a row whose text is null.
 
     Args:
-        path: of the file.
+        path: of the file; one that is neither a table nor JSON is one text.
         column: name of the column, or field, with the texts.
 
     Raises:
@@ -391,62 +354,46 @@ def read_rows(path, column="text"):
         yield "".join(read_pieces(path, newline=""))
         return
     with reading(path):
-        for where, text in table_rows(path, kind, column) if kind in TABLES else json_rows(path, kind, column):
-            if not isinstance(text, str | None):
-                raise UserError(f"{where}: the `{column}` is no string but {type(text).__name__}")
-            yield text
+        rows = table_rows(path, kind, column) if kind in TABLES else json_rows(path, kind, column)
+        for number, row in enumerate(rows, 1):
+            yield text_of(row, column, f"{path}, row {number}")
 
 
-def read_pieces(path, separator=None, newline=None):
-    """Yield the pieces of a UTF-8 text between separators, or of any size without one.
-
-    Args:
-        path: of the file.
-        separator: between pieces.
-        newline: as of open(): None reads every line end as "\\n", "" leaves all as they are.
-    """
-    rest = ""
-    with reading(path), open_text(path, newline) as file:
-        while chunk := file.read(CHARACTERS_AT_ONCE):
-            *pieces, rest = (rest + chunk).split(separator) if separator else (chunk, "")
-            yield from pieces
-    yield rest
+def text_of(row, column, where):
+    """The string in a column of a row, or None."""
+    if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
+        names = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
+        raise UserError(f"{where} has no text in a column `{column}` (columns: {names})")
+    return row[column]
 
 
 def json_rows(path, kind, column):
-    """Yield (place, text) of JSON lines, or of a .json: a list of objects or strings, one object, or JSON lines."""
-    content = None
+    """Yield the rows of JSON lines, or of a .json: a list of objects or strings, one object, or JSON lines."""
     if kind == ".json":
-        with suppress(ValueError):
+        with suppress(json.JSONDecodeError):
             content = json.loads("".join(read_pieces(path)))
-    if content is None:
-        lines = enumerate(read_pieces(path, "\n", newline="\n"), 1)
-        rows = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
-    else:
-        rows = enumerate(content if isinstance(content, list) else [content], 1)
-        rows = ((f"{path}, row {number}", row) for number, row in rows)
-    for where, row in rows:
-        try:
-            row = json.loads(row) if content is None else row
-            yield where, row if content is not None and isinstance(row, str) else row[column]
-        except (ValueError, KeyError, TypeError):
-            fields = f", but {', '.join(row)}" if isinstance(row, dict) else ""
-            raise UserError(f"{where} is no JSON with a string `{column}`{fields}") from None
+            rows = content if isinstance(content, list) else [content]
+            yield from ({column: row} if isinstance(row, str) else row for row in rows)
+            return
+    for number, line in enumerate(read_pieces(path, "\n", newline="\n"), 1):
+        if line.strip():
+            with reading(f"{path}, line {number}"):
+                yield json.loads(line)
 
 
 def table_rows(path, kind, column):
-    """Yield (path, text) of a table."""
+    """Yield the rows of a table, of the column alone where the format allows that."""
     check_no_pointer(path)
     if kind in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(open_text(path, newline=""), dialect="excel" if kind == ".csv" else "excel-tab")
-        names, texts = rows.fieldnames or (), (row[column] for row in rows)
+        yield from csv.DictReader(open_text(path, newline=""), dialect="excel" if kind == ".csv" else "excel-tab")
     elif kind == ".parquet":
         from pyarrow.parquet import ParquetFile
 
-        rows = ParquetFile(path)
-        names = rows.schema_arrow.names
-        texts = (text for batch in rows.iter_batches(columns=[column]) for text in batch[column].to_pylist())
+        file = ParquetFile(path)
+        columns = [column] if column in file.schema_arrow.names else None
+        for batch in file.iter_batches(columns=columns):
+            yield from batch.to_pylist()
     else:
         import pyarrow as pa
         from datasets import Dataset, load_from_disk
@@ -455,8 +402,6 @@ def table_rows(path, kind, column):
             rows = load_from_disk(path) if Path(path).is_dir() else Dataset.from_file(str(path))
         except pa.ArrowInvalid:  # not Arrow's format for streams, but that for files
             rows = Dataset(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        names, texts = rows.column_names, (row[column] for row in rows)
-    if column not in names:
-        has = "splits" if isinstance(names, dict) else "columns"
-        raise UserError(f"{path} has the {has} {', '.join(names)}, and no `{column}`")
-    yield from ((path, text) for text in texts)
+        if isinstance(rows, dict):
+            raise UserError(f"{path} has the splits {', '.join(rows)}: name the folder of one")
+        yield from rows

@@ -20,51 +20,37 @@ def output_file(path):
     """The path of a file to write, checked before the work for it begins.
 
     Raises:
-        UserError: it names a directory, a device, a pipe or a socket, or lies where nothing can be written.
+        UserError: it names a directory, a device or a pipe, or lies where nothing can be written.
     """
-    if os.path.basename(path) in ("", ".", ".."):  # Path would drop a slash at the end
-        raise UserError(f"{path or 'an empty path'} names a directory: name a file to write")
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: name a file to write")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file: name another file to write")
-    check_access(path, path)
+    if os.path.basename(path) in ("", ".", "..") or (os.path.exists(path) and not os.path.isfile(path)):
+        raise UserError(f"{path or 'an empty path'} names a directory or a device: name a file to write")
+    check_access(path, Path(path))
     check_access(path, target_of(path).parent)
-    return path
+    return Path(path)
 
 
 def output_directory(path, is_replaced=False):
-    """The path of a directory to write, checked before the work for it begins.
-
-    Args:
-        path: of the directory. It need not exist.
-        is_replaced: the whole directory is going to be replaced, as atomic_directory does; otherwise files are written into
-            it.
+    """The path of a directory to write, or with is_replaced, to replace as a whole, checked before the work for it begins.
 
     Raises:
         UserError: it is no directory, or lies where nothing can be written, or cannot be replaced.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file: name a directory to write")
-    check_access(path, path)
+    check_access(path, path / "a file")
     if is_replaced:
-        whole = path.resolve()
-        if whole in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(whole):
-            raise UserError(f"{path} holds the current directory or is a mount point, and cannot be replaced: name another "
-                            "directory, or run this from elsewhere")
-        check_access(path, whole.parent)
+        if path.resolve() in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"{path} holds the current directory and cannot be replaced: name another one")
+        check_access(path, path.resolve().parent)
     return path
 
 
 def check_access(path, place):
-    """Raise UserError where a path cannot be written because of a place on the way to it, or the nearest one that exists."""
-    place = next(there for there in (place, *place.absolute().parents) if there.exists())
-    if place != path and not place.is_dir():
-        raise UserError(f"{path} cannot be written: {place} is a file")
-    if not os.access(place, os.W_OK):
-        raise UserError(f"{path} cannot be written: no permission to write {place}", status=1)
+    """Raise UserError where a path cannot be written because of a place, or the nearest one above it that exists."""
+    there = next(there for there in (place, *place.absolute().parents) if there.exists())
+    if there != place and not there.is_dir():
+        raise UserError(f"{path} cannot be written: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{path} cannot be written: no permission to write {there}", status=1)
 
 
 def target_of(path):
@@ -72,30 +58,19 @@ def target_of(path):
     return Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 
-def aside_name(path, end="tmp"):
-    """A new name beside a path."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.{end}")
-
-
-def remove(path):
-    """Remove a file, or a directory and all that is in it, where there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def remove_leftovers(folder, names=".+"):
-    """Clear what writers that were killed have left in a folder, in which nobody else writes now: a half-written file or
-    directory is removed, and a directory that had been renamed away for a new one gets its name back."""
+    """Clear what writers have left in a folder, in which nobody else writes now: a half-written file or directory is
+    removed, and a directory that had been renamed away for a new one that is not there gets its name back."""
     for aside in list(folder.iterdir()):
         match = ASIDE.fullmatch(aside.name)
         if match and re.fullmatch(names, match[1]):
             target = aside.with_name(match[1])
             if match[2] == "old" and not target.exists():
                 os.replace(aside, target)
+            elif aside.is_dir() and not aside.is_symlink():
+                shutil.rmtree(aside, ignore_errors=True)
             else:
-                remove(aside)
+                aside.unlink(missing_ok=True)
 
 
 def copy_mode(source, target):
@@ -106,17 +81,16 @@ def copy_mode(source, target):
 
 @contextmanager
 def made_aside(path):
-    """A name beside a path, for what is going to replace it; it is removed in the end. The folder is made."""
+    """A name beside a path, for what is going to replace it. The folder is made, and cleared before and after."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, re.escape(path.name))
-    aside = aside_name(path)
     try:
-        yield aside
+        yield path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     except OSError as error:  # a write that fails does not say to which file
-        error.filename = path if error.filename is None else str(error.filename).replace(aside.name, path.name)
+        error.filename = error.filename or str(path)
         raise
     finally:
-        remove(aside)
+        remove_leftovers(path.parent, re.escape(path.name))
     with suppress(OSError):  # of systems that cannot flush the names in a folder
         sync(path.parent)
 
@@ -134,18 +108,10 @@ def sync(path):
 
 @contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a file for writing that replaces the old one, as a whole, when the block ends.
+    """Open a file, as "wb" or as "w" for UTF-8 text, that replaces the old one, as a whole, when the block ends.
 
-    It is written beside it, flushed to disk and renamed. A block that fails leaves the old file as it was; what a kill
-    leaves, the next write of this path removes. The new file has the old one's mode. A link stays, and its target is
-    replaced.
-
-    with atomic_write("table.md", "w") as file:
-        file.write(table)
-
-    Args:
-        path: of the file; its folder is made.
-        mode: "wb", or "w" for UTF-8 text.
+    It is written beside it, flushed to disk and renamed; the folder is made. A block that fails leaves the old file as it
+    was. The new file has the old one's mode. A link stays, and its target is replaced.
 
     Raises:
         UserError: see output_file.
@@ -164,46 +130,31 @@ def atomic_write(path, mode="wb"):
 def atomic_directory(path, is_ours):
     """Make a directory that replaces the old one, as a whole, when the block ends.
 
-    It is written beside it. Then the old one is renamed to .<name>.<12 digits>.old, the new one gets its name, and the
-    old one is removed. A kill between the two renames leaves no directory of this name, but the old one and the new one,
-    both complete, beside it (.old and .tmp); the next write of this path begins by giving the old one its name back.
-
-    with atomic_directory("models/mine", lambda name: name.endswith(".json")) as aside:
-        model.save_pretrained(aside)
-
-    Args:
-        path: of the directory; its folder is made.
-        is_ours: function of a name in it, whether we write such files. The others are copied from the old directory.
+    It is written beside it. Then the old one is renamed, the new one gets its name, and the old one is removed. A kill
+    between the two renames leaves both, complete, beside the name (.old and .tmp); the next write of this path begins by
+    giving the old one its name back. Files for whose names is_ours(name) is false are copied from the old directory.
 
     Raises:
         UserError: see output_directory.
     """
     path = target_of(output_directory(path, is_replaced=True))
+
+    def is_left_out(folder, names):
+        return [name for name in names if os.fspath(folder) == os.fspath(path) and is_ours(name)]
+
     with made_aside(path) as aside:
-        aside.mkdir()
+        if path.exists():
+            shutil.copytree(path, aside, symlinks=True, ignore=is_left_out)
+        else:
+            aside.mkdir()
         yield aside
-        for old in path.iterdir() if path.exists() else ():
-            new = aside / old.name
-            if is_ours(old.name):
-                if new.is_file() and not old.is_symlink():
-                    copy_mode(old, new)
-            elif old.is_dir() and not old.is_symlink():
-                shutil.copytree(old, new, symlinks=True)
-            else:
-                shutil.copy2(old, new, follow_symlinks=False)
         for file in aside.rglob("*"):
             if file.is_file() and not file.is_symlink():
+                copy_mode(path / file.relative_to(aside), file)
                 sync(file)
-        copy_mode(path, aside)
-        old = aside_name(path, "old")
-        try:
-            if path.exists():
-                os.replace(path, old)
-            os.replace(aside, path)
-        finally:
-            if old.exists() and not path.exists():  # the second rename failed
-                os.replace(old, path)
-            remove(old)
+        if path.exists():
+            os.replace(path, aside.with_suffix(".old"))
+        os.replace(aside, path)
 
 
 def link_or_copy(source, target):
@@ -217,12 +168,8 @@ def link_or_copy(source, target):
 
 
 def lock(directory):
-    """Claim a directory, which is made, for this process.
-
+    """Claim a directory, which is made, for this process: the result's release(), or the end of the process, frees it.
     Where the file system has no locks (Lustre, some NFS, FUSE), it warns and claims nothing.
-
-    Returns:
-        A lock: its release(), or the end of the process, frees the directory.
 
     Raises:
         UserError: another process has it.
@@ -231,24 +178,14 @@ def lock(directory):
 
     directory = output_directory(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / ".lock"
-
-    def write_holder(descriptor):
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
-
-    held = FileLock(path, timeout=0, fallback_to_soft=False, on_acquired=write_holder)
+    held = FileLock(directory / ".lock", timeout=0, fallback_to_soft=False)
     try:
         held.acquire()
     except Timeout:
-        holder = ""
-        with suppress(OSError):  # Windows locks the text as well
-            holder = path.read_text(encoding="utf-8").strip()
-        raise UserError(f"{directory} is in use by process {holder or 'unknown'}: wait for its end, or name another "
-                        "directory", status=1) from None
+        raise UserError(f"{directory} is in use by another process: wait for its end, or name another directory",
+                        status=1) from None
     except PermissionError:
         raise
     except (OSError, NotImplementedError) as error:
         warnings.warn(f"no locks in {directory} ({error}): make sure that no other process writes there", stacklevel=2)
     return held
-

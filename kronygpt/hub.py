@@ -4,7 +4,6 @@ huggingface_hub is imported where it is used: most runs need no network, and it 
 """
 from pathlib import Path
 
-from kronygpt.configurator import UserError
 from kronygpt.tokenizer import TOKENIZER_FILES
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -35,14 +34,8 @@ def hub_dataset(name, config=None, split="train", revision=None):
 
 
 def download(name):
-    """Fetch a model from the Hugging Face hub, or find it in the hub's local cache; only its data files.
-
-    Returns:
-        The directory.
-
-    Raises:
-        FileNotFoundError: there is no such model, or no network.
-    """
+    """The directory of a model's data files, from the Hugging Face hub or its local cache; FileNotFoundError where there is
+    no such model, or no network."""
     from huggingface_hub import snapshot_download
 
     reach_hub()
@@ -53,21 +46,15 @@ def download(name):
                 break
         return directory
     except Exception as error:  # the hub's errors have no class in common
-        places = name if name.startswith("models/") else f"{name}, nor models/{name}"
-        raise FileNotFoundError(f"no file or directory {places}, and no such model could be fetched from the Hugging Face "
-                                f"hub ({type(error).__name__}): is there a network?") from None
+        raise FileNotFoundError(f"no file or directory {name}, nor models/{name}, and no such model could be fetched from "
+                                f"the Hugging Face hub ({type(error).__name__}): is there a network?") from None
 
 
 def upload(directory, name):
     """Upload a directory to a model repository of the hub, ORG/NAME, which is made where there is none, and return its
-    address. UserError: the hub does not take it."""
+    address."""
     from huggingface_hub import HfApi
 
-    try:
-        hub = HfApi()
-        address = hub.create_repo(name, exist_ok=True)
-        hub.upload_folder(repo_id=name, folder_path=directory)
-        return address
-    except Exception as error:  # the hub's errors have no class in common
-        raise UserError(f"{directory} is written, but not uploaded to {name} ({type(error).__name__}: {error})",
-                        status=1) from None
+    address = HfApi().create_repo(name, exist_ok=True)
+    HfApi().upload_folder(repo_id=name, folder_path=directory)
+    return address

@@ -15,7 +15,7 @@ import torch
 from torch.linalg import cholesky, solve_triangular
 
 from kronygpt.device import float64, float64_device
-from kronygpt.kron import balanced, column_side, rearrange, van_loan
+from kronygpt.kron import balanced, column_side, leading_singular_vectors, rearrange, van_loan
 from model import kron_weight
 
 RIDGE = 1e-3  # pull towards the trained weights, as a share of the mean second moment of an input
@@ -38,11 +38,8 @@ def gram(X):
 
 
 class Moments:
-    """Means and centred second moments of inputs X [m] and targets Y [n] over any number of tokens, in float64.
-
-    Products of a batch are in float32, relative to the first batch's means, and summed up in float64, on the CPU where
-    their device has none; what follows from the sums stays there.
-    """
+    """Means and centred second moments of inputs X [m] and targets Y [n] over any number of tokens: products of a batch in
+    float32, relative to the first batch's means, summed up in float64, on the CPU where their device has none."""
 
     def __init__(self):
         self.count = 0
@@ -61,8 +58,7 @@ class Moments:
         self.count += len(X)
 
     def centred(self):
-        """(mean_x [m], mean_y [n], G [m, m], C [m, n], variance of Y [n]): G and C are averages over the tokens of the
-        products of the centred X and Y."""
+        """(mean_x [m], mean_y [n], G = XᵀX / T [m, m], C = XᵀY / T [m, n], variance of Y [n]) of the centred X and Y."""
         x, y, G, C, yy = (total / self.count for total in self.sums)
         origin_x, origin_y = map(float64, self.origin)
         return (x + origin_x, y + origin_y, G - x[:, None] * x, C - x[:, None] * y,
@@ -79,12 +75,11 @@ def metric(fisher, n, device):
 
 
 class Problem:
-    """The least squares of one matrix: find A [r, m1, n1] and B [r, m2, n2]. Inputs that never change tell nothing, and the
-    ridge alone decides: the weights stay.
+    """The least squares of one matrix.
 
     Args:
         moments: Moments of X̂ and Y.
-        W: [m, n], the trained weights, towards which a ridge pulls.
+        W: [m, n], the trained weights, towards which a ridge pulls. Where inputs never change, it alone decides.
         fisher: F [n, n], second moments of the loss's gradient at the outputs, for the metric M; None for M = I.
     """
 
@@ -130,8 +125,8 @@ def share(part, whole):
 
 
 def separable(M, n1):
-    """M_1 [n1, n1] and M_2 [n2, n2], positive definite as M [n1 n2, n1 n2] is, whose Kronecker product is nearest to M (Van
-    Loan and Pitsianis, 1993): power iteration from the identity, whose steps keep symmetry and signs."""
+    """M_1 [n1, n1] and M_2 [n2, n2], positive definite as M [n1 n2, n1 n2] is, with M_1 ⊗ M_2 nearest to M (Van Loan and
+    Pitsianis, 1993): power iteration from the identity, whose steps keep symmetry and signs."""
     R = rearrange(M, n1, n1)  # (n1², n2²)
     M_2 = torch.eye(len(M) // n1, dtype=M.dtype, device=M.device).view(-1)
     for _ in range(POWER_STEPS):
@@ -141,18 +136,12 @@ def separable(M, n1):
 
 
 def als_step(G, C, B, m1, M_2):
-    """The best A for a fixed B: an ordinary least-squares problem whose normal matrix, over (factor, row of A), is the
-    same for all columns of A.
+    """The best A [r, m1, n1] for a fixed B [r, m2, n2]: ordinary least squares whose normal matrix, over (factor, row of A),
+    is the same for all columns of A.
 
     Args:
-        G: [m1 m2, m1 m2], second moments of the inputs.
-        C: [m1 m2, n1 n2], cross moments.
-        B: [r, m2, n2].
-        m1: rows of A.
+        G, C: [m1 m2, m1 m2] and [m1 m2, n1 n2], moments of the inputs and cross moments.
         M_2: [n2, n2], the metric of B's columns; that of A's columns does not matter.
-
-    Returns:
-        A [r, m1, n1]
     """
     r, m2, n2 = B.shape
     n1 = C.shape[1] // n2
@@ -168,18 +157,14 @@ def als_step(G, C, B, m1, M_2):
 
 
 def reduced_rank(problem, r, A_is_column):
-    """The exact least squares of rank r in the metric: inputs and outputs whitened, and one SVD (reduced-rank regression;
-    A. J. Izenman, 1975. SVD-LLM, arXiv 2403.07378, whitens the inputs).
-
-    Returns:
-        A [r, m, 1] and B [r, 1, n], or A [r, 1, n] and B [r, m, 1].
-    """
+    """A [r, m, 1] and B [r, 1, n], or A [r, 1, n] and B [r, m, 1]: the exact least squares of rank r in the metric, one SVD
+    between whitened inputs and outputs (reduced-rank regression; A. J. Izenman, 1975. SVD-LLM, arXiv 2403.07378, whitens the
+    inputs)."""
     R = cholesky(problem.M)
     whitened = solve_triangular(problem.root, problem.ridged_C, upper=False) @ R  # (m, n), root.T @ solution @ R
     is_tall = len(whitened) > whitened.shape[1]
-    square = whitened.T @ whitened if is_tall else whitened @ whitened.T
-    vectors = torch.linalg.eigh(square).eigenvectors[:, -r:].flip(1)
-    left, right = (whitened @ vectors, vectors.T) if is_tall else (vectors, vectors.T @ whitened)
+    vectors, image = leading_singular_vectors(whitened if is_tall else whitened.T, r)
+    left, right = (image, vectors.T) if is_tall else (vectors, image.T)
     column = solve_triangular(problem.root.T, left, upper=True).T[:, :, None]  # (r, m, 1)
     row = solve_triangular(R, right, upper=False, left=False)[:, None, :]  # (r, 1, n)
     return balanced(column, row) if A_is_column else balanced(row, column)
@@ -210,12 +195,8 @@ def alternate(problem, A, B, steps=ALS_STEPS):
 
 
 def initial_factors(problem, dim_1, dim_2, r):
-    """A start for alternating least squares: Van Loan's sum for the best weights of all, where moments of the inputs and
-    metric are replaced by the nearest separable ones.
-
-    Returns:
-        A [r, dim_1, dim_2] and B [r, m/dim_1, n/dim_2]
-    """
+    """A [r, dim_1, dim_2] and B [r, m/dim_1, n/dim_2] to begin with: Van Loan's sum for the best weights of all, where
+    moments of the inputs and metric are replaced by the nearest separable ones."""
     L, R = ([cholesky(side) for side in separable(*pair)] for pair in ((problem.ridged_G, dim_1), (problem.M, dim_2)))
     sides = van_loan(torch.kron(*L).T @ problem.solution @ torch.kron(*R), dim_1, dim_2, r)
     return [solve_triangular(R_i, solve_triangular(L_i.T, side, upper=True), upper=False, left=False)
@@ -223,15 +204,8 @@ def initial_factors(problem, dim_1, dim_2, r):
 
 
 def fit(problem, A, B, fixed_B=False):
-    """The Kronecker sum of the shape of A [r, m1, n1] and B [r, m2, n2] that minimises a Problem of W [m1 m2, n1 n2]: in
-    closed form where it is of low rank, by alternating least squares otherwise.
-
-    Args:
-        fixed_B: B stays, and A is the least-squares solution.
-
-    Returns:
-        A, B in float64.
-    """
+    """The A [r, m1, n1] and B [r, m2, n2] of the shapes given that minimize a Problem of W [m1 m2, n1 n2], in float64: in
+    closed form where they are of low rank or B stays (fixed_B), by alternating least squares otherwise."""
     r, m1, n1 = A.shape
     if fixed_B:
         B = float64(B)

@@ -17,11 +17,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from kronygpt.configurator import UserError
 
 TOKEN_TYPE = np.uint16
-LARGEST_VOCABULARY = 2**16
 GPT2_VOCAB_SIZE = 50257
 BYTES_VOCAB_SIZE = 256
 END_OF_TEXT = "<|endoftext|>"
-FINGERPRINT = 12  # hexadecimal digits
 READABLE = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 UNREADABLE = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.json")
@@ -61,13 +59,9 @@ class GPT2Tokenizer(Tokenizer):
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = GPT2_VOCAB_SIZE - 1
 
-    @cached_property
+    @property
     def encoding(self):
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except OSError as error:  # requests' errors are OSErrors
-            raise OSError("cannot download the GPT-2 BPE files for tiktoken; with no network, set TIKTOKEN_CACHE_DIR "
-                          f"to a folder that has them ({type(error).__name__})") from None
+        return tiktoken.get_encoding("gpt2")  # downloaded, unless TIKTOKEN_CACHE_DIR has it
 
     def encode(self, text):
         return self.encoding.encode_to_numpy(well_formed(text), disallowed_special=()).astype(TOKEN_TYPE)
@@ -119,15 +113,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self.tokenizer = read_files(self.directory)
         self.vocabulary = self.tokenizer.get_vocab()  # {token: id}, added tokens included
         self.name = f"{self.directory.name}-{fingerprint(self.vocabulary)}"
-        self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
-        self.n_text_tokens = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        self.vocab_size = max(self.vocabulary.values()) + 1
         self.end_name = special_token(self.directory, "eos_token") or next(
             (token for token in (END_OF_TEXT, "</s>") if token in self.vocabulary), END_OF_TEXT)
         self.end_of_text = self.vocabulary.get(self.end_name)
 
     def encode(self, text):
-        ids = self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids
-        return np.array(ids, dtype=TOKEN_TYPE)
+        return np.array(self.tokenizer.encode(well_formed(text), add_special_tokens=False).ids, dtype=TOKEN_TYPE)
 
     def decode_bytes(self, tokens):
         if isinstance(self.tokenizer.decoder, decoders.ByteLevel):
@@ -145,11 +137,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def well_formed(text):
     """The text with lone surrogates replaced, as tiktoken's encode() does: UTF-8 has no bytes for them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def bytes_to_unicode():
@@ -161,7 +149,7 @@ def bytes_to_unicode():
 
 def fingerprint(vocabulary):
     """The first digits of a sha256 of {token: id}."""
-    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:FINGERPRINT]
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:12]
 
 
 def is_same(name, other):
@@ -173,21 +161,14 @@ def is_same(name, other):
 # The files of a directory
 
 def read_json(path, default=None):
-    """The content of a JSON file, a dict; default where there is no file.
-
-    Raises:
-        UserError: it cannot be read as that.
-    """
+    """The content of a JSON file, or the default where there is no file; a UserError names a file that is no JSON."""
     if default is not None and not path.exists():
         return default
     check_no_pointer(path)
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("no object")
-    except (ValueError, RecursionError) as error:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from None
-    return content
 
 
 def check_no_pointer(path):
@@ -209,29 +190,21 @@ def special_token(directory, name):
 
 
 def read_files(directory):
-    """The tokenizers.Tokenizer of a directory, whose special tokens are plain text.
-
-    Raises:
-        UserError: it cannot be read, or has more tokens than uint16 holds.
-    """
-    for name in READABLE:
-        check_no_pointer(directory / name)
-    one_file, vocab, merges, added = (str(directory / name) for name in READABLE)
+    """The tokenizers.Tokenizer of a directory, with special tokens as plain text; UserError where it cannot be read."""
+    one_file, vocab, merges, added = (directory / name for name in READABLE)
     try:
-        if Path(one_file).is_file():
-            made = tokenizers.Tokenizer.from_file(one_file)
+        if one_file.is_file():
+            check_no_pointer(one_file)
+            made = tokenizers.Tokenizer.from_file(str(one_file))
         else:
-            made = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
+            made = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
             made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-            added = read_json(Path(added), {})
-            made.add_special_tokens([AddedToken(token, normalized=False) for token in sorted(added, key=added.get)])
-            if any(made.token_to_id(token) != number for token, number in added.items()):
+            numbers = read_json(added, {})
+            made.add_special_tokens([AddedToken(token, normalized=False) for token in sorted(numbers, key=numbers.get)])
+            if any(made.token_to_id(token) != number for token, number in numbers.items()):
                 raise ValueError("the numbers in added_tokens.json do not follow those in vocab.json")
     except Exception as error:  # the package raises Exception itself
         raise UserError(f"cannot read the tokenizer in {directory}: {' '.join(str(error).split())}") from None
-    if (largest := max(made.get_vocab().values(), default=0)) >= LARGEST_VOCABULARY:
-        raise UserError(f"the tokenizer in {directory} has {largest + 1:,} tokens: data sets are uint16, which holds "
-                        f"{LARGEST_VOCABULARY:,}")
     made.no_truncation()
     made.no_padding()
     made.encode_special_tokens = True
@@ -247,13 +220,12 @@ def read_tokenizer(directory):
         UserError: they cannot be read.
     """
     directory = Path(directory)
-    has_one_file, has_vocab, has_merges = ((directory / name).is_file() for name in READABLE[:3])
-    if not (has_one_file or (has_vocab and has_merges)):
-        others = [name for name in UNREADABLE if (directory / name).exists()]
-        if not others:
+    there = {name for name in (*READABLE, *UNREADABLE) if (directory / name).is_file()}
+    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
+        if not there.intersection(UNREADABLE):
             return None
-        raise UserError(f"the tokenizer in {directory} is in a form that is not read here ({', '.join(others)}): write its "
-                        "tokenizer.json with transformers, AutoTokenizer.from_pretrained(...).save_pretrained(...)")
+        raise UserError(f"the tokenizer in {directory} is in a form that is not read here ({', '.join(sorted(there))}): "
+                        "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes a tokenizer.json")
     found = HuggingFaceTokenizer(directory)
     tokens = found.encode(PROBE).tolist()
     if is_same(found.name, GPT2Tokenizer.fingerprint) and tokens == GPT2_PROBE:
@@ -278,45 +250,30 @@ def tokenizer_record(directory):
 
 
 def open_tokenizer(config, directory=None):
-    """The tokenizer of a model.
+    """The Tokenizer of a model; an UnknownTokenizer, which refuses text, where nobody knows it.
 
     Args:
         config: the model's: its `tokenizer`, a record or None, and its vocab_size.
         directory: of another tokenizer, which a person has named, or None.
 
-    Returns:
-        A Tokenizer; an UnknownTokenizer, which refuses text, where nobody knows it.
-
     Raises:
-        UserError: it is not where it was, has changed, or has more tokens than the model.
+        UserError: it is not where it was, or has changed.
     """
-    vocab_size, name, path = config.vocab_size, tokenizer_name(config), directory or recorded(config).get("path")
+    name, path = tokenizer_name(config), directory or (config.tokenizer or {}).get("path")
     if path is None:
         known = {cls.name: cls for cls in (GPT2Tokenizer, BytesTokenizer)}
-        return known[name]() if name in known else UnknownTokenizer(vocab_size)
+        return known[name]() if name in known else UnknownTokenizer(config.vocab_size)
     tokenizer = read_tokenizer(path)
-    if tokenizer is None:
-        there = "" if directory else f", where that of the model was ({name}): --tokenizer=DIRECTORY names another"
-        raise UserError(f"no tokenizer in {path}: neither tokenizer.json nor vocab.json with merges.txt{there}")
-    if not directory and name != UnknownTokenizer.name and not is_same(tokenizer.name, name):
-        raise UserError(f"the tokenizer in {path} is {tokenizer.name}, and the model was made with {name}: "
-                        "--tokenizer=DIRECTORY names the right one")
-    if getattr(tokenizer, "n_text_tokens", tokenizer.vocab_size) > vocab_size:
-        raise UserError(f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, and the model has a vocabulary of "
-                        f"{vocab_size}: --tokenizer=DIRECTORY names the model's own")
+    found = tokenizer.name if tokenizer else "no tokenizer"
+    if tokenizer is None or not (directory or name == UnknownTokenizer.name or is_same(found, name)):
+        raise UserError(f"{path} has {found}, and the model's is {name}: --tokenizer=DIRECTORY names the right one")
     return tokenizer
-
-
-def recorded(config):
-    """A model's record, {} where it has none: files of others may have something else in its place."""
-    record = config.tokenizer if isinstance(config.tokenizer, dict) else {}
-    return record if isinstance(record.get("name"), str) and isinstance(record.get("path", 0), str | None) else {}
 
 
 def tokenizer_name(config):
     """The name of a model's tokenizer, "unknown" where nobody knows it."""
-    if record := recorded(config):
-        return record["name"]
+    if config.tokenizer:
+        return config.tokenizer["name"]
     if config.vocab_size == BYTES_VOCAB_SIZE:
         return BytesTokenizer.name
     return GPT2Tokenizer.name if config.vocab_size >= GPT2_VOCAB_SIZE else UnknownTokenizer.name
@@ -324,10 +281,7 @@ def tokenizer_name(config):
 
 def extends(config, name, vocab_size):
     """Whether a model's tokenizer has all tokens of another one, of this name and vocab_size, under the same numbers."""
-    try:
-        ours = getattr(open_tokenizer(config), "vocabulary", {})
-    except UserError:
-        return False
+    ours = getattr(open_tokenizer(config), "vocabulary", {})
     theirs = {cls.name: cls.fingerprint for cls in (GPT2Tokenizer, BytesTokenizer)}.get(name, name)
     return is_same(theirs, fingerprint({token: number for token, number in ours.items() if number < vocab_size}))
 
@@ -335,9 +289,7 @@ def extends(config, name, vocab_size):
 def stream_text(tokenizer, tokens, last):
     """Yield the text of each token as it comes, "" while a character is incomplete; after the last one, what was held back.
 
-    Args:
-        tokens: an iterable of numbers, which continue a text.
-        last: the last token of that text: some tokenizers write a token by the one before it.
+    The tokens continue a text that ends with the token `last`: some tokenizers write a token by the one before it.
     """
     held, shown = [last], tokenizer.decode([last])  # tokens to decode together, and how their text begins
     for token in tokens:

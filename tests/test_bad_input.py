@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, run_here
+from conftest import run_here
 from test_train import write_dataset
 
 from kronygpt import checkpoint
@@ -33,11 +31,10 @@ BAD = {  # {command: what its line says}
     # command lines
     "train.py --lr=1e-3": "did you mean --learning_rate?",
     "train.py --max_iters=1e4": "--max_iters takes a whole number, not '1e4'",
-    "train.py config/none.py": "no config file config/none.py",
-    "train.py syntax.py": "syntax.py, line 2: ",
+    "train.py config/none.py": "config/none.py",
+    "train.py syntax.py": "syntax.py, line 2",
     "train.py unknown.py": "did you mean --batch_size?",
-    "perplexity.py": "missing argument; usage: python perplexity.py ckpt",
-    "sample.py good.pt prompt": "unexpected argument 'prompt'",
+    "perplexity.py": "missing a required argument: 'ckpt'; usage: python perplexity.py ckpt",
     "sample.py good.pt --device=cuda:99": "cuda:99",
     "sample.py good.pt --start=FILE:none.txt": "none.txt",
     # models
@@ -45,13 +42,11 @@ BAD = {  # {command: what its line says}
     "kron_to_gpt.py no-such-gpt2 made": "no-such-gpt2",
     f"{DECOMPOSE}empty.pt": "empty.pt",
     "prune.py --init_from=truncated.pt --out=made.pt": "truncated.pt",
-    "perplexity.py text.pt tiny": "text.pt",
     "sample.py other.pt": "other.pt",
     "sample.py evil.pt": "evil.pt",
     f"{TRAIN} --init_from=evil_zip.pt": "evil_zip.pt",
     "kron_to_gpt.py shapes.pt made": "mlp.c_fc",
     f"{DECOMPOSE}nan.pt": "nan.pt",
-    "sample.py folder": "folder",
     "perplexity.py bert tiny": "bert",
     "kron_to_gpt.py cut_hf made": "cut_hf",
     "sample.py far.pt": "not finite",
@@ -59,29 +54,22 @@ BAD = {  # {command: what its line says}
     # compression and outputs
     "kron_decompose.py 16 64 --init_from=good.pt": "dim_1",
     "kron_decompose.py 5 64 1 --init_from=good.pt": "mlp.c_fc",
-    "kron_decompose.py 16 64 0 --init_from=good.pt": "0",
     "kron_decompose.py --budget=many --init_from=good.pt": "--budget",
-    "kron_decompose.py --budget=1K --init_from=good.pt": "1,000",
-    "kron_decompose.py 16 64 1 --init_from=good.pt --out=folder": "folder is a directory",
-    "prune.py --init_from=good.pt --keep=3": "keep=3",
+    "kron_decompose.py 16 64 1 --init_from=good.pt --out=folder": "folder names a directory",
+    "prune.py --init_from=good.pt --keep=3": "--keep",
     "prune.py --init_from=good.pt --out=new/": "new/ names a directory",
     "kron_to_gpt.py good.pt good.pt": "good.pt",
-    "kron_to_gpt.py good.pt folder": "folder",
     # data and training
     f"{TRAIN} --dataset=none": "data/none",
-    f"{TRAIN} --dataset=odd": "an odd number",
+    f"{TRAIN} --dataset=odd": "not a multiple of the data-type size",
     f"{TRAIN} --dataset=big --init_from=good.pt": "token 300",
     f"{TRAIN} --dataset=words --init_from=good.pt": "gpt2",
     f"{TRAIN} --init_from=resume": "nothing to resume",
     f"{TRAIN} --init_from=good.pt --block_size=17": "block_size=17",
     f"{SCRATCH} --n_head=3": "n_head=3",
-    f"{TRAIN} --init_from=good.pt --out_dir=text.pt": "text.pt",
     "perplexity.py good.pt none.txt": "none.txt",
-    "perplexity.py good.pt latin.txt": "latin.txt",
-    "perplexity.py good.pt bad.jsonl": "bad.jsonl, line 2",
-    "perplexity.py good.pt empty.txt": "empty.txt",
+    "perplexity.py good.pt bad.jsonl": "bad.jsonl, row 2",
     "perplexity.py good.pt half.parquet": "half.parquet",
-    "perplexity.py far.pt tiny --json_out=made.json": "tiny",
     "prepare_owt.py --tokenizer=byte_level --data_files=none*.txt": "none*.txt",
     "experiments/compare.py --seeds=x": "'x'",
 }
@@ -120,7 +108,6 @@ def world(tmp_path_factory, gpt2_dir):
     checkpoint.save("far.pt", dense)
     content = Path("good.pt").read_bytes()
     Path("truncated.pt").write_bytes(content[:len(content) // 2])
-    Path("text.pt").write_text("no tensors here", encoding="utf-8")
     torch.save({"conv1.weight": torch.zeros(3)}, "other.pt")
     Path("evil.pt").write_bytes(pickle.dumps(Evil()))
     torch.save({"model": Evil()}, "evil_zip.pt")
@@ -136,14 +123,12 @@ def world(tmp_path_factory, gpt2_dir):
     os.truncate("data/odd/train.bin", 9999)
     np.full(5000, 300, np.uint16).tofile("data/big/train.bin")
     Path("data/words/meta.json").write_text(json.dumps(dict(vocab_size=50257, tokenizer="gpt2")), encoding="utf-8")
-    Path("latin.txt").write_bytes("déjà vu\n\ndéjà".encode("latin-1"))
     Path("bad.jsonl").write_text('{"text": "good"}\n{"txt": "bad"}\n', encoding="utf-8")
     pq.write_table(pa.table({"text": [f"row {i}" for i in range(1000)]}), "half.parquet")
     os.truncate("half.parquet", 4000)
     Path("syntax.py").write_text("seed = 1\nseed = = 2\n", encoding="utf-8")
     Path("unknown.py").write_text("bach_size = 1\n", encoding="utf-8")
-    for name in "empty.pt", "empty.txt":
-        Path(name).touch()
+    Path("empty.pt").touch()
     Path("folder").mkdir()
     write_byte_level_tokenizer("byte_level")
     os.chdir(before)
@@ -176,14 +161,3 @@ def test_good_input_passes_where_bad_input_does_not(world, workdir):
     for command in GOOD.values():
         said = run_here(*command.split())
         assert said.returncode == 0, said.stderr
-
-
-@pytest.mark.parametrize("script", ["train.py", "-m experiments.compare"])
-def test_help_into_a_closed_pipe_ends_without_a_traceback(script):
-    """What `| head -1` does once it has its line."""
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    with os.fdopen(write_end, "w") as pipe:
-        said = subprocess.run([sys.executable, *script.split(), "--help"], cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE,
-                              text=True)
-    assert said.stderr == "" and said.returncode in (0, 1)

@@ -4,7 +4,6 @@ import math
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import run_here
 
@@ -21,15 +20,15 @@ def test_models_are_measured_against_the_dense_one(workdir):
     names = ["dense", "ours (32, 64, 2)", "torch.kron (32, 64, 2)", "transformers dense", "whole logits (32, 64, 2)"]
     results = json.loads(Path("here/results.json").read_text())
     assert list(results) == names
-    for result in results.values():
-        assert set(MEASUREMENTS) <= result["measured"].keys()
+    for name, result in results.items():
+        missing = set(MEASUREMENTS) - result["measured"].keys()
+        assert missing == ({"generation 1 × 100", "generation 8 × 100"} if name.startswith("torch.kron") else set())
         assert all(math.isfinite(value) and value > 0 for value in result["faster_than_dense"].values())
     assert set(results["dense"]["faster_than_dense"].values()) == {1}
     assert results["ours (32, 64, 2)"]["faster_than_dense"]["file"] > 1
     table = Path("here/table.md").read_text()
     assert re.findall(r"^\| ([^|]+?) +\|", table, re.M) == ["model", *names]
     assert table in done.stdout
-    assert Path("here/ratios.png").stat().st_size > 0
 
 
 def test_generation_makes_as_many_tokens_for_each_candidate(monkeypatch):
@@ -54,11 +53,3 @@ def test_a_fourth_number_factors_attention_and_many_factors_have_no_loop(monkeyp
         "attn.c_attn": (7, 64, 1), "attn.c_proj": (7, 64, 1), "mlp.c_fc": (5, 64, 1), "mlp.c_proj": (5, 1, 64)}
     for shape, has_loop in (((64, 1, 16), True), ((64, 1, 17), False), ((64, 64, 1, 17), False)):
         assert (f"torch.kron {shape}" in bench.make_candidates(shape, is_first=False)) == has_loop
-
-
-@pytest.mark.parametrize("option, said", [
-    ("--dtype=int8", "--dtype is float32, bfloat16 or float16, not int8"),
-    ("--new_tokens=64", "--new_tokens=64 leaves no prompt in a context of 64")])
-def test_bad_options_are_one_line(workdir, option, said):
-    done = run_here("experiments/bench.py", option)
-    assert done.returncode == 2 and done.stderr == f"error: {said}\n" and not list(workdir.iterdir())

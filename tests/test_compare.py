@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
+from conftest import ROOT, run_here
 
 from experiments import compare, pictures
 from kronygpt import checkpoint, run_dir
@@ -68,8 +68,8 @@ def test_every_start_is_trained_with_each_seed_and_scored(calls, capsys):
     lines = printed.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("model  "))
     assert len({len(line) for line in (lines[head], *lines[head + 2:head + 5])}) == 1  # the base has no rate
-    places = re.findall(r"^start (\d) of 3, seed (\d) of 2: (\w+)(?:, about \d+ minutes left)?$", printed, re.M)
-    assert places == [(str(i + 1), str(seed), name) for seed in (1, 2) for i, name in enumerate(("whole", "half", "fitted"))]
+    places = re.findall(r"^seed (\d), start (\d) of 3: (\w+)$", printed, re.M)
+    assert places == [(seed, str(i + 1), name) for seed in "31" for i, name in enumerate(("whole", "half", "fitted"))]
 
 
 def test_finished_work_is_not_repeated(calls, monkeypatch):
@@ -96,7 +96,7 @@ def test_finished_work_is_not_repeated(calls, monkeypatch):
     assert repeated() == {"out", *names, *((name, seed) for name in names for seed in (3, 1))} and repeated() == set()
     monkeypatch.setattr(compare, "seeds", "3,1,2")
     assert repeated() == {(name, 2) for name in names}
-    Path("out/half/seed_1.json").write_text("damaged")
+    Path("out/half/seed_1.json").unlink()
     assert repeated() == {("half", 1)}
     kept = json.loads(Path("out/half/start.json").read_text())
     Path("out/half/start.json").write_text(json.dumps(dict(kept, key=dict(kept["key"], format=1))))
@@ -152,22 +152,6 @@ def test_the_pictures_have_the_dense_model_trained_as_long_as_their_reference(mo
     assert stars == [[[1e-4, 1.0]], [[1e-4, 0.75]]]
 
 
-def test_a_training_that_was_stopped_is_no_result(calls, monkeypatch):
-    call = compare.call
-
-    def stop_early(script, *args):
-        seconds = call(script, *args)
-        if script == "train.py":
-            content = torch.load("out/whole/seed_3/ckpt.pt", weights_only=True)
-            torch.save(dict(content, iter_num=2), "out/whole/seed_3/ckpt.pt")
-        return seconds
-
-    monkeypatch.setattr(compare, "call", stop_early)
-    with pytest.raises(UserError, match="stopped after 2 of 4 steps") as error:
-        compare.main()
-    assert error.value.status == 1 and not Path("out/whole/seed_3.json").exists()
-
-
 def test_what_a_start_brings_along_changes_nothing_outside_out_dir(calls, monkeypatch):
     """Not even by a config file behind the bar."""
     Path("mine.py").write_text("out_dir = \"mine\"\nseed = 8\nlearning_rate = 2e-3\n")
@@ -180,22 +164,18 @@ def test_what_a_start_brings_along_changes_nothing_outside_out_dir(calls, monkey
 @pytest.mark.parametrize("starts, said", [
     ("a: runs/mine", "a start is `name: command`"), ("kron_decompose.py 16 32 1", "a start is `name: command`"),
     ("a: prune.py | --out_dir=mine", "a has --out_dir, which a comparison sets for all starts"),
-    ("a: prune.py | --overwrite", "a has --overwrite"), ("a: prune.py | --max_iters=9", "a has --max_iters"),
-    ("a: prune.py --out=mine.pt", "a has --out,"), ("a: prune.py --init_from=gpt2", "a has --init_from"),
-    ("a.b: prune.py\na-b: prune.py --offset=1", "another start has the name 'a-b'"), ("\n", "names no start")])
+    ("a: prune.py | --overwrite", "a has --overwrite"), ("a: prune.py --out=mine.pt", "a has --out,"),
+    ("a.b: prune.py\na-b: prune.py --offset=1", "another start has the name 'a-b'")])
 def test_bad_starts_are_errors(starts, said, monkeypatch):
     monkeypatch.setattr(compare, "starts", starts)
     with pytest.raises(UserError, match=re.escape(said)):
         compare.parse_starts()
 
 
-def test_a_failed_script_is_a_one_line_error(workdir, capfd):
+def test_a_failed_script_is_a_one_line_error(monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=re.escape("sample.py failed; see above")) as error:
         compare.call("sample.py", "--seeds=1")
     assert error.value.status == 1
     assert "error: unknown option --seeds: did you mean --seed?" in capfd.readouterr().err
-
-
-def test_a_script_in_a_folder_runs_as_a_module(monkeypatch):
-    monkeypatch.chdir(compare.ROOT)
-    assert compare.call("experiments/bench.py", "--help") > 0
+    assert compare.call("experiments/predict.py", "--help") > 0

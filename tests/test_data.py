@@ -1,20 +1,17 @@
 """Batches, .bin files, tokenizers, and the scripts that make data sets."""
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_here
+from conftest import run_here
 
 from experiments import prepare_pydocs
 from kronygpt import data
 from kronygpt.configurator import UserError
-from kronygpt.data import batch_starts, dataset_writer, load_meta, load_tokens, mean_loss, score, windows
+from kronygpt.data import batch_starts, load_meta, load_tokens, mean_loss, score, windows, write_documents
 from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer, open_tokenizer, tokenizer_name
 from model import KronyGPTConfig
 
@@ -63,46 +60,27 @@ def test_windows_begin_everywhere_that_a_block_and_its_last_target_fit():
     assert counts.min() > 150  # of 250 expected
 
 
-def test_the_slices_of_two_ranks_make_the_batch_of_one_process():
-    tokens = np.arange(500, dtype=np.uint16)
-    starts = batch_starts(len(tokens), 8, 5, 3, 12)
-    x, y = windows(tokens, starts, 8, 500)
-    ranks = [windows(tokens, batch_starts(len(tokens), 8, 5, 3, 12)[6 * rank:6 * rank + 6], 8, 500) for rank in (0, 1)]
-    for whole, halves in zip((x, y), zip(*ranks)):
-        assert np.array_equal(whole, np.concatenate(halves))
-    assert len({tuple(row) for row in x.tolist()}) > 6
-
-
 def test_targets_are_the_inputs_shifted_by_one():
     tokens = np.random.default_rng(0).integers(256, size=100).astype(np.uint16)
     x, y = windows(tokens, [0, 3, 91], 8, 256)
-    assert x.shape == y.shape == (3, 8) and str(x.dtype) == str(y.dtype) == "torch.int64"
-    for row, start in enumerate([0, 3, 91]):
-        assert x[row].tolist() == tokens[start:start + 8].tolist()
-        assert y[row].tolist() == tokens[start + 1:start + 9].tolist()
+    assert x.dtype == y.dtype == torch.int64
+    assert x.tolist() == [tokens[start:start + 8].tolist() for start in (0, 3, 91)]
+    assert y.tolist() == [tokens[start + 1:start + 9].tolist() for start in (0, 3, 91)]
 
 
 def test_evaluation_windows_spread_over_the_whole_split():
-    starts = data.even_starts(1001, 100, 10)
-    assert (starts[0], starts[-1]) == (0, 900)  # the last token is the last target
-    assert starts.tolist() == [i * 100 for i in range(10)]
+    assert data.even_starts(1001, 100, 10).tolist() == [i * 100 for i in range(10)]  # the last token is the last target
 
 
 def test_tokens_beyond_the_vocabulary_are_an_error_that_names_the_place(workdir):
     write_dataset("a", [1, 2, 3, 256, 5, 6])
+    tokens = load_tokens("a", "train", config_of(257, dict(name="bytes")))
+    assert tokens.tolist() == [1, 2, 3, 256, 5, 6] and windows(tokens, [0], 2, 256)[1].tolist() == [[2, 3]]
     with pytest.raises(UserError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
-        load_tokens("a", "train", config_of(256), block_size=2)
-    tokens = np.memmap("data/a/train.bin", dtype=np.uint16, mode="r")  # a longer file is not looked through at the start
-    assert windows(tokens, [0], 2, 256)[1].tolist() == [[2, 3]]
+        load_tokens("a", "train", config_of(256))
     for starts in [1], [0, 2]:  # as a target, and as an input
         with pytest.raises(UserError, match=r"token 256 in .*train.bin, position 3: .* ends at 255"):
             windows(tokens, starts, 2, 256)
-
-
-def test_a_bin_file_is_read_as_it_was_written(workdir):
-    write_dataset("a", range(200), range(50))
-    assert load_tokens("a", "train", config_of(256)).tolist() == list(range(200))
-    assert load_tokens("a", "val", config_of(256)).tolist() == list(range(50))
 
 
 def test_a_bin_file_shorter_than_a_block_is_an_error(workdir):
@@ -114,21 +92,11 @@ def test_a_bin_file_shorter_than_a_block_is_an_error(workdir):
         load_tokens("a", "val", config_of(256))
 
 
-def llm_c(magic, dtype):
-    """A file of llm.c: magic number, version and count in a header of 256 int32, then tokens."""
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, 1, 200
-    return header.tobytes() + np.arange(200).astype(dtype).tobytes()
-
-
 @pytest.mark.parametrize("content, message", [
     (np.arange(200, dtype="<u4").tobytes(), "looks like tokens of 32 or 64 bits"),
     (np.arange(60_000, 70_000, dtype="<u4").tobytes(), "looks like tokens of 32"),  # of a vocabulary beyond 65,536
     (np.arange(200, dtype="<i8").tobytes(), "looks like tokens of 32 or 64 bits"),
-    (llm_c(20240520, "<u2"), "is a .bin of llm.c with a header of 256 int32"),
-    (llm_c(20240801, "<u4"), "is a .bin of llm.c"),
-    (bytes(101), "has 101 bytes, an odd number"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "is a git-lfs pointer"),
+    (np.array([20240520, 1, 200] + [0] * 253, "<i4").tobytes() + bytes(range(200)), "looks like .* llm.c's"),
 ])
 def test_a_bin_file_of_another_format_is_a_line_that_names_it(workdir, content, message):
     write_dataset("a", content, meta=dict(vocab_size=50257, tokenizer="gpt2"))
@@ -145,27 +113,13 @@ def test_plain_tokens_are_no_other_format(workdir, tokens):
 
 
 def test_a_missing_data_set_names_the_command_that_makes_it(workdir):
-    write_dataset("mine", range(9))
     for name, command in ("openwebtext", "python prepare_owt.py"), ("pydocs", "python -m experiments.prepare_pydocs"), \
             ("books", "python prepare_owt.py --data_files=.* --out=books"):
-        with pytest.raises(FileNotFoundError, match=f"no data set in data/{name}; make it with: {command}.*there are: mine"):
+        with pytest.raises(FileNotFoundError, match=f"no data set in data/{name}; make it with: {command}"):
             load_tokens(name, "train", config_of(256))
-        with pytest.raises(FileNotFoundError, match=command):
-            load_meta(name)
-
-
-def test_a_missing_split_is_an_error(workdir):
     (write_dataset("a", range(9)) / "val.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"data/a/val\.bin"):
         load_tokens("a", "val", config_of(256))
-
-
-@pytest.mark.parametrize("meta, message", [("{", "cannot read data/a/meta.json"), ("[]", "cannot read data/a/meta.json"),
-                                           ('{"vocab_size": 256}', "data/a/meta.json is damaged")])
-def test_a_damaged_meta_json_is_an_error(workdir, meta, message):
-    write_dataset("a", range(9), meta=meta)
-    with pytest.raises(UserError, match=message):
-        load_tokens("a", "train", config_of(256))
 
 
 def test_a_directory_of_nanogpt_holds_gpt2_tokens(workdir):
@@ -197,16 +151,14 @@ def test_gpt2_tokens_are_those_of_tiktoken(shared):
 
 def test_a_vocabulary_tells_the_tokenizer():
     assert [tokenizer_name(config_of(size)) for size in (256, 50257, 50304)] == ["bytes", "gpt2", "gpt2"]
-    for size in 255, 1000:
-        with pytest.raises(UserError, match=f"vocabulary of {size}"):
-            open_tokenizer(config_of(size)).encode("a")
+    with pytest.raises(UserError, match="vocabulary of 1000"):
+        open_tokenizer(config_of(1000)).encode("a")
 
 
 def test_a_written_data_set_is_documents_with_an_end_after_each(workdir):
-    tokenizer = BytesTokenizer()
-    with dataset_writer(data.DATA_DIR / "a", tokenizer, source="a test") as writer:
-        for split, text in ("train", "one"), ("val", "two"), ("train", ""), ("train", "three"):
-            writer.add(split, tokenizer.encode(text))
+    documents = [(split, BytesTokenizer().encode(text)) for split, text in (
+        ("train", "one"), ("val", "two"), ("train", ""), ("train", "three"))]
+    write_documents(data.DATA_DIR / "a", BytesTokenizer(), "a test", iter(documents))
     assert contents(workdir / "data" / "a").keys() == {"train.bin", "val.bin", "meta.json"}
     assert bytes(read_bin("data/a/train.bin").tolist()) == b"one\n\nthree\n"
     assert bytes(read_bin("data/a/val.bin").tolist()) == b"two\n"
@@ -215,16 +167,14 @@ def test_a_written_data_set_is_documents_with_an_end_after_each(workdir):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_preparation_leaves_the_data_set_as_it_was(workdir, error):
-    def prepare(name):
-        with pytest.raises(error), dataset_writer(data.DATA_DIR / name, BytesTokenizer(), source="") as writer:
-            writer.add("train", np.arange(9, dtype=np.uint16))
-            raise error
+    def documents():
+        yield "train", np.arange(9, dtype=np.uint16)
+        raise error
 
     before = contents(write_dataset("a", range(9), range(3)))
-    prepare("a")
+    with pytest.raises(error):
+        write_documents(data.DATA_DIR / "a", BytesTokenizer(), "", documents())
     assert contents(workdir / "data" / "a") == before
-    prepare("new")
-    assert not (workdir / "data" / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
@@ -233,8 +183,8 @@ def test_a_data_set_is_replaced_whole_or_not_at_all(name, workdir):
     (directory / name).unlink()
     (directory / name / "in the way").mkdir(parents=True)
     before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-    with pytest.raises((UserError, OSError)), dataset_writer(directory, BytesTokenizer(), source="") as writer:
-        writer.add("train", np.arange(99, dtype=np.uint16))
+    with pytest.raises((UserError, OSError)):
+        write_documents(directory, BytesTokenizer(), "", [("train", np.arange(99, dtype=np.uint16))])
     assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
 
 
@@ -257,46 +207,33 @@ def test_score_is_the_loss_of_each_window(small_model, workdir):
 def test_prepare_pydocs_holds_out_documents_the_same_way_every_time(workdir, run_script, monkeypatch):
     texts = prepare_pydocs.documents()
     monkeypatch.setattr(prepare_pydocs, "documents", lambda: list(texts))
-    monkeypatch.setattr(prepare_pydocs, "out", "here")
     prepare_pydocs.main()
     result = run_script("experiments/prepare_pydocs.py", "--out=there", cwd=workdir, env={"PYTHONHASHSEED": "1"})
     assert result.returncode == 0, result.stderr
-    assert contents(workdir / "data" / "here") == contents(workdir / "data" / "there")
-
-    meta = load_meta("here")
-    n_val = round(0.05 * len(texts))
+    assert contents(workdir / "data" / "pydocs") == contents(workdir / "data" / "there")
+    meta, n_val = load_meta("there"), round(0.05 * len(texts))
     assert meta["documents"] == dict(train=len(texts) - n_val, val=n_val)
-    train, val = (bytes(read_bin(f"data/here/{split}.bin").tolist()) for split in ("train", "val"))
-    assert meta["tokens"] == dict(train=len(train), val=len(val)) and meta["vocab_size"] == 256
+    train, val = (bytes(read_bin(f"data/there/{split}.bin").tolist()) for split in ("train", "val"))
     assert len(train) + len(val) == sum(len(text.encode()) + 1 for text in texts) > 10**6
-    documents = [text.encode() + b"\n" for text in texts]
-    assert all((document in train) or (document in val) for document in documents)
-    held_out = [i for i, document in enumerate(documents) if document in val and document not in train]
+    held_out = [i for i, text in enumerate(texts) if text.encode() + b"\n" not in train]
     assert n_val - 3 <= len(held_out) <= n_val  # a short document may stand within another
     assert max(held_out) - min(held_out) > len(texts) / 2  # from everywhere: shuffled
 
 
-@pytest.fixture
-def prepare_owt(workdir, run_script, shared):
-    """Prepare data/mine in a process whose HOME and caches cannot be written."""
-    home = {name: "/dev/null/none" for name in ("HOME", "HF_HOME", "HF_DATASETS_CACHE", "TMPDIR")}
-    return lambda *args: run_script("prepare_owt.py", "--out=mine", *args, cwd=workdir, env=home)
-
-
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_prepare_owt_writes_the_tokens_that_nanogpt_does(prepare_owt, workdir, kind):
+def test_prepare_owt_writes_the_tokens_that_nanogpt_does(workdir, run_script, shared, kind):
     import tiktoken
     from datasets import Dataset
 
-    (workdir / "texts").mkdir()
     for name, texts in ("a", TEXTS[:25]), ("b", TEXTS[25:]):
-        path = workdir / "texts" / f"{name}.{kind}"
-        rows = Dataset.from_dict({"text": texts, "url": ["u"] * len(texts)})
+        rows, path = Dataset.from_dict({"text": texts, "url": ["u"] * len(texts)}), workdir / f"{name}.{kind}"
         if kind == "txt":
             path.write_text("\n\n".join(texts), encoding="utf-8")
         else:
             rows.to_json(path) if kind == "jsonl" else rows.to_parquet(path)
-    result = prepare_owt(f"--data_files=texts/*.{kind}", "--val_fraction=0.1")
+    no_home = dict.fromkeys(("HOME", "HF_HOME", "HF_DATASETS_CACHE", "TMPDIR"), "/dev/null/none")
+    options = "--out=mine", f"--data_files=*.{kind}", "--val_fraction=0.1"
+    result = run_script("prepare_owt.py", *options, cwd=workdir, env=no_home)
     assert result.returncode == 0, result.stderr
 
     encoding = tiktoken.get_encoding("gpt2")
@@ -305,53 +242,40 @@ def test_prepare_owt_writes_the_tokens_that_nanogpt_does(prepare_owt, workdir, k
         tokens = [token for text in parts[part]["text"] for token in [*encoding.encode_ordinary(text), encoding.eot_token]]
         assert read_bin(f"data/mine/{split}.bin").tolist() == tokens
     meta = load_meta("mine")
-    assert meta["vocab_size"] == 50257 and meta["tokenizer"] == "gpt2"
-    assert meta["documents"] == dict(train=54, val=6)
+    assert (meta["vocab_size"], meta["tokenizer"], meta["documents"]) == (50257, "gpt2", dict(train=54, val=6))
     assert contents(workdir / "data" / "mine").keys() == {"train.bin", "val.bin", "meta.json"}
 
 
 def test_any_number_of_threads_writes_the_same_bytes(shared, workdir):
     lines = [json.dumps({"text": f"document {i}: " + TEXTS[i % len(TEXTS)]}) for i in range(500)]
     (workdir / "texts.jsonl").write_text("\n".join(lines))
-    written = []
     for threads in 1, 3:
-        result = run_here("prepare_owt.py", "--out=mine", "--data_files=texts.jsonl", f"--threads={threads}")
+        result = run_here("prepare_owt.py", f"--out={threads}", "--data_files=texts.jsonl", f"--threads={threads}")
         assert result.returncode == 0, result.stderr
-        written.append(contents(workdir / "data" / "mine"))
-    assert written[0] == written[1]
+    assert contents(workdir / "data" / "1") == contents(workdir / "data" / "3")
 
 
 def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(shared, workdir):
     before = contents(write_dataset("mine", range(9)))
     (workdir / "other.jsonl").write_text('{"title": "a"}\n{"title": "b"}\n')
     (workdir / "one.txt").write_text("only one")
-    (workdir / "page.html").write_text("<p>")
     (workdir / "latin.txt").write_bytes("déjà\n\nvu".encode("latin-1"))
     for pattern, message in ("nothing/*.txt", "no files match --data_files=nothing/*.txt"), \
-            ("other.*", "other.jsonl, line 1 is no JSON with a string `text`, but title"), \
-            ("one.*", "1 documents leaves none for training"), ("page*", "matches .html: give files of text"), \
-            ("latin.txt", "cannot read latin.txt: UnicodeDecodeError"):
+            ("other.*", "other.jsonl, row 1 has no text in a column `text` (columns: title)"), \
+            ("one.*", "1 documents are too few to split"), ("latin.txt", "cannot read latin.txt: UnicodeDecodeError"):
         result = run_here("prepare_owt.py", "--out=mine", f"--data_files={pattern}")
-        assert result.returncode == 2
-        assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+        assert result.returncode and message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
         assert contents(workdir / "data" / "mine") == before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_what_a_killed_preparation_leaves_is_cleared_by_the_next(workdir, shared):
-    (workdir / "texts.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in TEXTS * 300))
-    process = subprocess.Popen([sys.executable, ROOT / "prepare_owt.py", "--data_files=texts.jsonl", "--out=mine"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     scratch = workdir / "data" / "mine" / ".scratch"
-    while not scratch.exists() or not any(path.stat().st_size for path in scratch.iterdir()):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert any(scratch.iterdir())
-    Path("few.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in TEXTS))
-    assert run_here("prepare_owt.py", "--out=mine", "--data_files=few.jsonl").returncode == 0
-    assert {path.name for path in scratch.parent.iterdir()} == {"train.bin", "val.bin", "meta.json"}
+    scratch.mkdir(parents=True)
+    for left in scratch / "documents.arrow", scratch.parent / ".lock":
+        left.write_text("left")
+    Path("few.txt").write_text("\n\n".join(TEXTS))
+    assert run_here("prepare_owt.py", "--out=mine", "--data_files=few.txt").returncode == 0
+    assert contents(scratch.parent).keys() == {"train.bin", "val.bin", "meta.json"}
 
 
 def test_progress_in_a_log_is_lines(monkeypatch, capsys):

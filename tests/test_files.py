@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, StandIn, run_here
+from conftest import ROOT, StandIn
 
 from kronygpt import files
 from kronygpt.configurator import UserError
@@ -41,10 +41,8 @@ def here(workdir):
 
 
 @pytest.mark.parametrize("path, words", [
-    ("new/", "names a directory"), ("file/", "names a directory"), ("", "names a directory"), (".", "names a directory"),
-    ("new/..", "names a directory"), ("new/.", "names a directory"), ("folder", "is a directory"),
-    ("link_to_folder", "is a directory"), ("pipe", "no regular file"), ("link_to_pipe", "no regular file"),
-    ("/dev/null", "no regular file"), ("file/in/it", "file is a file")])
+    ("file/in/it", "file is a file"), *((path, "names a directory or a device") for path in (
+        "new/", "file/", "", "new/..", "folder", "link_to_folder", "pipe", "link_to_pipe", "/dev/null"))])
 def test_what_is_no_file_is_refused_before_the_work(path, words, here):
     before = listing()
     for write in output_file, lambda path: atomic_write(path).__enter__():
@@ -54,9 +52,8 @@ def test_what_is_no_file_is_refused_before_the_work(path, words, here):
 
 
 @pytest.mark.parametrize("path, words", [
-    ("file", "is a file"), ("file/in/it", "file is a file"), ("pipe", "is a file"), ("file/", "is a file"),
-    (".", "current directory"), ("other/..", "current directory"), ("..", "current directory"),
-    ("link_to_folder/..", "current directory"), ("/proc", "mount point|no permission")])
+    ("file", "is a file"), ("file/in/it", "file is a file"), ("pipe", "is a file"), (".", "current directory"),
+    ("..", "current directory"), ("link_to_folder/..", "current directory")])
 def test_what_is_no_directory_or_cannot_be_replaced_is_refused_before_the_work(path, words, here):
     before = listing()
     for write in lambda path: output_directory(path, is_replaced=True), lambda path: atomic_directory(path, str).__enter__():
@@ -67,7 +64,7 @@ def test_what_is_no_directory_or_cannot_be_replaced_is_refused_before_the_work(p
         assert output_directory(path) == Path(path)
 
 
-@pytest.mark.parametrize("path", ["new", "a/b/new", "link", "dangling", "file", "./file", "folder/../file"])
+@pytest.mark.parametrize("path", ["new", "a/b/new", "link", "dangling", "file", "folder/../file"])
 def test_what_can_be_a_file_is_written(path, here):
     assert output_file(path) == Path(path)
     is_link = Path(path).is_symlink()
@@ -76,31 +73,27 @@ def test_what_can_be_a_file_is_written(path, here):
     assert Path(path).read_bytes() == "déjà".encode() and Path(path).is_symlink() == is_link
 
 
-@pytest.mark.parametrize("path", ["new", "new/", "a/b/new", "folder", "link_to_folder", "folder/in/", "../other_folder"])
+@pytest.mark.parametrize("path", ["new", "a/b/new", "folder", "link_to_folder", "folder/in/", "../other_folder"])
 def test_what_can_be_a_directory_is_written(path, here):
     is_link = Path(path).is_symlink()
     write_directory(path, a="new")
     assert listing(path)[0] == "a" and Path(path).is_symlink() == is_link
 
 
-@pytest.mark.parametrize("locked", ["file", ".", "folder"])
-def test_a_path_without_permission_is_refused_before_the_work(locked, here, monkeypatch):
+@pytest.mark.parametrize("locked, decide, paths", [
+    ("file", output_file, ["file", "link"]), (".", output_file, ["new", "a/b"]), (".", output_directory, ["a/b"]),
+    ("folder", output_file, ["folder/new"]), ("folder", output_directory, ["folder"])])
+def test_a_path_without_permission_is_refused_before_the_work(locked, decide, paths, here, monkeypatch):
     """A read-only result is there to stay."""
-    def access(path, mode):
-        return not os.path.samefile(path, locked)
-
-    monkeypatch.setattr(files, "os", StandIn(os, access=access))
-    for decide, path in {"file": [(output_file, "file"), (output_file, "link")],
-                         ".": [(output_file, "new"), (output_file, "a/b"), (output_directory, "a/b")],
-                         "folder": [(output_file, "folder/new"), (output_directory, "folder")]}[locked]:
-        with pytest.raises(UserError, match="no permission to write") as caught:
+    monkeypatch.setattr(files, "os", StandIn(os, access=lambda path, mode: not os.path.samefile(path, locked)))
+    for path in paths:
+        with pytest.raises(UserError, match="no permission to write"):
             decide(path)
-        assert caught.value.status == 1
 
 
 def test_what_replaces_a_file_or_a_directory_keeps_its_mode(workdir):
     old = os.umask(0o022)
-    for name, mode in ("new", None), ("private", 0o600), ("shared", 0o664), ("odd", 0o644):
+    for name, mode in ("new", None), ("private", 0o600), ("shared", 0o664):
         if mode:
             Path(name).touch()
             Path(name).chmod(mode)
@@ -140,8 +133,7 @@ def test_files_of_others_in_a_directory_come_along(workdir):
 
 def killed(code):
     """Run code that ends with SIGKILL."""
-    imports = "import os\nfrom pathlib import Path\nfrom kronygpt import files\nfrom kronygpt.files import *\n" \
-              "def die(*args): os.kill(os.getpid(), 9)\n"
+    imports = "import os, shutil\nfrom kronygpt.files import *\ndef die(*args, **options): os.kill(os.getpid(), 9)\n"
     done = subprocess.run([sys.executable, "-c", imports + code], env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == -9
 
@@ -149,12 +141,12 @@ def killed(code):
 def test_the_next_write_of_a_name_clears_what_a_kill_left(workdir):
     killed("with atomic_write('made', 'w') as file: file.write('x'); file.flush(); die()")
     killed("with atomic_directory('made', str) as path: (path / 'a').write_text('x'); die()")
-    for name in (".mine.0123456789ab.tmp", ".made.mine.tmp", "made.tmp", ".made.0123456789ab.tmp2"):
+    for name in ".mine.0123456789ab.tmp", ".made.mine.tmp", "made.tmp":
         Path(name).touch()
-    assert len(listing()) >= 6
+    assert len(listing()) >= 5
     with atomic_write("made", "w") as file:
         file.write("new")
-    assert listing() == [".made.0123456789ab.tmp2", ".made.mine.tmp", ".mine.0123456789ab.tmp", "made", "made.tmp"]
+    assert listing() == [".made.mine.tmp", ".mine.0123456789ab.tmp", "made", "made.tmp"]
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
@@ -162,7 +154,7 @@ def test_a_directory_survives_a_kill_between_any_two_renames(renames, workdir):
     write_directory("made", a="old", my="mine")
     killed(f"replace, left = os.replace, [1] * {renames}\n"
            "os.replace = lambda *args: replace(*args) if left and left.pop() else die()\n"
-           "files.remove = lambda path: die() if path.name.endswith('.old') else None\n"
+           "shutil.rmtree = die\n"
            "with atomic_directory('made', lambda name: name != 'my') as aside: (aside / 'a').write_text('new')")
     complete = [path.read_text() for path in Path().glob("*made*/a")]
     assert sorted(complete) == ["new", "old"] and Path("made").exists() == (renames != 1)
@@ -190,16 +182,3 @@ def test_two_writers_of_one_file_do_not_mix(workdir):
         with atomic_write("file", "w") as two:
             two.write("two")
     assert listing() == ["file"] and Path("file").read_text(encoding="utf-8") == "two"
-
-
-def test_scripts_decide_before_they_work(gpt2_dir, workdir):
-    for command, words in {"kron_decompose.py 32 64 1 --init_from={} --out=q9/": "q9/ names a directory",
-                           "prune.py --init_from={} --out=q9/": "q9/ names a directory",
-                           "kron_to_gpt.py {} .": "current directory"}.items():
-        if command.endswith("."):
-            assert run_here("kron_to_gpt.py", gpt2_dir, "made").returncode == 0
-            os.chdir("made")
-        before = listing()
-        said = run_here(*command.format(gpt2_dir).split())
-        assert said.returncode == 2 and words in said.stderr and said.stderr.count("\n") == 1
-        assert listing() == before

@@ -71,8 +71,7 @@ SAMPLE = [text for i in range(3) for text in texts_of(f"sample {i}", 30)]
 
 @pytest.mark.parametrize("options, texts, source", [
     (["--hub_config=sample-10BT", "--documents=45"], SAMPLE[:45], "corpora/edu, sample-10BT, the first 45 documents"),
-    (["--hub_config=sample-10BT", "--documents=1000"], SAMPLE, "corpora/edu, sample-10BT, the first 1,000 documents"),
-    (["--documents=12"], texts_of("all", 12), "corpora/edu, the first 12 documents")])
+    (["--documents=1000"], texts_of("all", 40), "corpora/edu, the first 1,000 documents")])
 def test_the_first_documents_are_streamed_and_split_as_ever(options, texts, source, corpus):
     said = prepare("--hub=corpora/edu", *options)
     assert said.returncode == 0, said.stderr
@@ -92,28 +91,15 @@ def test_the_column_is_an_option_of_files_too_and_nulls_are_skipped(corpus):
         assert said.stdout.endswith("; 1 rows with a null for a text are skipped\n")
 
 
-def test_the_first_paragraphs_of_files(corpus):
-    Path("a.txt").write_text("\n\n".join(texts_of("a", 20)))
-    Path("b.txt").write_text("\n\n".join(texts_of("b", 20)))
-    assert prepare("--data_files=?.txt", "--documents=25", "--out=mine").returncode == 0
-    assert check_tokens("mine", texts_of("a", 20) + texts_of("b", 5)) == "?.txt, the first 25 documents"
-
-
 @pytest.mark.parametrize("options, status, said", [
     (["--hub=corpora/edu", "--documents=20", "--column=id"], 2,
-     "corpora/edu has no texts in a column `id`; its columns are id, text: name one with --column"),
-    (["--hub=corpora/climb", "--documents=20"], 2, "no texts in a column `text`; its columns are tokens, token_count"),
+     "corpora/edu has no text in a column `id` (columns: id, text)"),
     (["--hub=corpora/edu", "--documents=20", "--hub_config=none"], 1, "not found. Available: ['default', 'sample-10BT']"),
-    (["--hub=corpora/half", "--documents=20"], 1, "cannot load corpora/half ("),
-    (["--hub=corpora/edu", "--documents=1"], 2, "1 documents leaves none for training"),
+    (["--hub=corpora/half", "--documents=20"], 1, "ArrowInvalid: "),
     (["--hub=corpora/edu"], 2, "--hub goes with --documents=N"),
-    (["--hub=corpora/edu", "--documents=9", "--data_files=*.txt"], 2, "without --data_files"),
-    (["--hub=HuggingFaceFW/fineweb-edu", "--documents=20"], 1, "with no network, --data_files=FILES reads local files"),
-    (["--documents=20"], 1, "cannot load Skylion007/openwebtext (ConnectionError: "),
-    (["--documents=0"], 2, "0 documents leaves none for training")])
+    (["--documents=20"], 1, "Couldn't reach 'Skylion007/openwebtext' on the Hub"),
+    (["--documents=0"], 2, "0 documents are too few")])
 def test_what_cannot_be_streamed_is_one_line_and_writes_nothing(options, status, said, corpus):
-    Path("corpora/climb").mkdir()
-    Path("corpora/climb/part_0.jsonl").write_text(json.dumps(dict(tokens=[1, 2], token_count=2)) + "\n")
     write_parquet(Path("corpora/half/a.parquet"), texts_of("whole", 10))
     Path("corpora/half/b.parquet").write_bytes(Path("corpora/half/a.parquet").read_bytes()[:-9])
     result = prepare("--out=mine", *options)
@@ -121,13 +107,12 @@ def test_what_cannot_be_streamed_is_one_line_and_writes_nothing(options, status,
     assert said in result.stderr and not Path("data").exists()
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_a_stream_that_is_stopped_leaves_nothing(stop, corpus, monkeypatch):
+def test_a_stream_that_is_stopped_leaves_nothing(corpus, monkeypatch):
     load_dataset = datasets.load_dataset
 
     def stopped(*args, **options):
         yield from islice(load_dataset(*args, **options), 15)
-        raise stop
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(datasets, "load_dataset", stopped)
     said = prepare("--hub=corpora/edu", "--documents=30")
@@ -135,27 +120,18 @@ def test_a_stream_that_is_stopped_leaves_nothing(stop, corpus, monkeypatch):
     assert not Path("data").exists() and not [path for path in Path("cache").iterdir() if path.suffix != ".lock"]
 
 
-@pytest.mark.parametrize("fails_after", [None, 15])
-def test_a_repository_with_a_script_is_streamed_from_the_copy_of_the_hub_and_a_broken_stream_is_not(
-        fails_after, corpus, monkeypatch):
+def test_a_repository_with_a_script_is_streamed_from_the_copy_of_the_hub(corpus, monkeypatch):
     load_dataset = datasets.load_dataset
 
-    def rows(options):
-        yield from islice(load_dataset("corpora/edu", **options), fails_after)
-        raise RuntimeError("the connection is lost")
-
     def load(path, revision=None, **options):
-        if revision != "refs/convert/parquet" and not fails_after:
+        if revision != "refs/convert/parquet":
             raise RuntimeError("Dataset scripts are no longer supported")
-        return rows(options)
+        return load_dataset("corpora/edu", **options)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     said = prepare("--documents=30", "--out=mine")
-    if fails_after:
-        assert said.returncode == 1 and "RuntimeError: the connection is lost" in said.stderr and not Path("data").exists()
-    else:
-        assert said.returncode == 0, said.stderr
-        assert check_tokens("mine", texts_of("all", 30)) == "Skylion007/openwebtext, the first 30 documents"
+    assert said.returncode == 0, said.stderr
+    assert check_tokens("mine", texts_of("all", 30)) == "Skylion007/openwebtext, the first 30 documents"
 
 
 def test_a_process_that_streams_a_part_of_a_file_ends(corpus, run_script, workdir):

@@ -17,21 +17,6 @@ from model import KronLinear, contraction_order, kron_linear, kron_weight, multi
 SIDES = [*product((1, 3), (1, 4), (1, 2), (1, 5)), (2, 2, 2, 2), (8, 32, 1, 1), (1, 1, 8, 32), (4, 32, 2, 1), (16, 2, 2, 16),
          (2, 16, 16, 2), (6, 5, 4, 7), (12, 1, 1, 48), (2, 3, 20, 4), (3, 2, 4, 20), (2, 2, 24, 24)]
 ORDERS = (None, "A", "B", "W")  # of contraction; None leaves the choice to kron_linear
-SHAPES = [  # (m, n, dim_1, dim_2, n_factors)
-    (12, 48, 12, 12, 1),  # B is the smaller side
-    (12, 48, 3, 4, 5),  # A is
-    (12, 48, 4, 6, 23),  # square rearranged matrix, all factors but one
-    (48, 12, 12, 4, 11),
-    (12, 48, 1, 1, 1),  # A = [[a]]
-    (12, 48, 12, 48, 1),  # B = [[b]]
-    (12, 48, 1, 48, 3),
-    (12, 48, 12, 1, 7),
-    (7, 5, 7, 1, 4),
-    (1, 6, 1, 2, 1),
-    (9, 6, 3, 3, 5),
-    (10, 14, 2, 7, 3),
-    (32, 128, 16, 64, 2),
-]
 
 
 @pytest.mark.parametrize("sides", SIDES, ids=str)
@@ -56,17 +41,6 @@ def test_kron_linear_takes_inputs_that_are_not_contiguous():
     x, A, B = (torch.randn(*size, generator=generator).mT for size in ((12, 6), (2, 5, 3), (2, 2, 4)))
     for order in ORDERS:
         torch.testing.assert_close(kron_linear(x, A, B, torch.zeros(10), order), x @ kron_sum(A, B), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("sides", [(768, 768, 1, 4), (384, 3072, 2, 1), (64, 128, 12, 24), (768, 2304, 1, 1)], ids=str)
-def test_kron_linear_at_the_size_of_gpt2(sides):
-    m1, n1, m2, n2 = sides
-    generator = torch.Generator().manual_seed(0)
-    A, B, x = (torch.randn(*size, generator=generator) for size in ((2, m1, n1), (2, m2, n2), (9, m1 * m2)))
-    A, B = A / A.norm(), B / B.norm()
-    for tokens in (x[:1], x):
-        torch.testing.assert_close(kron_linear(tokens, A, B, torch.zeros(n1 * n2)), tokens @ kron_sum(A, B),
-                                   rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sides", [(3, 4, 2, 5), (2, 2, 24, 24), (8, 1, 1, 32)], ids=str)
@@ -108,13 +82,6 @@ def test_contraction_order_is_the_cheap_one_where_it_is_clear(A_shape, B_shape, 
     assert contraction_order(A_shape, B_shape, tokens) == order
 
 
-def test_kron_linear_contracts_in_the_order_that_is_cheapest():
-    A, B, x = torch.ones(8, 96, 1), torch.ones(8, 1, 384), torch.ones(64, 96)
-    with FlopCounterMode(display=False) as counter:
-        kron_linear(x, A, B, torch.zeros(384))
-    assert counter.get_total_flops() == 2 * 64 * 8 * (96 + 384)
-
-
 @pytest.mark.parametrize("m, n, shape", [(12, 40, (12, 1, 3)), (40, 12, (1, 12, 3)), (12, 48, (12, 12, 1)),
                                          (48, 12, (12, 12, 1)), (12, 40, (3, 4, 2)), (12, 40, (2, 2, 60))], ids=str)
 def test_exported_matrices_are_contracted_as_ours(m, n, shape):
@@ -124,14 +91,13 @@ def test_exported_matrices_are_contracted_as_ours(m, n, shape):
             p.normal_()
         exported.load_state_dict(ours.state_dict())
         for x in torch.randn(2, 300, m), torch.randn(1, m):
-            results, flops = [], []
-            for linear in ours, exported:
-                with FlopCounterMode(display=False) as counter:
-                    results.append(linear(x))
-                assert torch.ops.aten.bmm not in counter.get_flop_counts()["Global"]  # no product for each token
-                flops.append(counter.get_total_flops())
-            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-            assert flops[0] == flops[1] or shape[2] == 1  # ours multiplies a single number or pair elementwise
+            with FlopCounterMode(display=False) as our_counter:
+                expected = ours(x)
+            with FlopCounterMode(display=False) as counter:
+                torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-4)
+            assert torch.ops.aten.bmm not in counter.get_flop_counts()["Global"]  # no product for each token
+            # ours multiplies a single number or pair elementwise
+            assert shape[2] == 1 or counter.get_total_flops() == our_counter.get_total_flops()
 
 
 def test_rearranged_rows_are_blocks():
@@ -142,23 +108,16 @@ def test_rearranged_rows_are_blocks():
         assert torch.equal(R[5 * i + j], W[2 * i:2 * i + 2, 4 * j:4 * j + 4].flatten())
 
 
-@pytest.mark.parametrize("m, n, dim_1, dim_2, n_factors", SHAPES)
-def test_van_loan_reaches_the_smallest_error(m, n, dim_1, dim_2, n_factors):
-    W = random_matrix(m, n)
-    A, B = van_loan(W, dim_1, dim_2, n_factors)
-    assert A.shape == (n_factors, dim_1, dim_2) and B.shape == (n_factors, m // dim_1, n // dim_2)
-    assert A.is_contiguous() and B.is_contiguous()
-    assert (W - kron_sum(A, B)).norm().item() == pytest.approx(
-        smallest_error(W, dim_1, dim_2, n_factors), rel=1e-6, abs=1e-12)
-
-
-@given(st.data(), st.tuples(*[st.integers(1, 6)] * 4), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data(), st.tuples(*[st.integers(1, 8)] * 4), st.integers(0, 1000))
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_van_loan_reaches_the_smallest_error_of_any_shape(data, sides, seed):
     dim_1, dim_2, m2, n2 = sides
     n_factors = data.draw(st.integers(1, min(dim_1 * dim_2, m2 * n2)))
     W = random_matrix(dim_1 * m2, dim_2 * n2, seed)
-    error = (W - kron_sum(*van_loan(W, dim_1, dim_2, n_factors))).norm().item()
+    A, B = van_loan(W, dim_1, dim_2, n_factors)
+    assert A.shape == (n_factors, dim_1, dim_2) and B.shape == (n_factors, m2, n2)
+    assert A.is_contiguous() and B.is_contiguous()
+    error = (W - kron_sum(A, B)).norm().item()
     assert error == pytest.approx(smallest_error(W, dim_1, dim_2, n_factors), rel=1e-6, abs=1e-9)
 
 
@@ -173,10 +132,10 @@ def test_van_loan_reaches_small_errors_to_all_their_digits(dim_1, dim_2, m2, n2,
         torch.testing.assert_close(error, values[n_factors:].norm(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("m, n, dim_1, dim_2, n_factors", SHAPES)
-def test_full_rank_reproduces_the_matrix(m, n, dim_1, dim_2, n_factors):
-    W = random_matrix(m, n, dtype=torch.float32)
-    A, B = van_loan(W, dim_1, dim_2, min(dim_1 * dim_2, m * n // (dim_1 * dim_2)))
+@pytest.mark.parametrize("dim_1, dim_2", [(12, 12), (3, 4), (1, 1), (12, 48), (1, 48), (12, 1)])
+def test_full_rank_reproduces_the_matrix(dim_1, dim_2):
+    W = random_matrix(12, 48, dtype=torch.float32)
+    A, B = van_loan(W, dim_1, dim_2, min(dim_1 * dim_2, 12 * 48 // (dim_1 * dim_2)))
     assert A.dtype == B.dtype == torch.float32
     torch.testing.assert_close(kron_sum(A, B), W, rtol=0, atol=1e-5)
 

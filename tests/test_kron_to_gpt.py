@@ -2,9 +2,7 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +11,9 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from kron_to_gpt import default_directory
-from kronygpt import checkpoint, export
+from kronygpt import checkpoint
 from kronygpt.export import write_tokenizer
-from kronygpt.tokenizer import END_OF_TEXT, BytesTokenizer, GPT2Tokenizer
+from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer
 from model import KronyGPT, KronyGPTConfig
 
 TEXTS = ["", " ", "Hello world", "  two  spaces \r\n\ttab .\n\n\n", "don't I'LL it's", "naïve — “quoted” €5½",
@@ -53,40 +51,31 @@ def test_what_the_tokenizer_returns_is_what_the_model_takes(exported, small_mode
     """transformers 4 made token_type_ids unasked, and GPT-2 adds their embedding. Shorter texts are padded on demand."""
     from transformers import AutoModelForCausalLM
 
-    settings = json.loads((exported / "tokenizer_config.json").read_text())
-    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported).eval(), load_tokenizer(exported)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 10
     texts, inputs = ["a longer text", "short"], tokenizer(["a longer text", "short"], return_tensors="pt", padding=True)
     assert set(inputs) == {"input_ids", "attention_mask"} and inputs["attention_mask"].sum(1).tolist() == [13, 5]
     with torch.no_grad():
         for text, row in zip(texts, model(**inputs).logits):
             expected = small_model(torch.tensor([list(text.encode())]))[0]
             torch.testing.assert_close(row[:len(text)], expected, rtol=0, atol=1e-4)
-    prompt = tokenizer("short", return_tensors="pt")
-    greedy = model.generate(**prompt, max_new_tokens=5, do_sample=False)
-    assert torch.equal(greedy, continuation(small_model, prompt["input_ids"], 5, temperature=0))
+    settings = json.loads((exported / "tokenizer_config.json").read_text())  # transformers 4 knows the class
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and model.generation_config.eos_token_id is None
+
+
+def test_the_tokenizer_of_bytes(tmp_path):
+    write_tokenizer(tmp_path, BytesTokenizer(), 32)
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == 256 and tokenizer.model_max_length == 32
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer.pad_token_id == 10
+    assert tokenizer("Ċ\n").input_ids == [0xC4, 0x8A, 10]  # the letter that stands for a line end in the vocabulary
+    broken = [72, 195, 164, 240, 159, 33]
+    assert tokenizer.decode(broken) == bytes(broken).decode(errors="replace")
 
 
 def load_tokenizer(directory):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-
-
-def test_bytes_that_are_no_utf8_decode_as_python_does(tmp_path):
-    write_tokenizer(tmp_path, BytesTokenizer(), 32)
-    tokenizer = load_tokenizer(tmp_path)
-    assert len(tokenizer) == 256 and tokenizer.model_max_length == 32
-    broken = [72, 195, 164, 240, 159, 33]
-    assert tokenizer.decode(broken) == bytes(broken).decode(errors="replace")
-
-
-def test_the_end_of_text_of_bytes_is_the_line_end_and_letters_stay_letters(tmp_path):
-    write_tokenizer(tmp_path, BytesTokenizer(), 32)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.eos_token_id == tokenizer.bos_token_id == 10
-    assert tokenizer("Ċ\n").input_ids == [0xC4, 0x8A, 10]  # the letter that stands for a line end in the vocabulary
 
 
 def test_gpt2_tokenizer_is_tiktokens(shared, tmp_path):
@@ -97,27 +86,10 @@ def test_gpt2_tokenizer_is_tiktokens(shared, tmp_path):
     words = shared.joinpath("data/lambada/lambada_test.jsonl").read_text(encoding="utf-8")[:20000]
     for text in [*TEXTS, words]:
         ids = encoding.encode(text, allowed_special="all")
-        assert tokenizer(text).input_ids == ids
-        assert tokenizer.decode(ids) == text
+        assert tokenizer(text).input_ids == ids and tokenizer.decode(ids) == text
     assert len(tokenizer) == 50257 and tokenizer.eos_token_id == tokenizer.bos_token_id == 50256
-
-
-def test_gpt2_files_are_those_that_openai_published(shared, tmp_path):
-    write_tokenizer(tmp_path, GPT2Tokenizer(), 1024)
     published = {hashlib.sha256(path.read_bytes()).hexdigest() for path in shared.joinpath("data/tiktoken_cache").iterdir()}
-    for name in "vocab.json", "merges.txt":
-        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() in published
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "GPT2Tokenizer" and settings["pad_token"] == END_OF_TEXT
-    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
-
-
-def test_what_other_programs_ask_of_an_export(exported):
-    """transformers 4 asks for the class of a tokenizer that it knows, and nobody for code."""
-    config = json.loads((exported / "config.json").read_text())
-    settings = json.loads((exported / "tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert "auto_map" not in config and "auto_map" not in settings
+    assert {hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("vocab.json", "merges.txt")} <= published
 
 
 # what convert_hf_to_gguf.py of llama.cpp has names for, in a block and around the blocks
@@ -145,77 +117,37 @@ def test_what_the_converter_to_gguf_reads(n_inner, small_model, workdir):
         assert shapes[f"transformer.h.{layer}.attn.c_attn.weight"] == (64, 192)
 
 
-def test_generation_does_not_end_at_the_line_end_of_bytes(exported):
-    from transformers import GenerationConfig
-
-    assert GenerationConfig.from_pretrained(exported).eos_token_id is None
-
-
-def test_an_unknown_vocabulary_is_exported_without_a_tokenizer(small_model, workdir):
-    from transformers import AutoModelForCausalLM
-
-    odd = type(small_model)(type(small_model.config)(**dict(small_model.config.as_plain_types(), vocab_size=300))).eval()
-    checkpoint.save("odd.pt", odd)
+def test_an_unknown_vocabulary_is_exported_without_a_tokenizer(workdir):
+    checkpoint.save("odd.pt", KronyGPT(KronyGPTConfig(block_size=32, vocab_size=300, n_layer=1, n_head=1, n_embd=64)))
     said = run_here("kron_to_gpt.py", "odd.pt")
     assert said.returncode == 0, said.stderr
     assert "no tokenizer is known for the vocabulary of 300 (--tokenizer=DIRECTORY names one): only the" in said.stdout
-    idx = torch.randint(300, (1, 32))
-    with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained("models/odd", trust_remote_code=False).eval()(idx).logits
-        torch.testing.assert_close(theirs, odd(idx), rtol=0, atol=1e-4)
-    assert not list(Path("models/odd").glob("*token*"))
+    assert checkpoint.load("models/odd")[0].config.vocab_size == 300 and not list(Path("models/odd").glob("*token*"))
 
 
 @pytest.mark.parametrize("path, name", [
     ("checkpoints/VL_768_768_1.pt", "VL_768_768_1"),
     ("out/gpt2-82m/ckpt.pt", "gpt2-82m"),
     ("out/gpt2-82m/best.pt", "gpt2-82m"),
-    ("here.pt", "here"),
 ])
 def test_directory_is_named_after_the_checkpoint_or_its_folder(path, name):
     assert default_directory(path, Path("models")) == Path("models", name)
 
 
-def test_checkpoint_in_the_current_directory_gives_the_name_of_the_directory(workdir):
-    assert default_directory("ckpt.pt", Path("models")).name == workdir.name
-
-
-def test_named_directory_is_written_and_replaced(small_model, workdir):
-    checkpoint.save("a.pt", small_model)
-    assert run_here("kron_to_gpt.py", "a.pt", "some/where").returncode == 0
-    first = contents("some/where")
-    with torch.no_grad():
-        small_model.transformer.wte.weight.mul_(0.5)
-    checkpoint.save("a.pt", small_model)
-    assert run_here("kron_to_gpt.py", "a.pt", "some/where").returncode == 0
-    assert contents("some/where").keys() == first.keys() and contents("some/where") != first
-    assert os.listdir("some") == ["where"]
-
-
 def test_a_directory_is_replaced_as_a_whole_and_files_of_others_stay(small_model, workdir):
     checkpoint.save("a.pt", small_model)
-    assert run_here("kron_to_gpt.py", "a.pt", "made").returncode == 0
-    for name in ("notes.md", "pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-                 "special_tokens_map.json", "sub/data.csv"):
-        Path("made", name).parent.mkdir(exist_ok=True)
-        Path("made", name).write_text("old")
-    Path("made/link").symlink_to("../a.pt")
-    whole = os.stat("made").st_ino
-    assert run_here("kron_to_gpt.py", "a.pt", "made").returncode == 0
-    assert os.stat("made").st_ino != whole and sorted(os.listdir()) == ["a.pt", "made"]
+    for n in range(2):
+        assert run_here("kron_to_gpt.py", "a.pt", "made").returncode == 0
+        if n == 0:
+            for name in ("notes.md", "pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+                         "special_tokens_map.json", "model.safetensors", "sub/data.csv"):
+                Path("made", name).parent.mkdir(exist_ok=True)
+                Path("made", name).write_text("old")
     assert {str(path.relative_to("made")) for path in Path("made").rglob("*")} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "notes.md", "sub", "sub/data.csv", "link"}
-    assert Path("made/link").is_symlink() and Path("made/sub/data.csv").read_text() == "old"
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143), RuntimeError("a bug")])
-def test_an_export_that_is_stopped_leaves_nothing(stop, small_model, workdir, monkeypatch):
-    checkpoint.save("a.pt", small_model)
-    monkeypatch.setattr(export, "verify", mock.Mock(side_effect=stop))
-    with suppress(RuntimeError):
-        run_here("kron_to_gpt.py", "a.pt", "made")
-    assert export.verify.called and os.listdir() == ["a.pt"]
+        "notes.md", "sub", "sub/data.csv"}
+    assert Path("made/sub/data.csv").read_text() == "old" and sorted(os.listdir()) == ["a.pt", "made"]
+    assert checkpoint.load("made")[0].config.n_layer == 2
 
 
 def test_an_export_that_differs_too_much_leaves_everything_as_it_was(exported, workdir):
@@ -229,13 +161,11 @@ def test_an_export_that_differs_too_much_leaves_everything_as_it_was(exported, w
 
 @pytest.mark.parametrize("args, message", [
     (["small.pt", "notes"], "notes exists and is no Hugging Face model"),
-    (["small.pt", "small.pt"], "small.pt is a file: name a directory to write"),
+    (["small.pt", "small.pt"], "small.pt is a file"),
     (["small.pt", "."], "holds the current directory"),
-    (["nothing.pt"], "no checkpoint nothing.pt"),
     (["notes"], "notes cannot be loaded: it holds no model"),
-    (["notes/todo.txt"], "notes/todo.txt"),
-    (["small.pt", "--tokenizer=notes"], "no tokenizer in notes"),
-    ([], "missing argument"),
+    (["small.pt", "--tokenizer=notes"], "notes has no tokenizer"),
+    ([], "missing a required argument"),
 ])
 def test_wrong_arguments_get_one_line_and_write_nothing(args, message, small_model, workdir):
     checkpoint.save("small.pt", small_model)
@@ -249,15 +179,14 @@ def test_wrong_arguments_get_one_line_and_write_nothing(args, message, small_mod
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
-@pytest.mark.parametrize("umask, mode", [(0o077, 0o600), (0o002, 0o664)])
-def test_files_have_the_mode_that_the_user_gives_new_files(umask, mode, small_model, workdir):
+def test_files_have_the_mode_that_the_user_gives_new_files(small_model, workdir):
     checkpoint.save("small.pt", small_model)
-    before = os.umask(umask)
+    before = os.umask(0o002)
     try:
         assert run_here("kron_to_gpt.py", "small.pt", "made").returncode == 0
     finally:
         os.umask(before)
-    assert {file.stat().st_mode & 0o777 for file in Path("made").iterdir()} == {mode}
+    assert {file.stat().st_mode & 0o777 for file in Path("made").iterdir()} == {0o664}
 
 
 # --push
@@ -276,10 +205,8 @@ def test_the_complete_directory_is_pushed(compressed, small_model, workdir, monk
     assert (b'from_pretrained("org/small", trust_remote_code=True)' in card) == compressed
 
 
-@pytest.mark.parametrize("name, said", [("org/small", "OfflineModeIsEnabled"), ("a/b/c", "HFValidationError")])
-def test_an_upload_that_cannot_be_is_said_and_the_directory_stays(name, said, small_model, workdir):
+def test_an_upload_that_cannot_be_is_said_and_the_directory_stays(small_model, workdir):
     checkpoint.save("small.pt", small_model)
-    result = run_here("kron_to_gpt.py", "small.pt", "made", f"--push={name}")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert f"made is written, but not uploaded to {name} ({said}: " in result.stderr
-    assert Path("made/model.safetensors").exists()
+    said = run_here("kron_to_gpt.py", "small.pt", "made", "--push=org/small")
+    assert said.returncode == 1 and said.stderr.count("\n") == 1 and "offline mode is enabled" in said.stderr
+    assert "wrote made/" in said.stdout and Path("made/model.safetensors").exists()

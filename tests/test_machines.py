@@ -16,34 +16,29 @@ import torch
 from conftest import ROOT, StandIn, run_here
 from test_train import RUN, load, losses_of, run_train, write_dataset
 
-from kronygpt import calibration, configurator, device, files, least_squares
+from kronygpt import device, files
 from kronygpt.configurator import UserError
 from model import KronyGPT
 
 CUDA, CPU, MPS = map(torch.device, ("cuda", "cpu", "mps"))
 
 
-def failing(number, only=lambda *args: True, otherwise=None):
+def failing(number):
     """A function of the operating system that answers with an error."""
-    def call(*args, **kwargs):
-        if only(*args):
-            raise OSError(number, os.strerror(number))
-        return otherwise(*args, **kwargs)
+    def call(*args, **options):
+        raise OSError(number, os.strerror(number))
 
     return call
-
-
-def is_folder(descriptor):
-    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
 
 # a file system without locks, hard links and a way to flush a folder, as a network's may be
 
 def test_a_run_on_a_poor_file_system_gets_one_warning(workdir, monkeypatch):
     write_dataset("tiny", 5000)
+    is_folder = {True: failing(errno.EINVAL), False: os.fsync}
     monkeypatch.setattr(flock_module, "fcntl", StandIn(fcntl, flock=failing(errno.ENOLCK)))
-    monkeypatch.setattr(files, "os", StandIn(os, link=failing(errno.EPERM),
-                                             fsync=failing(errno.EINVAL, is_folder, otherwise=os.fsync)))
+    monkeypatch.setattr(files, "os", StandIn(os, link=failing(errno.EPERM), fsync=lambda descriptor: is_folder[
+        stat.S_ISDIR(os.fstat(descriptor).st_mode)](descriptor)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run_train("--max_iters=8", "--eval_interval=2", "--keep=2")
@@ -67,21 +62,6 @@ def test_no_file_needs_a_module_of_unix():
     for path in (path for folder in ("", "kronygpt", "experiments") for path in (ROOT / folder).glob("*.py")):
         imports = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Import)]
         assert not unix & {alias.name for node in imports for alias in node.names}, path
-
-
-def test_files_and_signals_need_nothing_of_unix(workdir, monkeypatch):
-    caught = []
-    monkeypatch.setattr(files, "os", StandIn(os, name="nt", open=None))
-    monkeypatch.setattr(configurator, "signal", types.SimpleNamespace(
-        SIGTERM=15, SIG_IGN=1, getsignal=lambda number: None, signal=lambda number, handler: caught.append(number)))
-    configurator.end_at_signals()
-    for text in "old", "new":
-        with files.atomic_write("file", "w") as file:
-            file.write(text)
-        with files.atomic_directory("made", str) as aside:
-            (aside / "a").write_text(text)
-    assert caught == [15]
-    assert {str(path): path.read_text() for path in Path().rglob("*") if path.is_file()} == {"file": "new", "made/a": "new"}
 
 
 # GPUs
@@ -120,16 +100,6 @@ def test_float64_is_on_the_cpu_where_the_device_has_none(monkeypatch):
     assert device.float64(torch.ones(2)).dtype == torch.float64
 
 
-def test_sums_of_calibration_stay_where_float64_is(small_model, monkeypatch):
-    meta = torch.device("meta")  # plays the CPU beside mps, which the CPU plays
-    monkeypatch.setattr(least_squares, "float64_device", lambda device: meta)
-    monkeypatch.setattr(calibration, "float64", lambda tensor: tensor.detach().to(meta).double())
-    moments = least_squares.Moments()
-    moments.add(torch.ones(3, 2), torch.ones(3, 4))
-    contributions = calibration.contributions(small_model, torch.zeros(2, 8, dtype=torch.long))
-    assert {total.device for total in (*moments.sums, *contributions)} == {meta}
-
-
 @pytest.mark.parametrize("name, half, single", [
     ("NVIDIA A100-SXM4-80GB", 312, 156), ("NVIDIA H100 80GB HBM3", 989, 494), ("NVIDIA A10G", 70, 35), ("Tesla T4", 65, 8.1),
     ("NVIDIA GeForce RTX 3090 Ti", 80, 40), ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
@@ -139,20 +109,15 @@ def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(name, half, single):
     assert [sheet and sheet[1] for sheet in sheets] == [peak and peak * 1e12 for peak in (half, half, single)]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: 99 bytes")])
-def test_memory_that_is_too_small_is_one_line_with_what_to_lower(error, workdir, monkeypatch):
+def test_memory_that_is_too_small_is_one_line_with_what_to_lower(workdir, monkeypatch):
     def forward(*args):
-        raise error
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 99 bytes")
 
     write_dataset("tiny", 5000)
-    run_train("--max_iters=2")
-    before = Path("out/ckpt.pt").read_bytes()
     monkeypatch.setattr(KronyGPT, "forward", forward)
-    said = run_here("train.py", *RUN, "--init_from=resume")
+    said = run_here("train.py", *RUN)
     assert said.returncode == 1 and said.stderr.count("\n") == 1
     assert all(name in said.stderr for name in ("--batch_size", "--gradient_accumulation_steps", "--recompute=True"))
-    assert Path("out/ckpt.pt").read_bytes() == before
 
 
 # a locale without Unicode
@@ -214,7 +179,7 @@ def test_the_environment_decides_how_wandb_runs(environment, mode, wandb, monkey
     assert len(wandb.runs) == 1
 
 
-def test_a_wandb_that_does_not_start_is_one_line_and_touches_nothing(wandb, monkeypatch):
+def test_a_wandb_that_does_not_start_is_one_line_and_touches_nothing(wandb):
     run_train("--max_iters=2")
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     wandb.error = RuntimeError("no\nnetwork")
@@ -223,9 +188,6 @@ def test_a_wandb_that_does_not_start_is_one_line_and_touches_nothing(wandb, monk
         assert said.returncode == 1 and said.stderr.count("\n") == 1, said.stderr
         assert said.stderr.startswith("error: wandb does not start")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before and not Path("new").exists()
-    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    said = run_here("train.py", *RUN, "--wandb_mode=offline", "--out_dir=new")
-    assert said.returncode == 1 and said.stderr.startswith("error: wandb does not start (ModuleNotFoundError")
 
 
 def test_a_resumed_run_continues_its_wandb_run(wandb):

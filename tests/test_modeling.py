@@ -11,10 +11,9 @@ import pytest
 import torch
 from conftest import continuation, kinds_of_shape, kron_sum, load_gpt2, random_tokens, run_here
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from kronygpt import checkpoint, compress, export
-from kronygpt.configurator import UserError
 from kronygpt.export import model_card
 from kronygpt.modeling_kronygpt import KronLinear, KronyGPTConfig, KronyGPTForCausalLM, KronyGPTModel
 from model import Shape
@@ -130,36 +129,17 @@ def load(directory, **options):
     return KronyGPTForCausalLM.from_pretrained(directory, **options).eval()
 
 
-def change(directory, **config):
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-
-
 @pytest.mark.parametrize("m, n", [(64, 192), (256, 64)])
 def test_a_matrix_is_the_sum_of_kronecker_products(m, n):
-    for shape in [*kinds_of_shape(m, n)[:-1], (m // 2, n, 1), (m, n, 2), (1, 1, 1), (8, 8, 5)]:
+    for shape in [*kinds_of_shape(m, n)[:-1], (m, n, 2), (8, 8, 5)]:
         matrix = KronLinear(m, n, shape, std=0.02).double()
         for p in matrix.parameters():
             torch.nn.init.normal_(p)
         x, W = torch.randn(3, 5, m, dtype=torch.float64), kron_sum(matrix.A, matrix.B)
-        assert W.shape == (m, n)
         torch.testing.assert_close(matrix(x), x @ W + matrix.bias)
         inputs = matrix.A, matrix.B, matrix.bias
         expected = torch.autograd.grad((x @ W + matrix.bias).square().sum(), inputs)
         torch.testing.assert_close(torch.autograd.grad(matrix(x).square().sum(), inputs), expected)
-
-
-@pytest.mark.parametrize("shape", [(7, 1, 1), (1, 7, 1), (0, 1, 1), (1, 1, 0)])
-def test_a_shape_that_does_not_fit_is_refused(shape):
-    with pytest.raises(ValueError, match="does not divide a matrix of 64 x 192"):
-        KronLinear(64, 192, shape, std=0.02)
-
-
-def test_shapes_for_other_blocks_or_matrices_are_refused(config):
-    for shapes in {"mlp.c_fc": [[1, 1, 1]] * 4}, {"mlp.c_up": [[1, 1, 1]] * 5}:
-        config.shapes = shapes
-        with pytest.raises(ValueError, match="shapes of mlp"):
-            KronyGPTForCausalLM(config)
 
 
 def test_transformers_alone_computes_the_same(made, mixed_model, tmp_path_factory):
@@ -184,12 +164,6 @@ def test_transformers_alone_computes_the_same(made, mixed_model, tmp_path_factor
     assert {file.name for file in elsewhere.joinpath("again").iterdir()} >= {"modeling_kronygpt.py", "model.safetensors"}
 
 
-def test_the_compressed_model_is_tied(mixed_model):
-    exported = export.to_compressed(mixed_model)
-    assert exported.lm_head.weight is exported.transformer.wte.weight
-    assert sum(p.numel() for p in exported.parameters()) == mixed_model.count_parameters()["total"]
-
-
 def test_what_is_written(made, mixed_model):
     assert {file.name for file in made.iterdir()} == FILES
     with safe_open(made / "model.safetensors", "pt") as file:
@@ -211,19 +185,8 @@ def test_the_code_of_an_export_is_not_run_to_verify_it(mixed_model, workdir, mon
     assert sorted(os.listdir()) == ["made", "made.pt"]
 
 
-def test_a_cache_that_is_wrong_is_found(mixed_model, workdir, monkeypatch):
-    from transformers import GPT2LMHeadModel
-
-    monkeypatch.setattr(GPT2LMHeadModel, "generate", lambda self, idx, use_cache, **options: idx + use_cache)
-    said = export_to(mixed_model)
-    assert said.returncode == 1 and "generates other tokens with its cache than without; nothing was" in said.stderr
-    assert not Path("made").exists()
-
-
 def test_a_function_that_differs_is_found(mixed_model, workdir, monkeypatch):
-    whole = export.to_compressed
-
-    def broken(model):
+    def broken(model, whole=export.to_compressed):
         exported = whole(model)
         bias = exported.transformer.h[1].mlp.c_proj.bias
         bias.data = bias + 1e-2 * torch.randn_like(bias)  # a copy: the others are the checkpoint's own
@@ -235,8 +198,7 @@ def test_a_function_that_differs_is_found(mixed_model, workdir, monkeypatch):
     assert not Path("made").exists()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("dtype, compressed", [("bfloat16", True), ("float16", False)])
 def test_weights_in_half_precision(dtype, compressed, mixed_model, workdir):
     from transformers import GPT2LMHeadModel
 
@@ -245,45 +207,28 @@ def test_weights_in_half_precision(dtype, compressed, mixed_model, workdir):
     assert said.returncode == 0, said.stderr
     tensors = load_file("made/model.safetensors")
     assert {p.dtype for name, p in tensors.items() if not name.endswith("order")} == {getattr(torch, dtype)}
-    name = "transformer.wte.weight"
-    assert torch.equal(tensors[name], mixed_model.state_dict()[name].to(tensors[name].dtype))
     model = (KronyGPTForCausalLM if compressed else GPT2LMHeadModel).from_pretrained("made", dtype="auto").eval()
     assert model.dtype == getattr(torch, dtype) and model(IDX).logits.isfinite().all()
     assert checkpoint.load("made")[0].lm_head.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--dtype=int8"], "--dtype is float32, bfloat16 or float16, not int8"),
-    (["--perplexities=no.json"], "no.json"),
-    (["--perplexities=made.json", "--compressed=False"], "--perplexities is for the model card of --compressed=True"),
-])
-def test_wrong_options_are_one_line(options, message, mixed_model, workdir):
-    Path("made.json").write_text('{"a": {"perplexity": 3.0}}')
-    said = export_to(mixed_model, *options)
-    assert said.returncode == 2 and message in said.stderr and said.stderr.count("\n") == 1
+def test_a_wrong_type_is_one_line(mixed_model, workdir):
+    said = export_to(mixed_model, "--dtype=int8")
+    assert said.returncode == 2 and said.stderr == "error: --dtype is float32, bfloat16 or float16, not int8\n"
     assert not Path("made").exists()
-
-
-def test_a_dense_model_is_refused(gpt2_dir, workdir):
-    said = run_here("kron_to_gpt.py", gpt2_dir, "made", "--compressed=True")
-    assert said.returncode == 2 and "is dense: the plain export" in said.stderr and said.stderr.count("\n") == 1
-    assert not os.listdir()
 
 
 # the directory, read back
 
 def test_a_directory_is_read_back(made, mixed_model):
     for source in made, made / "model.safetensors":
-        model, _ = checkpoint.load(str(source))
-        assert_same(model, mixed_model)
-        assert model.config.tokenizer is None  # bytes, as the size of the vocabulary tells
+        assert_same(checkpoint.load(source)[0], mixed_model)
     KronyGPTModel.from_pretrained(made).save_pretrained("base")
     load(made).save_pretrained("shards", max_shard_size="200KB")
     assert "h.0.mlp.c_fc.A" in load_file("base/model.safetensors")  # without the prefix of the whole model
     assert len(list(Path("shards").glob("*.safetensors"))) > 1
     for name in "base", "shards":
         assert_same(checkpoint.load(name)[0], mixed_model)
-    assert all(torch.equal(p, q) for p, q in zip(load("shards").state_dict().values(), load(made).state_dict().values()))
 
 
 def test_it_is_converted_again(made, mixed_model):
@@ -295,64 +240,18 @@ def test_it_is_converted_again(made, mixed_model):
         torch.testing.assert_close(load("same")(IDX).logits, mixed_model(IDX), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, shape", [("h.0.mlp.c_fc.A", None), ("h.0.mlp.c_fc.B", None), ("h.1.attn.c_attn.A", (5, 1)),
-                                         ("h.2.mlp.c_proj.B", (1, 1, 1)), ("h.3.attn.c_proj.bias", (5,))])
-def test_damaged_factors_are_one_line(name, shape, made):
-    tensors = load_file(made / "model.safetensors")
-    old = tensors.pop(f"transformer.{name}")
-    if shape:
-        tensors[f"transformer.{name}"] = old.new_ones(shape)
-    save_file(tensors, made / "model.safetensors")
-    said = run_here("sample.py", made, "--max_new_tokens=1")
-    assert said.returncode == 2 and said.stderr.count("\n") == 1 and "Traceback" not in said.stderr
-
-
-def test_other_functions_are_refused(made):
-    change(made, activation_function="relu")
-    with pytest.raises(UserError, match="activation_function=relu"):
-        checkpoint.load(str(made))
-
-
 # the class as a model of transformers
 
-def test_a_new_model_has_weights_of_gpt2s_scale(config, monkeypatch):
-    """Memory is filled with NaN first: what nobody initialises shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
-    torch.manual_seed(0)
-    model = KronyGPTForCausalLM(config)
-    assert all(p.isfinite().all() for p in model.parameters())
-    matrices = {name: module for name, module in model.named_modules() if isinstance(module, KronLinear)}
-    assert_scales({name: matrix(torch.eye(n_inputs(matrix))).std().item() for name, matrix in matrices.items()})
-    assert not any(matrix.bias.any() for matrix in matrices.values())
-    for p in model.transformer.wte.weight, model.transformer.h[4].attn.c_attn.weight:
-        assert 0.019 < p.std() < 0.021
-
-
-def test_factors_that_are_there_are_kept_where_others_are_missing(made, mixed_model):
-    tensors = load_file(made / "model.safetensors")
-    for name in "bias", "A":
-        del tensors[f"transformer.h.0.mlp.c_fc.{name}"]
-    save_file(tensors, made / "model.safetensors", {"format": "pt"})
-    matrix = load(made).transformer.h[0].mlp.c_fc
-    assert torch.equal(matrix.B, tensors["transformer.h.0.mlp.c_fc.B"])
-    assert matrix.A.isfinite().all() and not matrix.bias.any()
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_training_step_reaches_every_factor(recompute, config):
+def test_training_steps_that_recompute_reach_every_factor(config):
     torch.manual_seed(0)
     model = KronyGPTForCausalLM(config).train()
-    if recompute:
-        model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    losses = []
+    before, losses = {name: p.clone() for name, p in model.named_parameters()}, []
     for _ in range(3):
         optimizer.zero_grad()
         loss = model(IDX, labels=IDX).loss
         loss.backward()
-        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -376,12 +275,6 @@ def test_torch_export_takes_it(small_model):
             torch.testing.assert_close(exported, small_model(idx), rtol=0, atol=1e-5)
 
 
-def test_autocast_computes_in_half_precision(made):
-    model = load(made)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model.transformer.h[0].mlp.c_fc(torch.randn(2, 3, 128)).dtype == torch.bfloat16
-
-
 # the model card
 
 def test_the_card_tells_how_a_model_was_made(mixed_model, workdir):
@@ -396,7 +289,7 @@ def test_the_card_tells_how_a_model_was_made(mixed_model, workdir):
     card = ModelCard.load("mine/README.md")
     assert card.data.to_dict() == dict(base_model="gpt2", library_name="transformers", pipeline_tag="text-generation",
                                        tags=["gpt2", "kronecker", "compression"])
-    assert "Trained from `gpt2` for 100 steps, 24,000 tokens: `dataset=own, " in card.text
+    assert "Trained for 100 steps from `gpt2`: `dataset=own, " in card.text
     assert "teacher=teacher.pt" in card.text
     assert "| wiki103 | 41.24 |" in card.text and 'from_pretrained("mine", trust_remote_code=True)' in card.text
     dense = sum(p.numel() for p in export.to_dense(mixed_model).parameters())
@@ -409,11 +302,8 @@ def test_the_card_of_a_compression_names_its_options_and_no_file_of_ours_as_its_
     (workdir / "models" / "base").mkdir(parents=True)
     card = model_card("a", mixed_model, dict(config=config, iter_num=0), {}, "float32")
     assert "Compressed from `base`: `budget=82M, calibrate=openwebtext`\n" in card.text and "base_model" not in card.content
-
-
-def test_a_checkpoint_that_does_not_say_has_a_card(made):
-    text = (made / "README.md").read_text()
-    assert "The checkpoint does not say." in text and "base_model" not in text and "| perplexity |" not in text
+    card = model_card("a", mixed_model, dict(config={}, iter_num=0), {}, "float32")
+    assert "The checkpoint does not say." in card.text and "base_model" not in card.content
 
 
 def test_a_card_of_ones_own_stays_and_ours_goes_with_the_code(made):
@@ -453,10 +343,8 @@ def test_dropped_hidden_units_are_left_out(pruned):
             logits = model(IDX)
             torch.testing.assert_close(getattr(logits, "logits", logits), pruned(IDX), rtol=0, atol=1e-5)
     dense = again.count_parameters()["total"]
-    assert set(again.config.n_inner) == {64}
+    assert again.config.n_inner == [64] * 2
     assert dense == sum(p.numel() for p in load_file("narrow/model.safetensors").values())
-    said = run_here("kron_to_gpt.py", "pruned.pt", "made", "--compressed=True")
-    assert said.returncode == 2 and "is dense: the plain export" in said.stderr
 
 
 @pytest.mark.parametrize("names, index, value", [

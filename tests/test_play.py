@@ -76,12 +76,6 @@ def test_the_stream_is_what_generate_returns(model, prompt, served):
     assert events[0]["tokens_per_second"] is None and all(event["tokens_per_second"] > 0 for event in events[1:])
 
 
-def test_an_empty_prompt_is_a_line_end(served):
-    empty, line_end = ([event["text"] for event in ask(served, "/generate", model=0, prompt=prompt, max_new_tokens=8)]
-                       for prompt in ("", "\n"))
-    assert empty == line_end
-
-
 def test_characters_come_whole(served, monkeypatch):
     """An emoji of four tokens comes with the last of them, and half of one at the end is replaced."""
     tokens = [torch.tensor([[byte]]) for byte in "a😀é".encode()[:-1]]
@@ -153,12 +147,10 @@ def test_generation_stops_when_the_client_goes_away(served, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("path, body, message", [
-    ("/generate", "", "JSONDecodeError"), ("/generate", "[" * 100_000, "RecursionError"), ("/generate", b"\xff", "Unicode"),
-    ("/generate", "[1]", "TypeError"), ("/generate", "{}", "KeyError: 'model'"), ("/generate", '{"model": 7}', "IndexError"),
-    ("/generate", '{"model": 0, "max_new_tokens": null}', "TypeError"),
-    ("/generate", '{"model": 0, "temperature": NaN}', "RuntimeError"),
-    ("/loss", '{"model": 0}', "KeyError: 'text'"), ("/loss", '{"model": 0, "text": "a"}', "two tokens or more"),
-    ("/loss", '{"model": 0, "text": "%s"}' % ("x" * play.LARGEST_REQUEST * 50), "more than 256 KiB is too long"),
+    ("/generate", "", "JSONDecodeError"), ("/generate", '{"model": 7}', "IndexError"),
+    ("/generate", '{"model": 0, "temperature": NaN}', "RuntimeError"), ("/loss", '{"model": 0}', "KeyError: 'text'"),
+    ("/loss", '{"model": 0, "text": "a"}', "two tokens or more"),
+    ("/loss", '{"model": 0, "text": "%s"}' % ("x" * play.LARGEST_REQUEST), "too long"),
 ])
 def test_a_wrong_request_gets_one_line_and_the_server_lives(path, body, message, served, capfd):
     said = refusal(served, path, body)
@@ -171,35 +163,20 @@ class Panic(BaseException):
     """What a library in Rust raises."""
 
 
-@pytest.mark.parametrize("error, said", [(OSError("no files"), "OSError: no files"), (Panic("at\n7"), "Panic: at 7")])
-def test_a_tokenizer_that_fails_is_an_error_in_the_pane(error, said, served, monkeypatch, capfd):
-    def fail(*args):
-        raise error
-
-    for name in "encode", "encode_prompt":
-        monkeypatch.setattr(type(served.players[0].tokenizer), name, fail)
-    for path, body in ("/generate", '{"model": 0, "prompt": "a"}'), ("/loss", '{"model": 0, "text": "ab"}'):
-        assert refusal(served, path, body) == said
-    monkeypatch.undo()
-    monkeypatch.setattr(type(served.players[0].tokenizer), "decode_bytes", fail)
-    assert refusal(served, "/generate", '{"model": 0, "prompt": "a"}') == said
-    assert capfd.readouterr().err == ""
-
-
 def test_an_error_in_the_middle_ends_the_stream_with_a_line(served, monkeypatch):
     def failing(*args):
         yield torch.tensor([[65]])
-        raise ValueError("the model's logits are not finite")
+        raise Panic("at\n7")
 
     monkeypatch.setattr(served.players[0].model, "generate", failing, raising=False)
     events = ask(served, "/generate", model=0, prompt="a", max_new_tokens=9)
-    assert events[0]["text"] == "A" and events[1:] == [{"error": "ValueError: the model's logits are not finite"}]
+    assert events[0]["text"] == "A" and events[1:] == [{"error": "Panic: at 7"}]
 
 
-@pytest.mark.parametrize("prompt, seen", [("a" * 31, 31), ("a" * 32, 32), ("a" * 57, 32)])
-def test_the_page_says_how_much_of_the_prompt_the_model_sees(prompt, seen, served):
-    event, = ask(served, "/generate", model=0, prompt=prompt, max_new_tokens=1)
-    assert (event["prompt"], event["seen"]) == (len(prompt), seen)
+def test_the_page_says_how_much_of_the_prompt_the_model_sees(served):
+    for n in 31, 57:
+        event, = ask(served, "/generate", model=0, prompt=n * "a", max_new_tokens=1)
+        assert (event["prompt"], event["seen"]) == (n, min(n, 32))
 
 
 def test_lone_surrogates_are_replaced(served):
@@ -219,12 +196,6 @@ def test_the_address_is_the_loopback_alone(served):
     assert served.server_address[0] == "127.0.0.1"
     port = served.server_port
     assert connect(served, "/", headers={"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}).status == 200
-
-
-def test_a_port_that_is_taken_is_said_in_one_line(served, gpt2_dir):
-    said = run_here("play.py", gpt2_dir, f"--port={served.server_port}")
-    assert said.returncode == 1
-    assert said.stderr.startswith(f"error: cannot serve at port {served.server_port} (") and said.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")

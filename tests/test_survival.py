@@ -263,8 +263,7 @@ def test_a_start_over_that_cannot_save_spares_the_old_run(tokens):
     before = contents()
     limit = len(before["ckpt.pt"]) // 6  # the first checkpoint has no moments yet
     assert limited(limit, lambda: run_here("train.py", *RUN, "--overwrite=True", "--seed=5")) == 1
-    after = contents()
-    assert after.pop(".lock") and before.pop(".lock") and after == before
+    assert contents() == before
 
 
 def test_a_full_disk_is_called_full(tokens, gpt2_dir, monkeypatch):
@@ -288,7 +287,7 @@ def test_a_full_disk_is_called_full(tokens, gpt2_dir, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "atomic_write", atomic_write_to_a_full_disk)
     said = run_here("train.py", *RUN)
-    assert said.returncode == 1 and said.stderr == "error: the disk is full: out/ckpt.pt\n"
+    assert said.returncode == 1 and said.stderr == "error: [Errno 28] No space left on device: 'out/ckpt.pt'\n"
     assert not Path("out/ckpt.pt").exists() and not asides()
 
 
@@ -325,7 +324,7 @@ def test_a_disk_that_is_full(command, tokens, small_model):
             said = run_here(*command.split())
             assert not [path for path in disk.rglob("*") if path.suffix == ".tmp"]
             if said.returncode:
-                assert re.search("the disk is full|No space left on device", said.stderr.splitlines()[-1]), said.stderr
+                assert "No space left on device" in said.stderr.splitlines()[-1], said.stderr
             is_told, is_done = is_told or said.returncode == 1, said.returncode == 0
             for path in disk.glob("**/*.pt"):
                 checkpoint.load(str(path))
@@ -429,7 +428,7 @@ def test_a_second_run_in_one_directory_is_turned_away(tokens):
     with lock("out"):
         said = run_here("train.py", *RUN)
         assert said.returncode == 1 and said.stderr.count("\n") == 1
-        assert f"out is in use by process {os.getpid()}" in said.stderr
+        assert "out is in use by another process" in said.stderr
     run_train("--max_iters=1")
 
 
@@ -437,7 +436,7 @@ def test_a_lock_dies_with_its_process(workdir):
     code = "import time; from kronygpt.files import lock; held = lock('out'); print('held', flush=True); time.sleep(100)"
     with subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        with pytest.raises(UserError, match=f"process {process.pid}"):
+        with pytest.raises(UserError, match="another process"):
             lock("out")
         process.kill()
         process.wait()

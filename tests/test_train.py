@@ -17,6 +17,7 @@ from transformers import GPT2LMHeadModel
 
 import train
 from kronygpt import checkpoint, device
+from kronygpt.checkpoint import to_file_names
 from kronygpt.configurator import UserError
 from kronygpt.data import batch_starts
 
@@ -389,7 +390,7 @@ def test_a_resume_takes_the_moments_from_the_file_and_the_options_from_the_comma
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--dataset=mine"], "make it with: python prepare_owt.py --data_files='*.txt' --out=mine (there are: tiny)"),
+    (["--dataset=mine"], "make it with: python prepare_owt.py --data_files='*.txt' --out=mine"),
     (["--block_size=5000"], "train.bin has 5000 tokens, and a block takes 5001"),
     (["--init_from=resume"], "nothing to resume: no out/ckpt.pt"),
     (["--init_from=nothing.pt"], "no checkpoint nothing.pt"),
@@ -401,7 +402,7 @@ def test_a_resume_takes_the_moments_from_the_file_and_the_options_from_the_comma
     (["--distill=50"], "--distill is a share"),
     (["--factors_only", "--dim_1=32", "--dim_2=128", "--factors=1"], "nothing to train"),
     (["--bath_size=4"], "did you mean --batch_size?"),
-    (["nothing"], "no config file nothing"),
+    (["nothing"], "nothing.py"),
 ])
 def test_wrong_options_get_one_line_and_write_nothing(options, message, tokens):
     said = run_here("train.py", *RUN, *options)
