@@ -5,6 +5,7 @@
 Low rank is the member with n1 = m2 = 1; the dense matrix is the member with m2 = n2 = r = 1 and B = [[1]].
 """
 import torch
+from torch.nn import functional as F
 
 from kronygpt.device import float64
 
@@ -130,4 +131,5 @@ def without_identity(pivots, rest, row):
     U, sigma, V = torch.linalg.svd(R @ S.T, full_matrices=False)
     column, row = (Q @ U) * sigma.sqrt(), sigma.sqrt()[:, None] * (V @ P.T)
     signs = column.gather(0, column.abs().argmax(0, keepdim=True)).sign()  # singular vectors come with either sign
-    return (column * signs).to(rest), (row * signs.T).to(rest)
+    unused = len(pivots) - len(row)  # factors beyond the number of columns, which no matrix needs
+    return F.pad(column * signs, (0, unused)).to(rest), F.pad(row * signs.T, (0, 0, 0, unused)).to(rest)
