@@ -434,13 +434,22 @@ def json_rows(path, kind, column):
             raise UserError(f"{where} is no JSON with a string `{column}`{fields}") from None
 
 
+def csv_column(path, rows, column):
+    """Yield the texts of a csv.DictReader. A comma in a text without quotes would cut it there."""
+    for row in rows:
+        if None in row:
+            raise UserError(f"{path}, line {rows.line_num} has more fields than the first line names: is a text with a "
+                            "comma or a tab not in quotes?")
+        yield row[column]
+
+
 def table_rows(path, kind, column):
     """Yield (path, text) of a table."""
     check_no_pointer(path)
     if kind in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)
         rows = csv.DictReader(open_text(path, newline=""), dialect="excel" if kind == ".csv" else "excel-tab")
-        names, texts = rows.fieldnames or (), (row[column] for row in rows)
+        names, texts = rows.fieldnames or (), csv_column(path, rows, column)
     elif kind == ".parquet":
         from pyarrow.parquet import ParquetFile
 

@@ -103,6 +103,7 @@ def test_nulls_are_skipped_and_counted(name, write, prepare, shared):
     ("a.parquet", lambda path: write_parquet(path, ["a"], "title"), "a.parquet has the columns title, and no `text`"),
     ("a.parquet", lambda path: Path(path).write_text("no parquet"), "cannot read a.parquet: ArrowInvalid"),
     ("a.csv", lambda path: Path(path).write_text("id,title\n1,a\n"), "a.csv has the columns id, title, and no `text`"),
+    ("a.csv", lambda path: Path(path).write_text("id,text\n1,a\n2,b, and more\n"), "a.csv, line 3 has more fields than"),
     ("a.tsv", lambda path: Path(path).write_text("a line\nand another\n"), "a.tsv has the columns a line, and no `text`"),
     ("a.txt.gz", lambda path: Path(path).write_bytes(gzip.compress(b"cut")[:-3]), "cannot read a.txt.gz: EOFError"),
     ("a.txt", lambda path: Path(path).write_text(POINTER), "a.txt is a git-lfs pointer"),
