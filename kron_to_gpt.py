@@ -82,7 +82,8 @@ def main(ckpt, out_dir=None):
     # the directory, which replaces an older one as a whole; files of others in it stay
     card = out_dir / "README.md"
     replaced = {"config.json", "generation_config.json", export.CODE.name, *TOKENIZER_FILES}
-    replaced |= {card.name} if export.is_card(card) else set()
+    is_card_ours = not card.exists() or export.is_card(card)
+    replaced |= {card.name} if is_card_ours else set()
     with atomic_directory(out_dir, lambda name: name in replaced or name.startswith("pytorch_model")
                           or name.endswith((".safetensors", ".safetensors.index.json"))) as aside:
         exported.save_pretrained(aside)
@@ -92,7 +93,8 @@ def main(ckpt, out_dir=None):
             export.write_tokenizer(aside, found, model.config.block_size)
         if compressed:
             shutil.copyfile(export.CODE, aside / export.CODE.name)
-            export.model_card(push or out_dir.name, narrow, rest, scores, dtype).save(aside / card.name)
+            if is_card_ours:
+                export.model_card(push or out_dir.name, narrow, rest, scores, dtype).save(aside / card.name)
         difference = export.verify(model, aside, compressed, dtype, tolerance)
 
     # the report

@@ -386,7 +386,12 @@ def table_rows(path, kind, column):
     check_no_pointer(path)
     if kind in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)
-        yield from csv.DictReader(open_text(path, newline=""), dialect="excel" if kind == ".csv" else "excel-tab")
+        rows = csv.DictReader(open_text(path, newline=""), dialect="excel" if kind == ".csv" else "excel-tab")
+        for row in rows:
+            if None in row:  # a comma in a text without quotes cuts it
+                raise UserError(f"{path}, line {rows.line_num} has more fields than the first line names: is a text with a "
+                                "comma or a tab not in quotes?")
+            yield row
     elif kind == ".parquet":
         from pyarrow.parquet import ParquetFile
 

@@ -85,6 +85,7 @@ def test_nulls_are_skipped_and_counted(name, prepare):
     ("a.parquet", pa.table(dict(title=["a"])), "row 1 has no text in a column `text` (columns: title)"),
     ("a.parquet", b"no parquet", "cannot read a.parquet: ArrowInvalid"),
     ("a.csv", b"id,title\n1,a\n", "no text in a column `text` (columns: id, title)"),
+    ("a.csv", b"text\nHello, world\n", "a.csv, line 2 has more fields than the first line names"),
     ("a.txt.gz", gzip.compress(b"cut")[:-3], "cannot read a.txt.gz: EOFError"),
     ("latin.md", b"d\xe9j\xe0", "cannot read latin.md: UnicodeDecodeError"),
     ("a.txt", POINTER, "a.txt is a git-lfs pointer"),
