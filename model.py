@@ -38,7 +38,7 @@ class KronLinear(nn.Module):
         """Numbers in a file, where each rank counts once: of low rank, r rows of a side are the identity."""
         (r, m1, n1), (_, m2, n2) = self.A.shape, self.B.shape
         is_low_rank = not self.is_dense and (n1 == m2 == 1 or m1 == n2 == 1)
-        saved = r * r if is_low_rank and r < m1 * m2 else 0
+        saved = r * r if is_low_rank and r < m1 * m2 and n1 * n2 > 1 else 0
         return sum(p.numel() for p in self.parameters()) - saved
 
     def init_weights(self, std):

@@ -302,7 +302,7 @@ def with_identities(state_dict):
         A, B = state_dict[f"{stem}A"], state_dict[f"{stem}B"]
         side = column_side(A.shape, B.shape)
         column, row = (B, A) if side == "B" else (A, B)
-        if side and column.shape[0] < column.shape[1]:
+        if side and column.shape[0] < column.shape[1] and row.shape[2] > 1:  # the sides of a column look alike
             pivots, rest, row = with_identity(column.squeeze(2).T, row.squeeze(1))
             column, row = rest.T.unsqueeze(2), row.unsqueeze(1)
             A, B = (row, column) if side == "B" else (column, row)
