@@ -83,8 +83,8 @@ def main(ckpt, out_dir=None):
     card = out_dir / "README.md"
     replaced = {"config.json", "generation_config.json", export.CODE.name, *TOKENIZER_FILES}
     replaced |= {card.name} if export.is_card(card) else set()
-    with atomic_directory(out_dir, lambda name: name in replaced or name.startswith("pytorch_model")
-                          or name.endswith((".safetensors", ".safetensors.index.json"))) as aside:
+    with atomic_directory(out_dir, lambda name: name in replaced or name.startswith("pytorch_model") or (
+            name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json")))) as aside:
         exported.save_pretrained(aside)
         for file in aside.glob("*.safetensors"):  # which only their owner may read
             shutil.copymode(aside / "config.json", file)
@@ -98,7 +98,7 @@ def main(ckpt, out_dir=None):
     # the report
     before, after = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
     expanded = "" if compressed else f", {after:,} with the Kronecker sums expanded"
-    size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors")) / 2**20
+    size = sum(file.stat().st_size for file in out_dir.glob("model*.safetensors")) / 2**20
     print(f"wrote {out_dir}/ ({size:,.1f} MiB): {before:,} parameters{expanded}; logits differ by at most {difference:.1e}")
     if push:
         print(f"uploaded to {hub.upload(out_dir, push)}")
