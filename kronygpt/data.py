@@ -180,7 +180,7 @@ def calibration_text(dataset, n_tokens, config, device):
     Raises:
         UserError: fewer tokens than a window has, or than a matrix has inputs.
     """
-    context, hidden = config.block_size, config.n_inner
+    context, hidden = config.block_size, max(config.n_inner)
     tokens = load_tokens(dataset, "train", config, context)
     n_tokens = min(n_tokens, len(tokens))
     if n_tokens < max(context, hidden):
