@@ -92,7 +92,8 @@ def main(ckpt, out_dir=None):
             export.write_tokenizer(aside, found, model.config.block_size)
         if compressed:
             shutil.copyfile(export.CODE, aside / export.CODE.name)
-            export.model_card(push or out_dir.name, narrow, rest, scores, dtype).save(aside / card.name)
+            if not (aside / card.name).exists():  # a card of one's own
+                export.model_card(push or out_dir.name, narrow, rest, scores, dtype).save(aside / card.name)
         difference = export.verify(model, aside, compressed, dtype, tolerance)
 
     # the report

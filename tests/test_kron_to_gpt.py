@@ -164,7 +164,7 @@ def test_an_export_that_differs_too_much_leaves_everything_as_it_was(exported, w
     (["small.pt", "small.pt"], "small.pt is a file"),
     (["small.pt", "."], "holds the current directory"),
     (["notes"], "notes cannot be loaded: it holds no model"),
-    (["small.pt", "--tokenizer=notes"], "no tokenizer in notes"),
+    (["small.pt", "--tokenizer=notes"], "notes has no tokenizer"),
     ([], "missing a required argument"),
 ])
 def test_wrong_arguments_get_one_line_and_write_nothing(args, message, small_model, workdir):
