@@ -2,13 +2,15 @@
 
     python kron_decompose.py --budget=82M --calibrate=openwebtext  # the whole model in 82M → checkpoints/best_82M.pt
     python kron_decompose.py --budget=82M --calibrate=openwebtext --matrices=mlp   # ... attention stays dense
+    python kron_decompose.py --budget=82M --calibrate=openwebtext --keep=heads     # ... heads keep their width
     python kron_decompose.py --budget=96M               # prints the shapes of the MLPs that make a 96M model
     python kron_decompose.py dim_1 dim_2 n_factors      # Van Loan's sum → checkpoints/VL_{dim_1}_{dim_2}_{n_factors}.pt
     python kron_decompose.py 256 64 16,16,10,10,10,10,10,10,10,10,10,10     # a number of factors for each block
     python kron_decompose.py 768 768 1 --calibrate=openwebtext     # → checkpoints/calibrated_....pt
 
-With --budget and --calibrate, each matrix of each block gets its own rank. The ranks are those with the smallest predicted
-rise of the loss on the text. dim_1, dim_2 and n_factors instead are one shape for all MLPs: dim_1 divides n_embd, dim_2
+With --budget and --calibrate, each block gets its own widths of heads, number of hidden units, and ranks: those with the
+smallest predicted rise of the loss on the text. A rank counts once: a matrix [m, n] of rank r has r (m + n - r) numbers in
+the file. dim_1, dim_2 and n_factors instead are one shape for all MLPs: dim_1 divides n_embd, dim_2
 divides 4 n_embd, and they are the sides of A in c_fc. c_proj has the mirror image.
 
 Van Loan's decomposition is the nearest to the weights. With --calibrate the factors are then fitted to what the weights do
@@ -24,6 +26,7 @@ init_from = "gpt2"  # the model to compress: a hub name, a Hugging Face director
 out: str | None = None  # file to write; default: checkpoints/best_....pt, VL_....pt or calibrated_....pt
 budget = "82M"  # total number of parameters, of the whole model or for the table of shapes
 matrices = "all"  # matrices that share the budget: all, or mlp for those of the MLPs
+keep = ""  # comma list of widths that stay as they are under --budget: heads, hidden
 calibrate: str | None = None  # data set under data/: its training split is calibrated on, its validation split scored
 calibration_tokens = 131072  # number of tokens to calibrate on
 device = ""  # where to calibrate; default: CUDA if available, else the CPU
@@ -42,7 +45,7 @@ def parse_shapes(dim_1, dim_2, n_factors, config):
         replace(config, shapes=shapes)  # which checks them
     except ValueError as error:
         raise UserError(f"dim_1, dim_2 and n_factors (perhaps a comma list): {error}") from None
-    a, b = int(dim_1) * int(dim_2), config.n_embd * config.n_inner // (int(dim_1) * int(dim_2))
+    a, b = int(dim_1) * int(dim_2), config.n_embd * config.n_inner[0] // (int(dim_1) * int(dim_2))
     if (most := max(factors)) > min(a, b):
         raise UserError(f"{most} factors of ({dim_1}, {dim_2}), where a sum of {min(a, b)} reaches every matrix")
     return shapes
@@ -59,13 +62,15 @@ def print_table(shapes):
 
 
 def print_plan(plan):
-    """Print the ranks of a budget.Plan, block by block, and the loss that they are predicted to add."""
-    print(f"{plan.how}\n{'block':>5}  " + "  ".join(f"{kind:>11}" for kind in plan.shapes))
-    for layer, shapes in enumerate(zip(*plan.shapes.values())):
-        ranks = (s.factors if s.dim_2 == 1 else "dense" for s in shapes)
-        print(f"{layer:>5}  " + "  ".join(f"{rank:>11}" for rank in ranks))
-    print(" loss  " + "  ".join(f"{sum(losses):>11.4f}" for losses in plan.losses.values())
-          + f"  nats per token added, {plan.loss:.4f} in all: predicted (order only)")
+    """Print the widths and ranks of a budget.Plan, block by block, and the loss that they are predicted to add."""
+    ranks = {kind: [s.factors if s.dim_2 == 1 else "dense" for s in shapes] for kind, shapes in plan.shapes.items()}
+    columns = plan.widths | ranks
+    print(f"{plan.how}\n{'block':>5}  " + "  ".join(f"{name:>11}" for name in columns))
+    for layer, row in enumerate(zip(*columns.values())):
+        print(f"{layer:>5}  " + "  ".join(f"{number:>11}" for number in row))
+    parts = ", ".join(f"{name} {sum(losses):.4f}" for name, losses in plan.losses.items())
+    print("each rank counts once: r (m + n - r) numbers are in the file for a matrix [m, n] of rank r\n"
+          f"predicted loss added (order only): {plan.loss:.4f} nats per token: {parts}")
 
 
 def sizes_of(source):
@@ -81,11 +86,15 @@ def sizes_of(source):
 
 def main(dim_1=None, dim_2=None, n_factors=None):
     from kronygpt import calibration, checkpoint, compress, data
-    from kronygpt.budget import Plan, parse_budget, plan_ranks, room, shapes_within
+    from kronygpt.budget import Plan, is_dense, parse_budget, plan_ranks, plan_widths, room, shapes_within
     from kronygpt.files import output_file
+    from model import KINDS
 
     limit, largest = parse_budget(budget)
     check_choice(globals(), "matrices", "all", "mlp")
+    kept = keep.split(",") if keep else []
+    if unknown := set(kept) - {"heads", "hidden"}:
+        raise UserError(f"--keep is a comma list of heads and hidden, not {min(unknown)}")
     if dim_1 and not n_factors:
         raise UserError("give all three of dim_1 dim_2 n_factors, or none of them for a budget")
     if not (dim_1 or calibrate):
@@ -97,9 +106,11 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         name = f"{'calibrated' if calibrate else 'VL'}_{dim_1}_{dim_2}_{n_factors.replace(',', '-')}"
         plan = Plan("one shape for all MLPs", parse_shapes(dim_1, dim_2, n_factors, config))
     else:
-        name, kinds = f"best_{budget}", [kind for kind in config.matrices if matrices == "all" or kind.startswith("mlp.")]
-        room(config, kinds, limit)  # an error comes before the work
-        options |= dict(budget=budget, matrices=matrices)
+        name, kinds = f"best_{budget}", [kind for kind in KINDS if matrices == "all" or kind.startswith("mlp.")]
+        is_whole = matrices == "all" and is_dense(dense)  # else ranks alone are chosen
+        narrows = [width for width in ("heads", "hidden") if is_whole and width not in kept]
+        room(config, kinds, limit, narrows)  # an error comes before the work
+        options |= dict(budget=budget, matrices=matrices, keep=keep)
     path = output_file(out or f"checkpoints/{name}.pt")
     text = None
     if calibrate:
@@ -108,7 +119,8 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         dense.to(text.device)
         options |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens)
     if not dim_1:
-        plan = plan_ranks(config, kinds, limit, calibration.statistics(dense, text, kinds))
+        found = calibration.statistics(dense, text)
+        plan = plan_widths(dense, [limit], found, narrows)[0] if is_whole else plan_ranks(dense, kinds, limit, found)
         print_plan(plan)
     new, fits = compress.apply(dense, plan, text)
     compress.report(dense, new, fits)

@@ -72,7 +72,7 @@ def main(ckpt, out_dir=None):
     found = find_tokenizer(model.config)
     narrow = without_dropped_units(model)
     if narrow is not model:
-        print(f"MLPs of {narrow.config.n_inner} hidden units: B drops the others of {model.config.n_inner}")
+        print(f"MLPs of {narrow.config.n_inner[0]} hidden units: B drops the others of {model.config.n_inner[0]}")
     exported = (export.to_compressed if compressed else export.to_dense)(narrow).to(getattr(torch, dtype))
     # generation ends at GPT-2's <|endoftext|>, but not at the line end that ends a document of bytes
     end = None if found is None or found.name == BytesTokenizer.name else found.end_of_text

@@ -34,6 +34,13 @@ class KronLinear(nn.Module):
     def weight(self):  # W [m, n]
         return kron_weight(self.A, self.B)
 
+    def count_parameters(self):
+        """Numbers in a file, where each rank counts once: of low rank, r rows of a side are the identity."""
+        (r, m1, n1), (_, m2, n2) = self.A.shape, self.B.shape
+        is_low_rank = not self.is_dense and (n1 == m2 == 1 or m1 == n2 == 1)
+        saved = r * r if is_low_rank and r < m1 * m2 else 0
+        return sum(p.numel() for p in self.parameters()) - saved
+
     def init_weights(self, std):
         """Draw normal weights so that an element of W, Σ_f a_f b_f, has the standard deviation std. Both sides get the scale
         sqrt(std / sqrt(r)), so that Adam changes them alike; the smaller one exactly, since the mean square of a few normal
@@ -53,17 +60,20 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        qk, v, self.scale = config.head_qk[layer], config.head_v[layer], 1 / math.sqrt(config.head_dim)
+        self.widths = [config.n_head * width for width in (qk, qk, v)]
         self.c_attn = KronLinear(*config.size_and_shape("attn.c_attn", layer))
         self.c_proj = KronLinear(*config.size_and_shape("attn.c_proj", layer))
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, C/n_head)
-                   for part in self.c_attn(x).chunk(3, dim=-1))
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, head_qk or head_v)
+                   for part in self.c_attn(x).split(self.widths, dim=-1))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         is_causal = cache is None or q.shape[2] > 1  # a single token sees all of the cache; several come when it is empty
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(-2)))  # (B, T, C)
 
 
@@ -106,6 +116,9 @@ class Shape(NamedTuple):
     factors: int
 
 
+KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # matrices of a block, as it applies them
+
+
 def mlp_shapes(dim_1, dim_2, factors):
     """The shapes of Krony-PT: (dim_1, dim_2) for c_fc and its mirror image for c_proj, with factors[layer] products."""
     return {"mlp.c_fc": [Shape(dim_1, dim_2, r) for r in factors], "mlp.c_proj": [Shape(dim_2, dim_1, r) for r in factors]}
@@ -113,44 +126,51 @@ def mlp_shapes(dim_1, dim_2, factors):
 
 @dataclass
 class KronyGPTConfig:
-    """Sizes of a KronyGPT; ValueError where they do not fit each other."""
+    """Sizes of a KronyGPT; ValueError where they do not fit each other. A width is given as one number, or one for each
+    block, and kept as a list."""
 
     block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_inner: int | None = None  # width of the MLP's hidden layer; default: 4 n_embd
+    n_inner: int | list[int] | None = None  # hidden units of an MLP; default: 4 n_embd
+    head_qk: int | list[int] | None = None  # width of a head's queries and keys; default: head_dim
+    head_v: int | list[int] | None = None  # width of a head's values; default: head_dim
+    head_dim: int | None = None  # scores are divided by its root: the width of a head before narrowing; default: C / n_head
     dropout: float = 0.0
     recompute: bool = False  # compute the MLP's activation again in backward: less memory, more time
     shapes: dict[str, list[Shape]] = field(default_factory=dict)  # {"mlp.c_fc": [Shape of each block]}; default: dense
     tokenizer: dict | None = None  # record of the model's tokenizer, as in tokenizer.py; default: vocab_size tells it
 
     def __post_init__(self):
-        self.n_inner = 4 * self.n_embd if self.n_inner is None else self.n_inner
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
-        if unknown := self.shapes.keys() - self.matrices.keys():
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        for name, usual in dict(n_inner=4 * self.n_embd, head_qk=self.head_dim, head_v=self.head_dim).items():
+            widths = usual if getattr(self, name) is None else getattr(self, name)
+            setattr(self, name, [widths] * self.n_layer if isinstance(widths, int) else list(widths))
+        if unknown := self.shapes.keys() - set(KINDS):
             raise ValueError(f"a block has no matrix {min(unknown)}")
-        for kind, (m, n) in self.matrices.items():
-            shapes = [Shape(*shape) for shape in self.shapes.get(kind, [(m, n, 1)] * self.n_layer)]
+        sizes = [self.sizes(layer) for layer in range(self.n_layer)]
+        for kind in KINDS:
+            shapes = [Shape(*shape) for shape in self.shapes.get(kind, [(*of_block[kind], 1) for of_block in sizes])]
             if len(shapes) != self.n_layer:
                 raise ValueError(f"{kind} has {len(shapes)} shapes for {self.n_layer} blocks: "
                                  "give one number of factors, or one for each block")
-            for shape in shapes:
+            for shape, (m, n) in zip(shapes, (of_block[kind] for of_block in sizes)):
                 if min(shape) < 1 or m % shape.dim_1 or n % shape.dim_2:
                     raise ValueError(f"{kind} [{m}, {n}] cannot have the shape {tuple(shape)}: dim_1 divides its rows and "
                                      "dim_2 its columns")
             self.shapes = {**self.shapes, kind: shapes}
 
-    @property
-    def matrices(self):
-        """{kind: (m, n)} of the four matrices of a block, in the order in which a block applies them."""
-        C, hidden = self.n_embd, self.n_inner
-        return {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, hidden), "mlp.c_proj": (hidden, C)}
+    def sizes(self, layer):
+        """{kind: (m, n)} of the four matrices of a block."""
+        C, hidden, qk, v = self.n_embd, self.n_inner[layer], self.head_qk[layer], self.head_v[layer]
+        return dict(zip(KINDS, ((C, self.n_head * (2 * qk + v)), (self.n_head * v, C), (C, hidden), (hidden, C))))
 
     def size_and_shape(self, kind, layer):  # m, n and Shape of a matrix of a block
-        return *self.matrices[kind], self.shapes[kind][layer]
+        return *self.sizes(layer)[kind], self.shapes[kind][layer]
 
     def as_plain_types(self):
         """The fields as a dict of plain types, which a checkpoint can hold."""
@@ -186,7 +206,7 @@ class KronyGPT(nn.Module):
     def matrices(self):
         """Yield (layer, kind, KronLinear) of all blocks, in the order in which they are applied: (0, "attn.c_attn", ...)."""
         for layer, block in enumerate(self.transformer.h):
-            for kind in self.config.matrices:
+            for kind in KINDS:
                 yield layer, kind, block.get_submodule(kind)
 
     def hidden(self, idx, cache=None):
@@ -260,9 +280,12 @@ class KronyGPT(nn.Module):
         return kinds
 
     def count_parameters(self):
-        """{"total", "mlp", "factors", "matrices", "vectors"}: numbers of parameters."""
+        """{"total", "mlp", "factors", "matrices", "vectors"}: numbers of parameters in a file, as KronLinear counts them."""
         counts = {kind: sum(p.numel() for p in group.values()) for kind, group in self.parameters_by_kind().items()}
-        mlp = sum(p.numel() for block in self.transformer.h for p in block.mlp.parameters())
+        mlp = 0
+        for _, kind, matrix in self.matrices():
+            counts["factors"] -= sum(p.numel() for p in matrix.parameters()) - matrix.count_parameters()
+            mlp += matrix.count_parameters() * kind.startswith("mlp.")
         return {"total": sum(counts.values()), "mlp": mlp, **counts}
 
     def flops_per_token(self, context=None):
@@ -273,7 +296,7 @@ class KronyGPT(nn.Module):
         """
         config = self.config
         matrices = sum(min(multiply_adds(matrix.A.shape, matrix.B.shape).values()) for _, _, matrix in self.matrices())
-        attention = 2 * config.n_layer * config.n_embd * (context or config.block_size)
+        attention = config.n_head * sum(config.head_qk + config.head_v) * (context or config.block_size)
         return 6 * (matrices + self.lm_head.weight.numel() + attention)
 
     def freeze_all_but_factors(self):

@@ -148,10 +148,9 @@ def main():
     if hub and (data_files or documents is None):
         raise UserError("--hub goes with --documents=N, the number to stream, and without --data_files")
     ours = read_tokenizer(tokenizer) if tokenizer else GPT2Tokenizer()
+    if ours is None or ours.end_of_text is None:
+        raise UserError(f"{tokenizer} has no tokenizer with an end-of-text token: its settings need an eos_token")
     ours.encode("")  # loads it: an error comes before the download
-    if ours.end_of_text is None:
-        raise UserError(f"the tokenizer {ours.name} has no end-of-text token: name one as eos_token in its "
-                        "tokenizer_config.json")
     name = data_files or hub or OPENWEBTEXT
     files = find_files() if data_files else None
     source = ", ".join(filter(None, [name, hub_config, documents and f"the first {documents:,} documents"]))

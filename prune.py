@@ -54,6 +54,7 @@ def prune_matrix(W, dim_1, dim_2, offset=0, epsilon=0.0):
 def without_layers(model):
     """The model with one block in `keep`. The start of DistilGPT2 (V. Sanh et al., DistilBERT, arXiv 1910.01108)."""
     args, kept = model.config.as_plain_types(), range(offset, model.config.n_layer, keep)
+    args |= {name: args[name][offset::keep] for name in ("n_inner", "head_qk", "head_v")}
     shapes = {kind: of_blocks[offset::keep] for kind, of_blocks in args["shapes"].items()}
     state_dict = {}
     for name, p in model.state_dict().items():
@@ -69,7 +70,7 @@ def check_options(config):
     """Raise UserError for options that do not go together, of which one would have no effect."""
     check_choice(globals(), "dim", "embd", "hidden", "layer")
     check_choice(globals(), "select", "even", "contribution")
-    n_units = {"embd": config.n_embd, "hidden": config.n_inner, "layer": config.n_layer}[dim]
+    n_units = {"embd": config.n_embd, "hidden": config.n_inner[0], "layer": config.n_layer}[dim]
     by_contribution = select == "contribution"
     rules = {
         "--keep is at least 2, and --offset from 0 to keep - 1": keep >= 2 and 0 <= offset < min(keep, n_units),
@@ -92,7 +93,7 @@ def main():
     dense, _ = checkpoint.load(init_from)
     config = dense.config
     check_options(config)
-    dim_1, dim_2 = config.n_embd // (keep if dim == "embd" else 1), config.n_inner // (keep if dim == "hidden" else 1)
+    dim_1, dim_2 = config.n_embd // (keep if dim == "embd" else 1), config.n_inner[0] // (keep if dim == "hidden" else 1)
     name = f"layers_{keep}_{offset}" if dim == "layer" else f"{'plain' if plain else 'prune'}_{dim_1}_{dim_2}"
     if dim != "layer":
         remarks = {f"offset{offset}": offset, select: select != "even", "refit": refit}

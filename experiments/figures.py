@@ -186,7 +186,9 @@ def empty_model(config):
 
 def parameters_by_part(config):
     """{part of the model: number of parameters}, largest first."""
-    parts = dict.fromkeys(("token embedding = output matrix", *config.matrices, "position embedding",
+    from model import KINDS
+
+    parts = dict.fromkeys(("token embedding = output matrix", *KINDS, "position embedding",
                            "biases and layer norms"), 0)
     names = {"transformer.wte.weight": "token embedding = output matrix", "transformer.wpe.weight": "position embedding"}
     for name, p in empty_model(config).named_parameters():
@@ -238,7 +240,7 @@ def step_table(configs):
 
 def quarter_shapes(config):
     """Shapes of c_fc with a quarter of its parameters: Krony-PT's, smaller factors, and low rank."""
-    C, hidden = config.n_embd, config.n_inner
+    C, hidden = config.n_embd, config.n_inner[0]
     size = C * C + hidden // C
     pairs = (C, C), (C // 2, C // 8), (C, 1)
     return [(d1, d2, max(1, size // (d1 * d2 + C * hidden // (d1 * d2)))) for d1, d2 in pairs]
@@ -288,12 +290,12 @@ def errors_table(dense, text, tokens, held_out, shapes):
     def loss(model):
         return f"{data.mean_loss(model.eval(), tokens, held_out, BATCH_SIZE):.3f}"
 
-    config, kinds = dense.config, ["mlp.c_fc", "mlp.c_proj"]
+    config = dense.config
     rows = [("dense", "", "", loss(dense))]
     for dim_1, dim_2, r in shapes:
         matrices = mlp_shapes(dim_1, dim_2, [r] * config.n_layer)
         ordered = compress.spread_units(dense, text, dim_2)
-        fisher = calibration.statistics(ordered, text, kinds).fisher
+        fisher = calibration.statistics(ordered, text).fisher
         fitted = compress.factorize(ordered, matrices)
         before = loss(fitted)
         fits = calibration.calibrate(ordered, fitted, text, fisher)
@@ -473,7 +475,7 @@ def main(name=None):
     from model import KronyGPTConfig, Shape, mlp_shapes
 
     gpt2 = KronyGPTConfig()
-    low_rank = {kind: [Shape(m, 1, GPT2_RANK)] * gpt2.n_layer for kind, (m, _) in gpt2.matrices.items()}
+    low_rank = {kind: [Shape(m, 1, GPT2_RANK)] * gpt2.n_layer for kind, (m, _) in gpt2.sizes(0).items()}
     models = {"dense": gpt2, "MLPs (768, 768, 1)": KronyGPTConfig(shapes=mlp_shapes(768, 768, [1] * gpt2.n_layer)),
               f"all matrices of rank {GPT2_RANK}": KronyGPTConfig(shapes=low_rank)}
     dense, _ = checkpoint.load(base)
@@ -499,7 +501,7 @@ def main(name=None):
 
     tables = dict(
         parameters=parameters_table(gpt2),
-        shapes=shapes_table(*gpt2.matrices["mlp.c_fc"], GPT2_SHAPES),
+        shapes=shapes_table(*gpt2.sizes(0)["mlp.c_fc"], GPT2_SHAPES),
         step=step_table(models),
         spectrum=spectrum_table(spectra),
         errors=errors_table(dense, text, tokens, held_out, shapes),

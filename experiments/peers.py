@@ -8,7 +8,9 @@ truncated SVD. With --calibrate it is the activation-aware SVD: the least square
 errors of the output count alike, in the way of SVD-LLM (arXiv 2403.07378), but with the inputs of the model compressed so
 far and with refitted biases.
 """
+import math
 import time
+from bisect import bisect_right
 
 from kronygpt.configurator import run
 
@@ -18,17 +20,25 @@ calibrate: str | None = None  # data set under data/ to fit the factors to
 calibration_tokens = 131072  # number of its tokens
 device = ""  # where to calibrate; default: CUDA if available, else the CPU
 
+SHARES = 10_000  # steps in which the share of even_ranks is chosen
+
 
 def even_ranks(config, limit):
     """The shapes {kind: [Shape of each block]} with which all matrices keep the same share of their parameters."""
     from kronygpt.budget import room
-    from model import Shape
+    from model import KINDS, Shape
 
-    sizes = config.matrices.values()
-    dense, least = (config.n_layer * sum(numbers) for numbers in ([m * n for m, n in sizes], [m + n for m, n in sizes]))
-    share = (room(config, [*config.matrices], limit) - least) / (dense - least)
-    return {kind: [Shape(m, 1, 1 + int(share * (m * n / (m + n) - 1)))] * config.n_layer
-            for kind, (m, n) in config.matrices.items()}
+    def ranks(share):  # r (m + n - r) numbers are in a file
+        return {kind: [max(1, int((m + n - math.sqrt((m + n)**2 - 4 * share * m * n)) / 2)) for m, n in of_blocks]
+                for kind, of_blocks in sizes.items()}
+
+    def used(share):
+        return sum(r * (m + n - r) for kind, of_blocks in sizes.items() for r, (m, n) in zip(ranks(share)[kind], of_blocks))
+
+    sizes = {kind: [config.sizes(layer)[kind] for layer in range(config.n_layer)] for kind in KINDS}
+    spare, shares = room(config, KINDS, limit), range(1, SHARES)
+    share = shares[bisect_right(shares, spare, key=lambda share: used(share / SHARES)) - 1] / SHARES
+    return {kind: [Shape(m, 1, r) for (m, _), r in zip(sizes[kind], rs)] for kind, rs in ranks(share).items()}
 
 
 METHODS = {"even_ranks": even_ranks}

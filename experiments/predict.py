@@ -12,12 +12,12 @@ import torch
 
 from experiments.compare import markdown
 from kronygpt import calibration, checkpoint, data
-from kronygpt.budget import Plan, plan_ranks
+from kronygpt.budget import Plan, plan_widths, smallest
 from kronygpt.compress import apply
-from kronygpt.configurator import UserError, run
+from kronygpt.configurator import run
 from kronygpt.files import atomic_write
 from kronygpt.run_dir import new_figure, save_figure
-from model import Shape
+from model import KINDS, Shape
 
 init_from = "gpt2"  # the dense model: a hub name, a Hugging Face directory or a checkpoint
 calibrate = "openwebtext"  # data set under data/: its training split is calibrated on, its validation split scored
@@ -78,7 +78,7 @@ def main():
     tokens, context = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens], config.block_size
     held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
     dense.to(text.device)
-    statistics = calibration.statistics(dense, text, [*config.matrices])
+    statistics = calibration.statistics(dense, text)
 
     @torch.no_grad()
     def loss(model):
@@ -95,22 +95,21 @@ def main():
         write_table(rows)
 
     print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out) * (context - 1):,} tokens", flush=True)
-    for share in budget_shares:
-        try:
-            plan = plan_ranks(config, [*config.matrices], int(share * n_parameters), statistics)
-        except UserError as error:  # the embeddings and vectors alone may be more
-            print(f"budget {share} is left out: {error}")
-            continue
+    least, limits = smallest(config, KINDS, ("heads", "hidden")), [int(share * n_parameters) for share in budget_shares]
+    for limit in limits:
+        if limit < least:  # the embeddings and vectors alone may be more
+            print(f"the budget of {limit:,} parameters is left out: the smallest is {least:,}")
+    for plan in plan_widths(dense, [limit for limit in limits if limit >= least], statistics):
         measure("budget", plan, plan.loss)
     for layer, kind, matrix in dense.matrices():
         m, n = matrix.weight.shape
         for share in matrix_shares:
-            rank = max(1, int(share * m * n / (m + n)))
+            rank = max(1, int((m + n - ((m + n)**2 - 4 * share * m * n)**0.5) / 2))  # r (m + n - r) numbers are in a file
             shapes = [Shape(m, n, 1)] * config.n_layer
             shapes[layer] = Shape(m, 1, rank)
             plan = Plan("one matrix alone", {kind: shapes}, fisher=statistics.fisher)
-            predicted = statistics.spectra[f"transformer.h.{layer}.{kind}"][rank:].sum().item() / 2
-            measure(f"block {layer} {kind}", plan, predicted, rank * (m + n), m * n)
+            predicted = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)[rank:].sum().item() / 2
+            measure(f"block {layer} {kind}", plan, predicted, rank * (m + n - rank), m * n)
     draw(rows, Path(out_dir, "predicted.png"))
     print(f"wrote {out_dir}/table.md and predicted.png")
 

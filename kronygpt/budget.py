@@ -1,12 +1,15 @@
 """Budgets: the ranks of all matrices that cost a model least, and the table of shapes that fit a number of parameters."""
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from typing import NamedTuple
 
 import torch
 
+from kronygpt.calibration import progress
 from kronygpt.configurator import UserError
-from kronygpt.narrow import tails
-from model import KronyGPT, Shape, multiply_adds
+from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, Block, grid, narrowed, tails
+from model import KINDS, KronyGPT, Shape, multiply_adds
 
 SLACK = 0.99  # share of the budget that a shape in the table must use
 HALVINGS = 100  # of the interval in which the price of a parameter is searched
@@ -18,14 +21,28 @@ class Plan:
 
     how: how it was chosen, in words.
     shapes: {kind: [Shape of each block]}; matrices that it does not name stay as they are.
-    losses: {kind: [nats per token that are predicted to be lost in each block]}, or {}.
-    fisher: {name of a matrix: F [n, n]} of calibration.statistics(), for the metric of the fit, or None.
+    losses: {kind, "heads" or "hidden": [nats per token that are predicted to be lost in each block]}, or {}.
+    widths: {"head_qk", "head_v", "n_inner": [of each block]}, or {} where they stay as they are.
+    narrowed: the dense model in these widths, which takes the shapes; None where it is the dense model itself.
+    fisher: {name of a matrix: F [n, n]} at the outputs of that model, for the metric of the fit, or None.
     """
 
     how: str
-    shapes: dict
+    shapes: dict = field(default_factory=dict)
     losses: dict = field(default_factory=dict)
+    widths: dict = field(default_factory=dict)
+    narrowed: KronyGPT | None = None
     fisher: dict | None = None
+
+    def add(self, choice, rows):
+        """Take over a Choice with a row of each of its tables."""
+        if choice.name:
+            self.losses.setdefault(choice.name, []).append(choice.loss)
+        for name, width in choice.widths.items():
+            self.widths.setdefault(name, []).append(width)
+        for (kind, table), row in zip(choice.tables.items(), rows):
+            self.shapes.setdefault(kind, []).append(table.shape(row))
+            self.losses.setdefault(kind, []).append(table.losses[row].item())
 
     @property
     def loss(self):  # predicted in all, nats per token
@@ -80,18 +97,23 @@ def shapes_within(config, limit, largest=None):
     Raises:
         UserError: there is none; names the nearest number of parameters that can be had.
     """
-    C, hidden, largest = config.n_embd, config.n_inner, largest or limit
-    total = count_parameters(config, config.matrices)
+    C, hidden, largest = config.n_embd, config.n_inner[0], largest or limit
+    total = count_parameters(config, KINDS)
     rest = total - 2 * config.n_layer * C * hidden
     shapes = []
     for dim_1 in (d for d in range(1, C + 1) if C % d == 0):
         for dim_2 in (d for d in range(1, hidden + 1) if hidden % d == 0):
             m1, n1, m2, n2 = dim_1, dim_2, C // dim_1, hidden // dim_2
-            per_factor = 2 * config.n_layer * (m1 * n1 + m2 * n2)
-            r = max(1, min((largest - rest) // per_factor, m1 * n1, m2 * n2))
+            is_low_rank = n1 == m2 == 1 or m1 == n2 == 1
+
+            def size(r):  # each rank counts once, as in KronLinear
+                saved = r * r * ((r < C) + (r < hidden)) if is_low_rank else 0  # noqa: B023
+                return rest + config.n_layer * (2 * r * (m1 * n1 + m2 * n2) - saved)  # noqa: B023
+
+            r = max(1, bisect_right(range(1, min(m1 * n1, m2 * n2) + 1), largest, key=size))
             sides = ((r, m1, n1), (r, m2, n2)), ((r, n1, m1), (r, n2, m2))  # of c_fc, and of c_proj, its mirror image
             macs = sum(min(multiply_adds(*pair).values()) for pair in sides)
-            shapes.append(MLPShape(dim_1, dim_2, r, rest + r * per_factor, macs / (2 * C * hidden),
+            shapes.append(MLPShape(dim_1, dim_2, r, size(r), macs / (2 * C * hidden),
                                    min(C, r * min(m1, n1) * min(m2, n2))))
     fitting = [shape for shape in shapes if SLACK * limit <= shape.parameters <= largest]
     if not fitting:
@@ -106,28 +128,44 @@ def shapes_within(config, limit, largest=None):
     return sorted(fitting, key=interest)
 
 
-def room(config, kinds, limit):
+def smallest(config, kinds, narrows=()):
+    """Number of parameters of a KronyGPTConfig's model with rank 1 in the matrices of some kinds, and with the narrowest
+    heads, hidden units or both."""
+    if "heads" in narrows:
+        config = replace(config, shapes={}, head_qk=grid(config.head_dim, HEAD_STEPS)[0],
+                         head_v=grid(config.head_dim, HEAD_STEPS)[0])
+    if "hidden" in narrows:
+        config = replace(config, shapes={}, n_inner=[grid(n, HIDDEN_STEPS)[0] for n in config.n_inner])
+    shapes = {kind: [Shape(config.sizes(layer)[kind][0], 1, 1) for layer in range(config.n_layer)] for kind in kinds}
+    return count_parameters(replace(config, shapes={**config.shapes, **shapes}))
+
+
+def room(config, kinds, limit, narrows=()):
     """How many numbers a budget of parameters leaves for the matrices of some kinds in all blocks together.
 
     Raises:
-        UserError: too few for rank 1, or enough for the dense matrices.
+        UserError: too few for rank 1 and the narrowest widths, or enough for the dense model.
     """
-    total, sizes = count_parameters(config, kinds), [config.matrices[kind] for kind in kinds]
-    dense, least = (config.n_layer * sum(numbers) for numbers in (
-        [m * n for m, n in sizes], [min(m + n, m * n) for m, n in sizes]))
-    if not least <= limit - (total - dense) < dense:
-        raise UserError(f"a budget of {limit:,} parameters is not between {total - dense + least:,}, with rank 1 in all "
-                        f"matrices, and {total:,}, which the dense model has")
-    return limit - (total - dense)
+    total, least = count_parameters(config, kinds), smallest(config, kinds, narrows)
+    if not least <= limit < total:
+        raise UserError(f"a budget of {limit:,} parameters is not between {least:,}, with rank 1 in all matrices, and "
+                        f"{total:,}, which the dense model has")
+    return limit - total + sum(m * n for layer in range(config.n_layer) for kind, (m, n) in config.sizes(layer).items()
+                               if kind in kinds)
 
 
-def plan_ranks(config, kinds, limit, statistics):
+def is_dense(model):
+    """Whether a KronyGPT is a GPT-2: dense matrices, heads of the usual width. Others get ranks only."""
+    config = model.config
+    return (all(matrix.is_dense for *_, matrix in model.matrices())
+            and set(config.head_qk + config.head_v) == {config.head_dim})
+
+
+def plan_ranks(dense, kinds, limit, statistics):
     """Ranks for a number of parameters by predicted loss; each matrix is free to stay dense.
 
-    Rank r of a matrix [m, n] has r (m + n) parameters and costs ½ Σ_{i>r} σ_i²; dense has m n and costs nothing.
-
     Args:
-        config: a KronyGPTConfig.
+        dense: a KronyGPT.
         kinds: names of the matrices of a block to compress, such as "mlp.c_fc"; the shapes of the others stay.
         limit: number of parameters in all, which is never exceeded.
         statistics: calibration.Statistics of the model.
@@ -138,34 +176,67 @@ def plan_ranks(config, kinds, limit, statistics):
     Raises:
         UserError: the budget is too small for any rank, or large enough for the dense model.
     """
-    spare, kinds = room(config, kinds, limit), [kind for kind in config.matrices if kind in kinds]
-    places = [(layer, kind, *config.matrices[kind]) for layer in range(config.n_layer) for kind in kinds]
-    parts = []
-    for layer, kind, m, n in places:
-        costs = tails(statistics.spectra[f"transformer.h.{layer}.{kind}"])
-        parts.append([Choice((layer, kind), 0, 0.0, [rank_table(m, n, costs)])])
-    plan = Plan(f"ranks for {limit:,} parameters, by predicted loss", {kind: [] for kind in kinds},
-                {kind: [] for kind in kinds}, statistics.fisher)
-    for (_, kind, m, n), (choice, (row,)) in zip(places, cheapest(parts, spare)):
-        (sizes, losses), = choice.tables
-        plan.shapes[kind].append(Shape(m, 1, row + 1) if row + 1 < len(sizes) else Shape(m, n, 1))
-        plan.losses[kind].append(losses[row].item())
+    spare, parts = room(dense.config, kinds, limit), []
+    for layer, kind, matrix in dense.matrices():
+        if kind in kinds:
+            squares = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)
+            parts.append([Choice({}, 0, 0.0, {kind: rank_table(*matrix.weight.shape, squares)})])
+    plan = Plan(f"ranks for {limit:,} parameters, by predicted loss", fisher=statistics.fisher)
+    for choice, ranks in cheapest(parts, spare):
+        plan.add(choice, ranks)
     return plan
+
+
+def plan_widths(dense, limits, statistics, narrows=("heads", "hidden")):
+    """Widths and ranks of all blocks for some numbers of parameters by predicted loss.
+
+    The attention of each block chooses the widths of its heads and the ranks of its two matrices, and its MLP a number of
+    hidden units and two ranks. Each is free to stay as it is.
+
+    Args:
+        dense: a KronyGPT that is_dense().
+        limits: [number of parameters in all], which are never exceeded.
+        statistics: calibration.Statistics of the model.
+        narrows: the widths that may change.
+
+    Returns:
+        [Plan], one for each limit.
+
+    Raises:
+        UserError: a limit is too small for any plan, or large enough for the dense model.
+    """
+    config, parts, plans = dense.config, [], []
+    spare = [room(config, KINDS, limit, narrows) for limit in limits]
+    blocks = [Block(dense, layer, statistics) for layer in range(config.n_layer)]
+    for block in progress(blocks, "widths", "block"):
+        for name, options in (("heads", block.attention("heads" in narrows)), ("hidden", block.mlp("hidden" in narrows))):
+            parts.append([Choice(option.widths, option.n_biases, option.loss,
+                                 {kind: rank_table(*matrix) for kind, matrix in option.matrices.items()}, name)
+                          for option in options])
+    biases = sum(n for layer in range(config.n_layer) for _, n in config.sizes(layer).values())  # which change with widths
+    for limit, numbers in zip(limits, spare):
+        plans.append(plan := Plan(f"widths and ranks for {limit:,} parameters, by predicted loss"))
+        for choice, ranks in cheapest(parts, numbers + biases):
+            plan.add(choice, ranks)
+        plan.narrowed, plan.fisher = narrowed(dense, blocks, plan.widths)
+    return plans
 
 
 @dataclass
 class Choice:
     """One way to make a part of a model.
 
-    what: describes it, for whoever reads the result, such as the widths of a block.
+    widths: {name: width}, such as {"n_inner": 512}, or {}.
     size, loss: parameters and predicted loss in nats per token that it has in any case.
-    tables: [(sizes, losses)] of each matrix whose rank is free; sizes rise, losses fall.
+    tables: {kind: rank_table()} of each matrix whose rank is free.
+    name: of the part in Plan.losses, under which its own loss counts.
     """
 
-    what: object
+    widths: dict
     size: int
     loss: float
-    tables: list
+    tables: dict
+    name: str = ""
 
 
 def cheapest(parts, limit):
@@ -186,9 +257,11 @@ def cheapest(parts, limit):
         return [min((priced(choice, price) for choice in choices), key=lambda option: option[0])[1:] for choices in parts]
 
     def used(chosen):
-        return sum(choice.size + sum(size[i].item() for (size, _), i in zip(choice.tables, rows)) for choice, rows in chosen)
+        return sum(choice.size + sum(table.sizes[i].item() for table, i in zip(choice.tables.values(), rows))
+                   for choice, rows in chosen)
 
-    largest = max(choice.loss + sum(loss[0].item() for _, loss in choice.tables) for choices in parts for choice in choices)
+    largest = max(choice.loss + sum(table.losses[0].item() for table in choice.tables.values())
+                  for choices in parts for choice in choices)
     low, high = 0.0, 1.0 + len(parts) * largest  # at which nothing is worth a parameter
     for _ in range(HALVINGS):
         price = (low + high) / 2
@@ -197,7 +270,8 @@ def cheapest(parts, limit):
     while True:
         left, best, target = limit - used(chosen), 0.0, None
         for choice, rows in chosen:
-            for k, ((size, loss), i) in enumerate(zip(choice.tables, rows)):
+            for k, (table, i) in enumerate(zip(choice.tables.values(), rows)):
+                size, loss = table.sizes, table.losses
                 extra, gain = size[i + 1:] - size[i], loss[i] - loss[i + 1:]
                 rates = torch.where(extra <= left, gain / extra, 0)
                 if len(rates) and rates.max() > best:
@@ -210,12 +284,24 @@ def cheapest(parts, limit):
 
 def priced(choice, price):
     """(loss and size at a price, the Choice, [its best row of each table])."""
-    costs = [loss + price * size for size, loss in choice.tables]
+    costs = [table.losses + price * table.sizes for table in choice.tables.values()]
     rows = [int(cost.argmin()) for cost in costs]
     return choice.loss + price * choice.size + sum(cost[i].item() for cost, i in zip(costs, rows)), choice, rows
 
 
-def rank_table(m, n, costs):
-    """(sizes, losses) of a matrix [m, n] at rank 1, 2, ... and dense, from the costs of the ranks from 0."""
-    ranks = torch.arange(1, 1 + min((m * n - 1) // (m + n), len(costs) - 1))
-    return torch.cat((ranks * (m + n), torch.tensor([m * n]))), torch.cat((costs[ranks].cpu(), costs.new_zeros(1).cpu()))
+class RankTable(NamedTuple):
+    """A matrix [m, n] at rank 1, 2, ... and dense: sizes rise, losses fall."""
+
+    m: int
+    n: int
+    sizes: torch.Tensor
+    losses: torch.Tensor
+
+    def shape(self, row):
+        return Shape(self.m, self.n, 1) if row + 1 == len(self.sizes) else Shape(self.m, 1, row + 1)
+
+
+def rank_table(m, n, squares):
+    """The RankTable of a matrix [m, n] with the σ² of narrow.spectrum(). Each rank is stored once: r (m + n - r) numbers."""
+    ranks = torch.arange(1, min(m, n))
+    return RankTable(m, n, torch.cat((ranks * (m + n - ranks), torch.tensor([m * n]))), tails(squares.cpu())[1:])

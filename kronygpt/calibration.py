@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from kronygpt.device import float64, float64_device
 from kronygpt.least_squares import Moments, Problem, fit, gram, share
+from kronygpt.narrow import spectrum
 from model import ChunkedLinearLoss
 
 TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
@@ -88,66 +89,6 @@ def batches(x, n_tokens=TOKENS_AT_ONCE):
     return [slice(begin, begin + step) for begin in range(0, len(x), step)]
 
 
-@dataclass
-class Statistics:
-    """What errors cost, for each matrix by its name in the model, in float64.
-
-    fisher: F [n, n], second moments of the gradient of the summed loss at the output.
-    spectra: σ² [min(m, n)], descending, of G^(1/2) W F^(1/2) with the covariance G of the inputs.
-    """
-
-    fisher: dict
-    spectra: dict
-
-
-def statistics(model, tokens, kinds, seed=0):
-    """What errors in the outputs of a model's matrices cost: one pass forward and backward over a text, of which an even
-    sample of STATISTICS_TOKENS is enough.
-
-    An error e [n] in the output of a matrix at one token adds about ½ eᵀ F e to the loss, where F = E[g gᵀ] and g is the
-    gradient of the summed loss at that output, with labels that are drawn from the model itself (the Fisher information
-    of the output). Of a matrix W with inputs of covariance G, rank r thus adds at least ½ Σ_{i>r} σ_i² nats per
-    token, with σ the singular values of G^(1/2) W F^(1/2).
-
-    Memory for L blocks of width C: 8 bytes for each of L 27 C² numbers in F and L 4 C² in covariances, and what a backward
-    pass of GRADIENT_TOKENS tokens, or one window, takes. N tokens take about N (85 L C² + 4 C V) floating point operations
-    with a vocabulary of V.
-
-    Args:
-        model: a KronyGPT.
-        tokens: (windows, T), on the model's device.
-        kinds: names of the matrices of a block, such as "mlp.c_fc".
-        seed: for the labels.
-
-    Returns:
-        Statistics of these matrices of all blocks.
-    """
-    device = float64_device(tokens.device)
-    matrices = {matrix: f"transformer.h.{layer}.{kind}" for layer, kind, matrix in model.matrices() if kind in kinds}
-    fisher = {name: torch.zeros(len(matrix.bias), len(matrix.bias), dtype=torch.float64, device=device)
-              for matrix, name in matrices.items()}
-    moments = {name: Moments() for name in fisher}
-    tokens = tokens[::math.ceil(tokens.numel() / STATISTICS_TOKENS)]
-
-    def add_to_sums(matrix, inputs, output):
-        x, y, name = inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2), matrices[matrix]
-        moments[name].add(x if x.shape[1] <= y.shape[1] else y)  # the smaller side tells σ, too
-
-        def add_gradient(g):
-            fisher[name] += gram(g.flatten(0, -2)).to(device)
-
-        output.register_hook(add_gradient)
-
-    hooks = [matrix.register_forward_hook(add_to_sums) for matrix in matrices]
-    differentiate_samples(model, tokens, seed)
-    for hook in hooks:
-        hook.remove()
-    for name in fisher:
-        fisher[name] /= tokens.numel()
-    return Statistics(fisher, {name: spectrum(float64(matrix.weight.detach()), fisher[name], moments[name].centred()[2])
-                               for matrix, name in matrices.items()})
-
-
 def differentiate_samples(model, tokens, seed, see=lambda x, p: None):
     """Forward and backward passes over a text with labels that are drawn from the model itself, for hooks in the model.
 
@@ -169,8 +110,12 @@ def differentiate_samples(model, tokens, seed, see=lambda x, p: None):
 
 
 @dataclass
-class WholeStatistics:
-    """What the widths and ranks of a whole model cost follows from these, all in float64.
+class Statistics:
+    """What the widths and ranks of a model cost follows from these, all in float64.
+
+    An error e [n] in the output of a matrix at one token adds about ½ eᵀ F e to the loss, where F = E[g gᵀ] and g is the
+    gradient of the summed loss at that output, with labels that are drawn from the model itself (the Fisher information
+    of the output).
 
     For each matrix [m, n], by its name in the model: fisher F [n, n], second moments of the gradient of the summed loss at
     the output; means [m] and covariances [m, m] of the inputs. For each block: slopes [n_inner, n_inner], second moments of
@@ -188,9 +133,13 @@ class WholeStatistics:
     frequencies: torch.Tensor
     probabilities: torch.Tensor
 
+    def spectrum(self, name, matrix):
+        """spectrum() of a KronLinear of this name: rank r adds at least ½ Σ_{i>r} σ_i² nats per token."""
+        return spectrum(float64(matrix.weight.detach()), self.covariances[name], self.fisher[name])
 
-def whole_statistics(model, tokens, seed=0):
-    """The WholeStatistics of a KronyGPT on a text (windows, T), from one pass over an even sample of STATISTICS_TOKENS.
+
+def statistics(model, tokens, seed=0):
+    """The Statistics of a KronyGPT on a text (windows, T), from one pass over an even sample of STATISTICS_TOKENS.
 
     Memory for L blocks of width C with 4 C hidden units: 8 bytes for each of L 62 C² numbers (GPT-2 small: 3.5 GB, XL: 61
     GB), and what a backward pass of GRADIENT_TOKENS tokens, or one window, takes.
@@ -226,19 +175,10 @@ def whole_statistics(model, tokens, seed=0):
         hook.remove()
     grams = {key: total / tokens.numel() for key, total in grams.items()}
     centred = {name: moments[name].centred() for name in names}
-    return WholeStatistics({name: grams[name] for name in names}, {name: centred[name][0] for name in names},
+    return Statistics({name: grams[name] for name in names}, {name: centred[name][0] for name in names},
                            {name: centred[name][2] for name in names},
                            [grams["slopes", name] for name in names if name.endswith("c_fc")], grams["embedding"],
                            grams["hidden"], frequencies, probabilities / tokens.numel())
-
-
-def spectrum(W, fisher, covariance):
-    """The squared singular values of G^(1/2) W F^(1/2) for W [m, n] and F [n, n], in descending order, from a covariance:
-    that of the inputs, G [m, m], where m <= n, else that of the outputs, Wᵀ G W [n, n]."""
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt()
-    cost = W @ fisher @ W.T if len(covariance) == len(W) else fisher
-    return torch.linalg.eigvalsh(root.T @ cost @ root).clamp(min=0).flip(0)
 
 
 def interleave(contribution, n_groups):
@@ -284,10 +224,10 @@ class Fit:
     output_error: float
 
 
-def fit_matrix(dense, compressed, layer, kind, moments, fisher, fixed_B):
-    """Fit a factored matrix of a compressed model, and its bias, to Moments. Args as in calibrate(). Returns the Fit."""
+def fit_matrix(goal, compressed, layer, kind, moments, fisher, fixed_B):
+    """Fit a matrix of a compressed model, and its bias, to Moments. Args as in calibrate(). Returns the Fit."""
     name = f"transformer.h.{layer}.{kind}"
-    matrix, W = compressed.get_submodule(name), dense.get_submodule(name).weight
+    matrix, W = compressed.get_submodule(name), goal.get_submodule(name).weight
     problem, before = Problem(moments, W, fisher.get(name)), (matrix.weight, matrix.bias)
     A, B = fit(problem, matrix.A, matrix.B, fixed_B)
     matrix.A.data, matrix.B.data = (side.to(W.dtype).to(W.device) for side in (A, B))
@@ -297,32 +237,40 @@ def fit_matrix(dense, compressed, layer, kind, moments, fisher, fixed_B):
                *(problem.error(V, b) ** 0.5 for V, b in pairs))
 
 
-def fit_half(teacher, student, layer, half, fisher, fixed_B):
-    """Fit the factored matrices of a half block, "attn" or "mlp", and move the ResidualStreams of both models through it.
-    Args as in calibrate(). Returns [Fit]."""
-    models, fits, first, moments = (teacher.model, student.model), [], HALVES[half][1], Moments()
-    is_dense = {kind: models[1].transformer.h[layer].get_submodule(f"{half}.{kind}").is_dense for kind in (first, "c_proj")}
-    for rows, _, z, _, _ in teacher.through(layer, half):
-        if not is_dense[first]:
-            moments.add(student.input(layer, half, rows).flatten(0, 1), z)
-    if not is_dense[first]:
-        fits.append(fit_matrix(*models, layer, f"{half}.{first}", moments, fisher, fixed_B))
-    if not is_dense["c_proj"]:
+def fit_half(teacher, student, goal, layer, half, fisher, fixed_B):
+    """Fit the matrices of a half block, "attn" or "mlp", and move the ResidualStreams of both models through it. Args as in
+    calibrate(). Returns [Fit]."""
+    fits, first, last = [], f"{half}.{HALVES[half][1]}", f"{half}.c_proj"
+
+    def matrix(model, kind):
+        return model.transformer.h[layer].get_submodule(kind)
+
+    def is_fitted(kind):  # dense and of the old size it stays
+        new = matrix(student.model, kind)
+        return not new.is_dense or new.A.shape != matrix(teacher.model, kind).A.shape
+
+    moments = Moments()
+    for rows, x, *_ in teacher.through(layer, half):
+        if is_fitted(first):
+            moments.add(student.input(layer, half, rows).flatten(0, 1), matrix(goal, first)(x))
+    if is_fitted(first):
+        fits.append(fit_matrix(goal, student.model, layer, first, moments, fisher, fixed_B))
+    if is_fitted(last):
         moments = Moments()
         for rows, _, _, h, _ in student.through(layer, half, move=False):
             moments.add(h, (teacher.x[rows] - student.x[rows]).flatten(0, 1))
-        fits.append(fit_matrix(*models, layer, f"{half}.c_proj", moments, fisher, fixed_B))
+        fits.append(fit_matrix(goal, student.model, layer, last, moments, fisher, fixed_B))
     student.move(layer, half)
     return fits
 
 
 @torch.no_grad()
-def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False):
-    """Fit the factored matrices of a compressed model so that its blocks do to real text what those of the dense model do.
+def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, goal=None):
+    """Fit the matrices of a compressed model so that its blocks do to real text what those of the dense model do.
 
-    It goes through the blocks in order. c_attn and c_fc are fitted to the dense model's outputs; both c_proj to the
-    difference that brings the residual stream back to the dense model's. All their biases are fitted, too. Matrices that
-    are dense in the compressed model stay as they are.
+    It goes through the blocks in order. c_attn and c_fc are fitted to the dense model's outputs, in the columns that the
+    compressed model has; both c_proj to the difference that brings the residual stream back to the dense model's. All their
+    biases are fitted, too. Matrices that are dense and of the old size stay as they are.
 
     For N tokens, width C and L layers it takes about L N (120 C² + 12 C T) floating point operations with a context of T:
     50 C² are moments, the others the dense model, once, and the compressed one, twice. Least squares with many factors can
@@ -330,17 +278,18 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False):
 
     Args:
         dense: a KronyGPT.
-        compressed: a KronyGPT made from it by factorize(), on the same device; changed in place.
+        compressed: a KronyGPT made from the goal by factorize(), on the same device; changed in place.
         tokens: (windows, T), on that device.
         fisher: {name of a matrix: F [n, n]} of statistics(), for the metric of errors. Default: all errors count alike.
         fixed_B: keep each B and fit A alone.
+        goal: the dense model in the compressed model's widths; default: the dense model itself.
 
     Returns:
-        [Fit], one for each factored matrix, in the order of the model.
+        [Fit], one for each matrix that was fitted, in the order of the model.
     """
     fisher = fisher or {}
     teacher, student, fits = ResidualStream(dense, tokens), ResidualStream(compressed, tokens), []
     for layer in progress(range(dense.config.n_layer), "calibrating", "block"):
         for half in HALVES:
-            fits += fit_half(teacher, student, layer, half, fisher, fixed_B)
+            fits += fit_half(teacher, student, goal or dense, layer, half, fisher, fixed_B)
     return fits

@@ -3,7 +3,9 @@
 A checkpoint that we write is a dict of plain types and tensors: `model` (a state dict), `model_args` (the fields of
 KronyGPTConfig), `optimizer` (a state dict or None), `iter_num`, `best_val_loss` and `config` (the script's options).
 Its tensors have the published names of Krony-PT: a factored matrix is `<name>_0` (A), `<name>_1` (B) and `<name>_bias`,
-always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and `<name>.bias`. load() also takes
+always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and `<name>.bias`. Each rank is stored once: in a
+side [m, r] of low rank, r rows are an identity, `<name>_pivots` [r] tells which, and the file holds the others. Beside an
+optimizer's state, both sides are whole. load() also takes
 
 - the published Krony-PT files: a bare state dict with the same names;
 - older ones, with each factor by itself: c_fc_{f}_{k} and c_proj_{f}_{k} for side k of factor f, perhaps no MLP biases;
@@ -27,8 +29,9 @@ from safetensors.torch import load_file
 from kronygpt.configurator import UserError
 from kronygpt.files import atomic_write
 from kronygpt.hub import WEIGHTS, download
+from kronygpt.kron import column_side, with_identity, without_identity
 from kronygpt.tokenizer import check_no_pointer, read_json, tokenizer_record
-from model import KronyGPT
+from model import KINDS, KronyGPT
 
 MODELS_DIR = Path("models")
 GPT2_HEAD_DIM = 64  # n_embd / n_head in GPT-2 small, medium, large and xl
@@ -38,9 +41,10 @@ DEFAULTS = dict(optimizer=None, scaler=None, iter_num=0, best_val_loss=float("in
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")  # of several dicts of weights, the first is taken
 WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 MATRIX = r"(transformer\.h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))"
-IN_MEMORY = re.compile(MATRIX + r"\.(A|B|bias)")
-IN_FILE = re.compile(MATRIX + r"(_0|_1|_bias|\.weight|\.bias)")
+IN_MEMORY = re.compile(MATRIX + r"\.(A|B|bias|pivots)")
+IN_FILE = re.compile(MATRIX + r"(_0|_1|_bias|_pivots|\.weight|\.bias)")
 UNSTACKED = re.compile(r"(.*\.mlp\.c_(?:fc|proj))_(\d+)_([01])")
+PIVOTS = ("_pivots", ".pivots", ".order")  # places of an identity in a low-rank matrix
 MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
 LAST_NORM = "ln_f.weight"  # in every GPT-2: where it is, the weights are
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -67,7 +71,8 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
         config: {option: value} of the script that writes it.
         scaler: a GradScaler whose state is kept for a resume, or None.
     """
-    content = dict(model=to_file_names(model.state_dict()), model_args=model.config.as_plain_types(),
+    state_dict = model.state_dict() if optimizer else with_identities(model.state_dict())
+    content = dict(model=to_file_names(state_dict), model_args=model.config.as_plain_types(),
                    optimizer=optimizer.state_dict() if optimizer else None, iter_num=iter_num, best_val_loss=best_val_loss,
                    config=config or {}, **({"scaler": scaler.state_dict()} if scaler else {}))
     with atomic_write(path) as file:
@@ -225,7 +230,7 @@ def upgrade(tensors):
     output, contiguous float32 in memory of its own."""
     state_dict = plain_names(tensors)
     tie(state_dict)
-    state_dict = from_file_names(stack_factors(state_dict))
+    state_dict = without_identities(from_file_names(stack_factors(state_dict)))
     for name, p in list(state_dict.items()):  # biases that an old file lacks were zero
         if name.endswith(".B"):
             stem, A = name[:-2], state_dict[f"{name[:-1]}A"]
@@ -254,7 +259,7 @@ def plain_names(tensors):
         if not name.startswith(root) or not plain.startswith(("transformer.", "lm_head.")):
             left_out.append(name)
         elif not name.endswith(MASKS):
-            if not p.is_floating_point():
+            if not p.is_floating_point() and not name.endswith(PIVOTS):
                 raise ValueError(f"{name} holds no real numbers but {p.dtype}")
             result[plain] = p
     if left_out:
@@ -289,6 +294,41 @@ def stack_factors(state_dict):
     return result | {name: torch.stack([factors[f] for f in range(len(factors))]) for name, factors in sides.items()}
 
 
+def with_identities(state_dict):
+    """A KronyGPT's state dict with low-rank matrices as kron.with_identity makes them: [r, m - r, 1] of the side with the
+    columns, and pivots [r]."""
+    result = dict(state_dict)
+    for stem in [name[:-1] for name in state_dict if name.endswith(".A")]:
+        A, B = state_dict[f"{stem}A"], state_dict[f"{stem}B"]
+        side = column_side(A.shape, B.shape)
+        column, row = (B, A) if side == "B" else (A, B)
+        if side and column.shape[0] < column.shape[1]:
+            pivots, rest, row = with_identity(column.squeeze(2).T, row.squeeze(1))
+            column, row = rest.T.unsqueeze(2), row.unsqueeze(1)
+            A, B = (row, column) if side == "B" else (column, row)
+            result |= {f"{stem}A": A, f"{stem}B": B, f"{stem}pivots": pivots}
+    return result
+
+
+def without_identities(state_dict):
+    """The whole matrices, balanced, of a state dict that with_identities() made."""
+    result = dict(state_dict)
+    for name in [name for name in state_dict if name.endswith(".order")]:  # of a compressed export
+        stem = name.removesuffix("order")
+        result[f"{stem}pivots"] = result.pop(name)[:len(state_dict[f"{stem}A"])].long()
+    state_dict = dict(result)
+    for stem in [name.removesuffix("pivots") for name in state_dict if name.endswith(".pivots")]:
+        A, B, pivots = (state_dict[f"{stem}{name}"] for name in ("A", "B", "pivots"))
+        side = column_side(A.shape, B.shape)
+        rest, row = (B, A) if side == "B" else (A, B)
+        column, row = without_identity(pivots, rest.squeeze(2).T.float(), row.squeeze(1).float())
+        column, row = column.T.unsqueeze(2), row.unsqueeze(1)
+        A, B = (row, column) if side == "B" else (column, row)
+        result |= {f"{stem}A": A, f"{stem}B": B}
+        del result[f"{stem}pivots"]
+    return result
+
+
 def to_file_names(state_dict):
     """A KronyGPT's state dict under the published names, contiguous."""
     renamed = {}
@@ -296,7 +336,7 @@ def to_file_names(state_dict):
         stem, part = match.groups() if (match := IN_MEMORY.fullmatch(name)) else (name, None)
         is_dense_attention = ".attn." in stem and state_dict.get(f"{stem}.B", p).shape == (1, 1, 1)
         if part and not is_dense_attention:
-            renamed[stem + {"A": "_0", "B": "_1", "bias": "_bias"}[part]] = p
+            renamed[stem + {"A": "_0", "B": "_1", "bias": "_bias", "pivots": "_pivots"}[part]] = p
         elif part == "A":
             renamed[f"{stem}.weight"] = p[0].T  # [out, in], as nn.Linear has it
         elif part != "B":
@@ -314,7 +354,7 @@ def from_file_names(state_dict):
         elif part == ".weight":
             new = {f"{stem}.A": (p.t() if transposed else p)[None], f"{stem}.B": p.new_ones(1, 1, 1)}
         else:
-            new = {stem + {"_0": ".A", "_1": ".B", "_bias": ".bias", ".bias": ".bias"}[part]: p}
+            new = {stem + {"_0": ".A", "_1": ".B", "_bias": ".bias", "_pivots": ".pivots", ".bias": ".bias"}[part]: p}
         if twice := new.keys() & renamed.keys():
             raise ValueError(f"{min(twice)} is there twice, under different names")
         renamed |= new
@@ -325,8 +365,9 @@ def is_conv1d(state_dict):
     """Whether dense weights are [in, out], as in transformers' GPT-2 and our class for it, and not those of an nn.Linear."""
     if any(name.endswith(".A") for name in state_dict):
         return True
+    n_embd = next(len(p) for name, p in state_dict.items() if name.endswith(LAST_NORM))
     c_attn = next((p for name, p in state_dict.items() if name.endswith("h.0.attn.c_attn.weight")), None)
-    return c_attn is not None and c_attn.dim() == 2 and c_attn.shape[1] == 3 * c_attn.shape[0]
+    return c_attn is not None and c_attn.dim() == 2 and c_attn.shape[0] == n_embd != c_attn.shape[1]
 
 
 def infer(state_dict, content):
@@ -334,17 +375,17 @@ def infer(state_dict, content):
     file says, or else heads of width 64, as in GPT-2."""
     vocab_size, n_embd = state_dict[EMBEDDING].shape
     n_layer = len({name.split(".")[2] for name in state_dict if name.startswith("transformer.h.")})
-    shapes = {}
-    for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-        factors = [state_dict[f"transformer.h.{layer}.{kind}.A"] for layer in range(n_layer)]
-        shapes[kind] = [(dim_1, dim_2, r) for r, dim_1, dim_2 in (A.shape for A in factors)]
-    n_inner = shapes["mlp.c_fc"][0][1] * state_dict["transformer.h.0.mlp.c_fc.B"].shape[2]
+    shapes, rows, columns = {}, {}, {}
+    for kind in KINDS:
+        A, B = ([state_dict[f"transformer.h.{layer}.{kind}.{side}"].shape for layer in range(n_layer)] for side in "AB")
+        shapes[kind] = [(dim_1, dim_2, r) for r, dim_1, dim_2 in A]
+        rows[kind], columns[kind] = ([a[side] * b[side] for a, b in zip(A, B)] for side in (1, 2))
     sizes = dict(block_size=len(state_dict["transformer.wpe.weight"]), vocab_size=vocab_size, n_layer=n_layer,
-                 n_embd=n_embd, n_inner=n_inner)
+                 n_embd=n_embd, n_inner=columns["mlp.c_fc"])
     stated = content.get("model_args")
     stated = stated if isinstance(stated, dict) else {}
     for name, size in sizes.items():
-        if stated.get(name) not in (None, size):
+        if stated.get(name) not in (None, size) and [stated[name]] * n_layer != size:
             raise ValueError(f"it does not fit together: its config says {name}={stated[name]}, its weights {size}")
     options = content.get("config")  # where nanoGPT repeats it, and the second edition kept the record of the tokenizer
     options = options if isinstance(options, dict) else {}
@@ -354,7 +395,10 @@ def infer(state_dict, content):
         if n_embd not in GPT2_WIDTHS:
             warnings.warn(f"the file does not say its number of heads: {n_head} of width {n_embd // n_head} taken",
                           stacklevel=3)
-    return dict(sizes, n_head=n_head, shapes=shapes, tokenizer=stated.get("tokenizer", options.get("tokenizer")))
+    head_v = [width // n_head for width in rows["attn.c_proj"]]
+    head_qk = [(width // n_head - v) // 2 for width, v in zip(columns["attn.c_attn"], head_v)]
+    return dict(sizes, n_head=n_head, head_qk=head_qk, head_v=head_v, head_dim=stated.get("head_dim"), shapes=shapes,
+                tokenizer=stated.get("tokenizer", options.get("tokenizer")))
 
 
 def check(model):

@@ -19,6 +19,7 @@ from model import KronyGPT, Shape, mlp_shapes
 
 HELD_OUT_TOKENS = 32768  # of the validation split, at most, that tell the loss before and after
 BATCH_TOKENS = 8192  # in a batch of them
+FILE_ROUNDING = 1e-5  # relative error of a matrix that was written and read
 RECIPE_BLOCK_SIZE = 1024  # context of the recipes for GPT-2
 
 
@@ -42,9 +43,9 @@ def apply(dense, plan, text=None):
     fisher = plan.fisher
     if fisher is None:
         dense = spread_units(dense, text, plan.shapes["mlp.c_fc"][0].dim_2)
-        fisher = statistics(dense, text, [*plan.shapes]).fisher
-    new = factorize(dense, plan.shapes)
-    return new, calibrate(dense, new, text, fisher)
+        fisher = statistics(dense, text).fisher
+    new = factorize(plan.narrowed or dense, plan.shapes)
+    return new, calibrate(dense, new, text, fisher, goal=plan.narrowed)
 
 
 def factorize(model, shapes):
@@ -68,7 +69,7 @@ def with_factors(model, factors):
 def spread_units(model, text, n_groups):
     """The same function as a KronyGPT with dense MLPs whose n_groups strongest hidden units on a text stand apart: each is
     the first of n_inner / n_groups units."""
-    new = factorize(model, mlp_shapes(model.config.n_embd, model.config.n_inner, [1] * model.config.n_layer))
+    new = factorize(model, mlp_shapes(model.config.n_embd, model.config.n_inner[0], [1] * model.config.n_layer))
     for block, scores in zip(new.transformer.h, contributions(model, text)):
         fc, proj, order = block.mlp.c_fc, block.mlp.c_proj, interleave(scores, n_groups)
         fc.A.data, fc.bias.data, proj.A.data = fc.A[:, :, order], fc.bias[order], proj.A[:, order]
@@ -130,11 +131,20 @@ def write(path, dense, new, options, recipe):
         print(f"parameters {place}: {before[name]:,} → {after[name]:,} ({after[name] / before[name]:.1%})")
     checkpoint.save(path, new.cpu(), config=options)
     again, _ = checkpoint.load(str(path))
-    if not all(torch.equal(p, q) for p, q in zip(new.state_dict().values(), again.state_dict().values(), strict=True)):
+    if not is_same(new, again):
         raise UserError(f"{path} does not hold what was written to it", status=1)
     print(f"wrote {path} ({os.path.getsize(path) / 2**20:.0f} MiB), and verified it")
     if (new.config.vocab_size, new.config.block_size) == (GPT2_VOCAB_SIZE, RECIPE_BLOCK_SIZE):
         print(f"next: python train.py {recipe} --init_from={path} --out_dir=out/{Path(path).stem}")
+
+
+@torch.no_grad()
+def is_same(model, other):
+    """Whether two KronyGPTs on the CPU are equal, matrices up to the rounding of a file, which stores each rank once."""
+    p, q = ({name: t for name, t in m.state_dict().items() if not name.endswith((".A", ".B"))} for m in (model, other))
+    return model.config == other.config and all(torch.equal(t, q[name]) for name, t in p.items()) and all(
+        (a.weight - b.weight).norm() <= FILE_ROUNDING * a.weight.norm()
+        for (*_, a), (*_, b) in zip(model.matrices(), other.matrices()))
 
 
 @torch.no_grad()
@@ -145,7 +155,7 @@ def without_dropped_units(model):
     matrix of n_inner / N units. A model of which that is not true is returned as it is.
     """
     config, n = model.config, model.config.shapes["mlp.c_fc"][0].dim_2
-    N, kept = config.n_inner // n, []
+    N, kept = config.n_inner[0] // n, []
     for block, fc, proj in zip(model.transformer.h, config.shapes["mlp.c_fc"], config.shapes["mlp.c_proj"]):
         B = block.mlp.c_fc.B.flatten()
         if (N == 1 or fc != (config.n_embd, n, 1) or proj != (n, config.n_embd, 1)

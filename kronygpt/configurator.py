@@ -177,7 +177,7 @@ def run(main):
     """Run a script: configure its module's options, call main with the positional arguments, and exit.
 
     An error becomes one line on stderr. The exit status is that of a UserError, 2 for FileNotFoundError and its kind, 1 for
-    any other error, and 128 + N for signal N. --traceback shows the whole traceback instead.
+    any other error, and 128 + N for signal N. --traceback, or KRONYGPT_TRACEBACK=1, shows the whole traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # a pipe in latin-1 or ASCII gets \u2016 for what it cannot write
         if hasattr(stream, "reconfigure"):
@@ -203,7 +203,7 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except BaseException as error:  # panics of libraries in Rust are no Exceptions
-        if "--traceback" in sys.argv:
+        if "--traceback" in sys.argv or os.environ.get("KRONYGPT_TRACEBACK") == "1":
             traceback.print_exc()
         else:
             print("error:", report(error, main.__globals__.get("OUT_OF_MEMORY")), file=sys.stderr)

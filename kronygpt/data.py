@@ -37,9 +37,8 @@ DATA_DIR = Path("data")
 SPLITS = ("train", "val")
 CHECKED_TOKENS = 2**20  # of a split, before anything is done with it; the others are checked when they are used
 LLM_C = (20240520, 20240801)  # how a .bin of llm.c begins: a header of 256 int32
-JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow")
-ROWS = (*JSON_LINES, ".json", *TABLES)
+ROWS = (".jsonl", ".ndjson", ".jsonlines", ".json", *TABLES)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 CHARACTERS_AT_ONCE = 2**20  # of a text that is split
 LOG_SECONDS = 30  # between lines of progress in a log
@@ -181,7 +180,7 @@ def calibration_text(dataset, n_tokens, config, device):
     Raises:
         UserError: fewer tokens than a window has, or than a matrix has inputs.
     """
-    context, hidden = config.block_size, config.n_inner
+    context, hidden = config.block_size, max(config.n_inner)
     tokens = load_tokens(dataset, "train", config, context)
     n_tokens = min(n_tokens, len(tokens))
     if n_tokens < max(context, hidden):
@@ -286,7 +285,7 @@ def scratch_folder(directory):
 
 
 def progress(**options):
-    """A tqdm bar on a terminal; in a log a line every LOG_SECONDS."""
+    """A tqdm bar on a terminal; in a log, a line every LOG_SECONDS."""
     from tqdm import tqdm
 
     if not sys.stderr.isatty():
@@ -387,7 +386,12 @@ def table_rows(path, kind, column):
     check_no_pointer(path)
     if kind in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)
-        yield from csv.DictReader(open_text(path, newline=""), dialect="excel" if kind == ".csv" else "excel-tab")
+        rows = csv.DictReader(open_text(path, newline=""), dialect="excel" if kind == ".csv" else "excel-tab")
+        for row in rows:
+            if None in row:  # a comma in a text without quotes cuts it
+                raise UserError(f"{path}, line {rows.line_num} has more fields than the first line names: is a text with a "
+                                "comma or a tab not in quotes?")
+            yield row
     elif kind == ".parquet":
         from pyarrow.parquet import ParquetFile
 

@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.nn import functional as F
 
 from kronygpt import checkpoint
 from kronygpt.configurator import UserError
+from kronygpt.kron import column_side, with_identity
 from kronygpt.tokenizer import END_OF_TEXT, READABLE, GPT2Tokenizer, bytes_to_unicode, special_token
+from model import KINDS
 
 CODE = Path(__file__).with_name("modeling_kronygpt.py")  # which travels with a compressed export
 MARK = "<!-- Written by kron_to_gpt.py, which replaces this file; without this line it stays. -->"
@@ -30,26 +33,56 @@ def sizes(config):
         vocab_size=config.vocab_size, n_positions=config.block_size,
         n_ctx=config.block_size,  # an older name, which llama.cpp's converter asks for
         n_embd=config.n_embd, n_layer=config.n_layer,
-        n_head=config.n_head, n_inner=None if config.n_inner == 4 * config.n_embd else config.n_inner,
+        n_head=config.n_head, n_inner=None if max(config.n_inner) == 4 * config.n_embd else max(config.n_inner),
         resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout)
 
 
 def state_dict_for_transformers(model, expand):
-    """A KronyGPT's state dict with W [in, out] in place of A and B: of each matrix, or of those that are dense."""
+    """A KronyGPT's state dict with W [in, out] in place of A and B: of each matrix, or of those that are dense. Low rank is
+    stored as in modeling_kronygpt.LowRankLinear."""
     state_dict = model.state_dict()
     for layer, kind, matrix in model.matrices():
         name = f"transformer.h.{layer}.{kind}"
         if expand or matrix.is_dense:
             A, _ = state_dict.pop(f"{name}.A"), state_dict.pop(f"{name}.B")
             state_dict[f"{name}.weight"] = A[0] if matrix.is_dense else matrix.weight.detach()
+        elif side := column_side(matrix.A.shape, matrix.B.shape):
+            column, row = (matrix.A, matrix.B) if side == "A" else (matrix.B, matrix.A)
+            if column.shape[0] < column.shape[1]:
+                pivots, rest, row = with_identity(column.detach().squeeze(2).T, row.detach().squeeze(1))
+                is_rest = torch.ones(column.shape[1], dtype=torch.bool)
+                is_rest[pivots] = False
+                state_dict |= {f"{name}.A": rest.T.unsqueeze(2).contiguous(), f"{name}.B": row.unsqueeze(1),
+                               f"{name}.order": torch.cat((pivots, is_rest.nonzero()[:, 0])).int()}
     return state_dict
 
 
+def pad_widths(state_dict, config):
+    """The same function as an expanded state dict in which the heads of all blocks have the width head_dim, and all MLPs one
+    number of hidden units: zeros fill them up."""
+    def heads(t, *widths):  # (..., n_head * sum of widths)
+        parts = t.split([config.n_head * width for width in widths], dim=-1)
+        return torch.cat([F.pad(part.unflatten(-1, (config.n_head, -1)), (0, config.head_dim - width)).flatten(-2)
+                          for part, width in zip(parts, widths)], dim=-1)
+
+    for layer in range(config.n_layer):
+        name, qk, v = f"transformer.h.{layer}", config.head_qk[layer], config.head_v[layer]
+        for end in "weight", "bias":
+            state_dict[f"{name}.attn.c_attn.{end}"] = heads(state_dict[f"{name}.attn.c_attn.{end}"], qk, qk, v)
+            units = 0, max(config.n_inner) - config.n_inner[layer]
+            state_dict[f"{name}.mlp.c_fc.{end}"] = F.pad(state_dict[f"{name}.mlp.c_fc.{end}"], units)
+        state_dict[f"{name}.attn.c_proj.weight"] = heads(state_dict[f"{name}.attn.c_proj.weight"].T, v).T
+        state_dict[f"{name}.mlp.c_proj.weight"] = F.pad(state_dict[f"{name}.mlp.c_proj.weight"], (0, 0, *units))
+    return {key: t.contiguous() for key, t in state_dict.items()}
+
+
 def to_dense(model):
-    """The transformers GPT2LMHeadModel that computes the same function as a KronyGPT, with the Kronecker sums expanded."""
+    """The transformers GPT2LMHeadModel that computes the same function as a KronyGPT, with the Kronecker sums expanded and
+    narrow heads padded with zeros."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return with_weights(GPT2LMHeadModel, GPT2Config(**sizes(model.config)), state_dict_for_transformers(model, expand=True))
+    return with_weights(GPT2LMHeadModel, GPT2Config(**sizes(model.config)),
+                        pad_widths(state_dict_for_transformers(model, expand=True), model.config))
 
 
 def to_compressed(model):
@@ -59,6 +92,7 @@ def to_compressed(model):
     classes = dict(AutoConfig="KronyGPTConfig", AutoModel="KronyGPTModel", AutoModelForCausalLM="KronyGPTForCausalLM")
     config = KronyGPTConfig(
         shapes={kind: [list(shape) for shape in of_blocks] for kind, of_blocks in model.config.shapes.items()},
+        widths={name: getattr(model.config, name) for name in ("n_inner", "head_qk", "head_v")},
         auto_map={auto: f"{CODE.stem}.{name}" for auto, name in classes.items()}, **sizes(model.config))
     return with_weights(KronyGPTForCausalLM, config, state_dict_for_transformers(model, expand=False))
 
@@ -197,12 +231,12 @@ def base_model(config):
 def describe_shapes(config):
     """A table of the shapes of the four matrices, with the blocks that have them."""
     lines = ["| matrix | shapes (dim_1, dim_2, r) and the number of blocks that have them |", "|---|---|"]
-    for kind, (m, n) in config.matrices.items():
-        shapes = config.shapes[kind]
-        counts = {shape: shapes.count(shape) for shape in shapes}
-        said = ", ".join(("dense" if shape == (m, n, 1) else f"({', '.join(map(str, shape))})") + f" in {count}"
-                         for shape, count in counts.items())
-        lines.append(f"| {kind} [{m}, {n}] | {said} |")
+    for kind in KINDS:
+        said = []
+        for layer, shape in enumerate(config.shapes[kind]):
+            m, n = config.sizes(layer)[kind]
+            said.append(f"[{m}, {n}] " + ("dense" if shape == (m, n, 1) else f"({', '.join(map(str, shape))})"))
+        lines.append(f"| {kind} | {', '.join(f'{text} in {said.count(text)}' for text in dict.fromkeys(said))} |")
     return "\n".join(lines)
 
 
@@ -240,8 +274,8 @@ def model_card(name, model, rest, perplexities, dtype):
         perplexities: {data set: {"perplexity", ...}} as perplexity.py --json_out writes it, perhaps empty.
     """
     parameters = model.count_parameters()["total"]
-    dense = parameters + sum(matrix.weight.numel() - matrix.A.numel() - matrix.B.numel()
-                             for _, _, matrix in model.matrices() if not matrix.is_dense)
+    dense = parameters + sum(matrix.weight.numel() + matrix.bias.numel() - matrix.count_parameters()
+                             for _, _, matrix in model.matrices())
     data = ModelCardData(base_model=base_model(rest["config"]), library_name="transformers", pipeline_tag="text-generation",
                          tags=["gpt2", "kronecker", "compression"])
     rows = [f"| {dataset} | {result['perplexity']:.2f} |" for dataset, result in perplexities.items()]

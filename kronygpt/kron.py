@@ -85,3 +85,49 @@ def balanced(A, B):
     a, b = (side.flatten(1).norm(dim=1)[:, None, None] for side in (A, B))
     scale = torch.where((a > 0) & (b > 0), b.sqrt() / a.sqrt(), 1.0)
     return A * scale, B / scale
+
+
+def column_side(A_shape, B_shape):
+    """The side of a sum of low rank that holds its columns, "A" [r, m, 1] or "B"; None where a sum is no low rank."""
+    (_, m1, n1), (_, m2, n2) = A_shape, B_shape
+    return "A" if n1 == m2 == 1 else "B" if m1 == n2 == 1 else None
+
+
+def with_identity(column, row, largest=1.5):
+    """The same product column [m, r] @ row [r, n], r < m, as one in which r rows of the column side are the identity: those
+    r² numbers need not be stored. The rows are such that no number of the column side is above `largest`: partial pivoting
+    finds r rows, and then rows are exchanged as long as one gains (S. Goreinov et al., How to find a good submatrix, 2010).
+    PIFA (arXiv 2501.19090) stores low rank like this.
+
+    Returns:
+        pivots [r], the rows of the identity; rest [m - r, r], the others; row [r, n].
+    """
+    Q = torch.linalg.qr(float64(column)).Q
+    order = torch.arange(len(Q))
+    for i, j in enumerate((torch.linalg.lu_factor(Q).pivots - 1).tolist()):
+        order[[i, j]] = order[[j, i]]
+    pivots = order[:Q.shape[1]]
+    T = torch.linalg.solve(Q[pivots], Q, left=False)
+    while abs(T.view(-1)[at := T.abs().argmax().item()]) > largest:
+        i, j = divmod(at, T.shape[1])
+        change = T[i].clone()
+        change[j] -= 1
+        T -= torch.outer(T[:, j] / T[i, j], change)  # row i is a unit vector now, and the old row of the identity is not
+        pivots[j] = i
+    is_rest = torch.ones(len(T), dtype=torch.bool)
+    is_rest[pivots] = False
+    return pivots, T[is_rest].to(column), (float64(column)[pivots] @ float64(row)).to(row)
+
+
+def without_identity(pivots, rest, row):
+    """column [m, r] and row [r, n] of with_identity(), whole and balanced: columns of one and rows of the other are
+    orthogonal and of equal norms, as an SVD has them, so that training changes both sides alike."""
+    column = torch.empty(len(rest) + len(pivots), len(pivots), dtype=torch.float64)
+    is_rest = torch.ones(len(column), dtype=torch.bool)
+    is_rest[pivots] = False
+    column[pivots], column[is_rest] = torch.eye(len(pivots), dtype=torch.float64), rest.double()
+    (Q, R), (P, S) = torch.linalg.qr(column), torch.linalg.qr(row.double().T)
+    U, sigma, V = torch.linalg.svd(R @ S.T, full_matrices=False)
+    column, row = (Q @ U) * sigma.sqrt(), sigma.sqrt()[:, None] * (V @ P.T)
+    signs = column.gather(0, column.abs().argmax(0, keepdim=True)).sign()  # singular vectors come with either sign
+    return (column * signs).to(rest), (row * signs.T).to(rest)

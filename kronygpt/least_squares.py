@@ -15,7 +15,7 @@ import torch
 from torch.linalg import cholesky, solve_triangular
 
 from kronygpt.device import float64, float64_device
-from kronygpt.kron import balanced, leading_singular_vectors, rearrange, van_loan
+from kronygpt.kron import balanced, column_side, leading_singular_vectors, rearrange, van_loan
 from model import kron_weight
 
 RIDGE = 1e-3  # pull towards the trained weights, as a share of the mean second moment of an input
@@ -156,12 +156,6 @@ def als_step(G, C, B, m1, M_2):
     return torch.cholesky_solve(target, cholesky(N)).view(r, m1, n1)
 
 
-def is_low_rank(A_shape, B_shape):
-    """Whether a sum of r products is any matrix of rank r: a column times a row, or a row times a column."""
-    (_, m1, n1), (_, m2, n2) = A_shape, B_shape
-    return (n1 == 1 and m2 == 1) or (m1 == 1 and n2 == 1)
-
-
 def reduced_rank(problem, r, A_is_column):
     """A [r, m, 1] and B [r, 1, n], or A [r, 1, n] and B [r, m, 1]: the exact least squares of rank r in the metric, one SVD
     between whitened inputs and outputs (reduced-rank regression; A. J. Izenman, 1975. SVD-LLM, arXiv 2403.07378, whitens the
@@ -216,6 +210,8 @@ def fit(problem, A, B, fixed_B=False):
     if fixed_B:
         B = float64(B)
         return als_step(problem.ridged_G, problem.ridged_C, B, m1, separable(problem.M, n1)[1]), B
-    if is_low_rank(A.shape, B.shape):
+    if A[0].numel() == problem.W.numel():  # dense
+        return problem.solution[None], B
+    if column_side(A.shape, B.shape):
         return reduced_rank(problem, r, A_is_column=n1 == 1)
     return alternate(problem, *initial_factors(problem, m1, n1, r))

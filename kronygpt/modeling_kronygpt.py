@@ -3,27 +3,37 @@
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 
 Each of attn.c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj of a block computes y = x W + bias with W [m, n] = Σ_f A_f ⊗ B_f,
-or is GPT-2's own Conv1D where its shape is (m, n, 1). Everything else is inherited. This file travels with each exported
+or is GPT-2's own Conv1D where its shape is (m, n, 1). A block may have narrower heads and fewer hidden units than GPT-2's.
+Everything else is inherited. This file travels with each exported
 model, so it imports torch and transformers alone; it serves transformers 4.57 and 5.
 """
 import math
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers.pytorch_utils import Conv1D
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block
 COPY = 64  # multiply-adds that take as long as writing one number to memory
 
 
 class KronyGPTConfig(GPT2Config):
-    """GPT-2's config, and `shapes`: {"attn.c_attn": [[dim_1, dim_2, r] of each block], ...}; a matrix without is dense."""
+    """GPT-2's config, with two fields more.
+
+    shapes: {"attn.c_attn": [[dim_1, dim_2, r] of each block], ...}. A matrix that is not there is dense.
+    widths: {"n_inner": [...], "head_qk": [...], "head_v": [...]}, of each block: hidden units, the width of a head's queries
+        and keys, and that of its values. One that is not there is GPT-2's.
+    """
 
     model_type = "kronygpt"
 
-    def __init__(self, shapes=None, **kwargs):
+    def __init__(self, shapes=None, widths=None, **kwargs):
         super().__init__(**kwargs)
         self.shapes = shapes or {}
+        self.widths = widths or {}
 
 
 class KronLinear(nn.Module):
@@ -89,10 +99,51 @@ class KronLinear(nn.Module):
         return y.reshape(*x.shape[:-1], n1 * n2) + self.bias.to(y.dtype)
 
 
+class LowRankLinear(KronLinear):
+    """y = x W + bias with W [m, n] of rank r < m, each rank stored once: r rows of the left side [m, r] are the identity.
+    `order` [m] tells which, and then the places of the others, A [r, m - r, 1]. B is the right side [r, 1, n]."""
+
+    def __init__(self, m, n, rank, std):
+        super().__init__(m, n, (m, 1, rank), std)
+        self.A = nn.Parameter(torch.empty(rank, m - rank, 1))
+        self.register_buffer("order", torch.arange(m, dtype=torch.int32))
+
+    @torch.no_grad()
+    def init_weights(self):
+        nn.init.normal_(self.A, std=len(self.A)**-0.5)
+        nn.init.normal_(self.B, std=self.std)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        r, x = len(self.A), x.index_select(-1, self.order)
+        z = x[..., :r] + x[..., r:] @ self.A.squeeze(2).T  # (..., r)
+        y = z @ self.B.squeeze(1)
+        return y + self.bias.to(y.dtype)
+
+
 def from_left(L, X):
     """L [p, q] @ X [T, q, s] -> (T, p, s), as one large product on a transposed copy; where s = 1 nothing is copied."""
     T, q, s = X.shape
     return (X.transpose(1, 2).reshape(T * s, q) @ L.T).view(T, s, -1).transpose(1, 2)
+
+
+def narrow_heads(attention, n_head, qk, v, head_dim):
+    """Let GPT-2's attention work with queries and keys of width qk and values of width v. It has one width for all three and
+    the cache: the larger one, to which c_attn's output is padded with zeros. Scores stay divided by the root of head_dim."""
+    width = max(qk, v)
+    attention.head_dim, attention.split_size, attention.scaling = width, n_head * width, width**-0.5
+    attention.c_attn.register_forward_hook(partial(pad_heads, n_head, (qk, qk, v), width, (width / head_dim)**0.5))
+    attention.c_proj.register_forward_pre_hook(partial(cut_heads, n_head, v))
+
+
+def pad_heads(n_head, widths, width, scale, c_attn, inputs, output):
+    q, k, v = (F.pad(part.unflatten(-1, (n_head, -1)), (0, width - part.shape[-1] // n_head)).flatten(-2)
+               for part in output.split([n_head * w for w in widths], dim=-1))
+    return torch.cat((q * scale, k, v), dim=-1)
+
+
+def cut_heads(n_head, v, c_proj, inputs):
+    return inputs[0].unflatten(-1, (n_head, -1))[..., :v].flatten(-2),
 
 
 class InitFactors:
@@ -113,14 +164,25 @@ class KronyGPTModel(InitFactors, GPT2Model):
         for name, shapes in config.shapes.items():
             if name not in MATRICES or len(shapes) != len(self.h):
                 raise ValueError(f"shapes has {len(shapes)} shapes of {name} for {len(self.h)} blocks")
-            part, matrix = name.split(".")
-            for block, shape in zip(self.h, shapes):
-                parent = getattr(block, part)
-                m, n = getattr(parent, matrix).weight.shape
-                if tuple(shape) != (m, n, 1):
-                    is_residual = matrix == "c_proj"  # which writes to the residual stream, 2 n_layer times in all
-                    std = config.initializer_range / (math.sqrt(2 * config.n_layer) if is_residual else 1)
-                    setattr(parent, matrix, KronLinear(m, n, shape, std))
+        for i, block in enumerate(self.h):
+            C, H, head_dim = config.n_embd, config.n_head, config.n_embd // config.n_head
+            usual = dict(n_inner=config.n_inner or 4 * C, head_qk=head_dim, head_v=head_dim)
+            hidden, qk, v = (config.widths[name][i] if name in config.widths else width for name, width in usual.items())
+            sizes = (C, H * (2 * qk + v)), (H * v, C), (C, hidden), (hidden, C)
+            for name, (m, n) in zip(MATRICES, sizes):
+                part, matrix = name.split(".")
+                shape = tuple(config.shapes[name][i]) if name in config.shapes else (m, n, 1)
+                is_residual = matrix == "c_proj"  # which writes to the residual stream, 2 n_layer times in all
+                std = config.initializer_range / (math.sqrt(2 * config.n_layer) if is_residual else 1)
+                if shape == (m, n, 1):
+                    new = Conv1D(n, m)
+                elif shape[:2] in ((m, 1), (1, n)) and shape[2] < m:
+                    new = LowRankLinear(m, n, shape[2], std)
+                else:
+                    new = KronLinear(m, n, shape, std)
+                setattr(getattr(block, part), matrix, new)
+            if (qk, v) != (head_dim, head_dim):
+                narrow_heads(block.attn, H, qk, v, head_dim)
         self.post_init()
 
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from model import KronyGPT
+
 RIDGE = 1e-3  # added to the covariance of hidden units, as a share of its mean diagonal
 BLEND = 0.01  # share of the identity in the metric of an embedding
+HEAD_STEPS, HIDDEN_STEPS = 8, 32  # widths that are tried, of a head and of an MLP
 ROUNDING = 1e-12  # relative size of a number that counts as zero
 
 
@@ -17,6 +20,18 @@ def root(S):
     """R [..., n, n] with R Rᵀ = S for symmetric S [..., n, n] whose eigenvalues are at least 0, but for rounding."""
     values, vectors = torch.linalg.eigh(S)
     return vectors * values.clamp(min=0).sqrt()[..., None, :]
+
+
+def spectrum(W, covariance, fisher):
+    """The squared singular values [min(m, n)], descending, of G^(1/2) W F^(1/2) for W [m, n], G [m, m] and F [n, n]."""
+    if len(W) <= W.shape[1]:
+        return squares(W @ fisher @ W.T, root(covariance))
+    return squares(W.T @ covariance @ W, root(fisher))
+
+
+def squares(S, R):
+    """The eigenvalues of Rᵀ S R, which are at least 0 but for rounding, in descending order."""
+    return torch.linalg.eigvalsh(R.mT @ S @ R).clamp(min=0).flip(0)
 
 
 def tails(squares):
@@ -185,3 +200,121 @@ def embedding_factors(E, weights, metric):
     squares, V = torch.linalg.eigh(R.T @ (E.T @ (weights[:, None] * E)) @ R)
     V = V.flip(1)
     return E @ R @ V, torch.linalg.solve_triangular(R, V.T, upper=False, left=False), tails(squares.clamp(min=0).flip(0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the widths of a block, what each of them costs, and the block that has it
+
+@dataclass
+class Option:
+    """Widths of a half block, attention or MLP, before its matrices get ranks.
+
+    widths: {"head_qk", "head_v"} or {"n_inner"}.
+    loss: nats per token that the widths are predicted to add.
+    n_biases: numbers in the biases.
+    matrices: {kind: (m, n, σ² of spectrum())} of its two matrices in these widths.
+    """
+
+    widths: dict
+    loss: float
+    n_biases: int
+    matrices: dict
+
+
+def grid(width, steps):
+    """About `steps` widths, evenly spaced, up to a width."""
+    step = max(1, width // steps)
+    return [*range(step, width, step), width]
+
+
+class Block:
+    """The matrices of a block of a dense KronyGPT with its calibration.Statistics, in float64, and what narrows them.
+
+    W, b, F, G, mean: {kind: weight, bias, Fisher metric of the output, covariance and mean of the input}.
+    """
+
+    def __init__(self, model, layer, statistics):
+        self.config, self.layer, kinds = model.config, layer, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        names = {kind: f"transformer.h.{layer}.{kind}" for kind in kinds}
+        self.W = {kind: model.get_submodule(name).weight.detach().double() for kind, name in names.items()}
+        self.b = {kind: model.get_submodule(name).bias.detach().double() for kind, name in names.items()}
+        self.F, self.mean, self.G = ({kind: of_all[name] for kind, name in names.items()} for of_all in (
+            statistics.fisher, statistics.means, statistics.covariances))
+        self.bases = self.order = None
+
+    def attention(self, is_narrowed):
+        """Options for the heads at all multiples of an eighth of their width, or at their own only."""
+        head, H, C = self.config.head_dim, self.config.n_head, self.config.n_embd
+        W, F = self.W["attn.c_attn"], self.F["attn.c_attn"]
+        self.bases = bases = head_bases(W, self.b["attn.c_attn"], self.W["attn.c_proj"], H, self.mean["attn.c_attn"],
+                                        self.G["attn.c_attn"], self.G["attn.c_proj"], F, self.F["attn.c_proj"])
+        widths = grid(head, HEAD_STEPS) if is_narrowed else [head]
+        qk_costs, vo_costs = bases.qk_costs.sum(0), bases.vo_costs.sum(0)
+        R_attn, R_proj = root(self.G["attn.c_attn"]), root(self.F["attn.c_proj"])
+        result = []
+        for v in widths:
+            D_v, T_v = (side[2 * C:, 2 * H * head:] for side in reversed(head_maps(bases, head, v)))
+            W_v = D_v.T @ self.W["attn.c_proj"]  # (n_head v, C)
+            proj = H * v, C, squares(W_v.T @ (T_v.T @ self.G["attn.c_proj"] @ T_v) @ W_v, R_proj)[:H * v]
+            for qk in widths:
+                T, D = head_maps(bases, qk, v)
+                W_qkv = W @ T  # (C, n_head (2 qk + v))
+                attn = *W_qkv.shape, squares(W_qkv @ (D.T @ F @ D) @ W_qkv.T, R_attn)[:W_qkv.shape[1]]
+                loss = (qk_costs[qk] if qk < head else 0) + (vo_costs[v] if v < head else 0)
+                result.append(Option(dict(head_qk=qk, head_v=v), float(loss), H * (2 * qk + v) + C,
+                                     {"attn.c_attn": attn, "attn.c_proj": proj}))
+        return result
+
+    def mlp(self, is_narrowed):
+        """Options for the hidden units at all multiples of a 32nd of their number, or with all of them only."""
+        W, G, n = self.W["mlp.c_proj"], self.G["mlp.c_proj"], len(self.W["mlp.c_proj"])
+        R_fc, R_proj = root(self.G["mlp.c_fc"]), root(self.F["mlp.c_proj"])
+        self.order, costs = torch.arange(n), torch.zeros(n + 1)
+        if is_narrowed:
+            self.order, costs = brain_surgeon(W, G, self.F["mlp.c_proj"])
+        result = []
+        for width in grid(n, HIDDEN_STEPS) if is_narrowed else [n]:
+            kept = self.kept(width)
+            W_fc, W_proj = self.W["mlp.c_fc"][:, kept], self.output(kept)
+            fc = *W_fc.shape, squares(W_fc @ self.F["mlp.c_fc"][kept][:, kept] @ W_fc.T, R_fc)[:width]
+            proj = *W_proj.shape, squares(W_proj.T @ G[kept][:, kept] @ W_proj, R_proj)[:width]
+            result.append(Option(dict(n_inner=width), float(costs[n - width]), width + self.config.n_embd,
+                                 {"mlp.c_fc": fc, "mlp.c_proj": proj}))
+        return result
+
+    def kept(self, width):
+        return self.order[len(self.order) - width:].sort().values
+
+    def output(self, kept):
+        W = self.W["mlp.c_proj"]
+        return W if len(kept) == len(W) else without_units(W, self.G["mlp.c_proj"], kept)
+
+    def narrowed(self, head_qk, head_v, n_inner):
+        """(weights, biases, fisher) by kind, in these widths."""
+        (T, D), kept = head_maps(self.bases, head_qk, head_v), self.kept(n_inner)
+        D_v = D[2 * self.config.n_embd:, 2 * self.config.n_head * head_qk:]
+        W = {"attn.c_attn": self.W["attn.c_attn"] @ T, "attn.c_proj": D_v.T @ self.W["attn.c_proj"],
+             "mlp.c_fc": self.W["mlp.c_fc"][:, kept], "mlp.c_proj": self.output(kept)}
+        b = dict(self.b, **{"attn.c_attn": self.b["attn.c_attn"] @ T, "mlp.c_fc": self.b["mlp.c_fc"][kept]})
+        F = dict(self.F, **{"attn.c_attn": D.T @ self.F["attn.c_attn"] @ D, "mlp.c_fc": self.F["mlp.c_fc"][kept][:, kept]})
+        return W, b, F
+
+
+@torch.no_grad()
+def narrowed(dense, blocks, widths):
+    """A dense KronyGPT in other widths, {"head_qk", "head_v", "n_inner": [of each block]}, and the Fisher metrics {name: F}
+    of its outputs, from the Blocks of another one."""
+    state_dict, fisher = dict(dense.state_dict()), {}
+    for layer, block in enumerate(blocks):
+        for values, end in zip(block.narrowed(*(widths[name][layer] for name in ("head_qk", "head_v", "n_inner"))), "AbF"):
+            for kind, value in values.items():
+                name = f"transformer.h.{layer}.{kind}"
+                if end == "F":
+                    fisher[name] = value
+                elif end == "b":
+                    state_dict[f"{name}.bias"] = value.to(state_dict[f"{name}.bias"])
+                else:
+                    state_dict[f"{name}.A"] = value[None].to(state_dict[f"{name}.bias"])
+                    state_dict[f"{name}.B"] = state_dict[f"{name}.A"].new_ones(1, 1, 1)
+    state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
+    return KronyGPT.from_state_dict(dict(dense.config.as_plain_types(), **widths, shapes={}), state_dict).eval(), fisher

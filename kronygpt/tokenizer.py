@@ -250,14 +250,11 @@ def tokenizer_record(directory):
 
 
 def open_tokenizer(config, directory=None):
-    """The tokenizer of a model.
+    """The Tokenizer of a model; an UnknownTokenizer, which refuses text, where nobody knows it.
 
     Args:
         config: the model's: its `tokenizer`, a record or None, and its vocab_size.
         directory: of another tokenizer, which a person has named, or None.
-
-    Returns:
-        A Tokenizer; an UnknownTokenizer, which refuses text, where nobody knows it.
 
     Raises:
         UserError: it is not where it was, or has changed.
@@ -292,9 +289,7 @@ def extends(config, name, vocab_size):
 def stream_text(tokenizer, tokens, last):
     """Yield the text of each token as it comes, "" while a character is incomplete; after the last one, what was held back.
 
-    Args:
-        tokens: an iterable of numbers, which continue a text.
-        last: the last token of that text: some tokenizers write a token by the one before it.
+    The tokens continue a text that ends with the token `last`: some tokenizers write a token by the one before it.
     """
     held, shown = [last], tokenizer.decode([last])  # tokens to decode together, and how their text begins
     for token in tokens:

@@ -100,7 +100,7 @@ def mixed_model():
     torch.manual_seed(0)
     sizes = dict(block_size=32, vocab_size=256, n_layer=5, n_head=2, n_embd=128)
     shapes = {name: [kinds_of_shape(m, n)[(layer + place) % 5] for layer in range(5)]
-              for place, (name, (m, n)) in enumerate(KronyGPTConfig(**sizes).matrices.items())}
+              for place, (name, (m, n)) in enumerate(KronyGPTConfig(**sizes).sizes(0).items())}
     model = KronyGPT(KronyGPTConfig(**sizes, shapes=shapes))
     randomize_vectors(model)
     with torch.no_grad():  # at 0.02 the logits hardly depend on the blocks
@@ -163,7 +163,7 @@ def to_gpt2(model):
 
     config = model.config
     hf_model = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
-                                          n_layer=config.n_layer, n_head=config.n_head, n_inner=config.n_inner))
+                                          n_layer=config.n_layer, n_head=config.n_head, n_inner=config.n_inner[0]))
     hf_model.load_state_dict(gpt2_weights(model))
     return hf_model.eval()
 

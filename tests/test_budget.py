@@ -7,17 +7,24 @@ import torch
 
 from experiments.peers import even_ranks
 from kronygpt import budget
-from kronygpt.calibration import Statistics
 from kronygpt.configurator import UserError
-from model import KronyGPT, KronyGPTConfig, mlp_shapes
+from model import KINDS, KronyGPT, KronyGPTConfig, mlp_shapes
 
 CONFIG = KronyGPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=16)
 TINY = KronyGPTConfig(block_size=4, vocab_size=8, n_layer=1, n_head=1, n_embd=6, n_inner=10)
 
 
 def n_parameters(config, shapes=None):
-    with torch.device("meta"):
-        return sum(p.numel() for p in KronyGPT(replace(config, shapes=config.shapes | (shapes or {}))).parameters())
+    """In a file, where low rank, (m, 1, r) or (1, n, r), has r (m + n - r) numbers and a bias."""
+    config = replace(config, shapes=config.shapes | (shapes or {}))
+    total = (config.vocab_size + config.block_size + 2 + 4 * config.n_layer) * config.n_embd
+    for layer in range(config.n_layer):
+        for kind, (m, n) in config.sizes(layer).items():
+            dim_1, dim_2, r = config.shapes[kind][layer]
+            is_low_rank = (dim_1, dim_2) in ((m, 1), (1, n)) and r < m
+            sides = r * (dim_1 * dim_2 + m * n // (dim_1 * dim_2))
+            total += n + (m * n if (dim_1, dim_2, r) == (m, n, 1) else sides - is_low_rank * r * r)
+    return total
 
 
 @pytest.mark.parametrize("n_layer, n_embd, limit", [(2, 16, 6_000), (12, 768, 82_000_000), (48, 1600, 1_000_000_000)])
@@ -33,8 +40,11 @@ def test_table_lists_every_shape_that_comes_near_the_budget(n_layer, n_embd, lim
     expected = set()
     for dim_1, dim_2 in itertools.product(divisors(n_embd), divisors(hidden)):
         a, b = dim_1 * dim_2, n_embd * hidden // (dim_1 * dim_2)
-        fitting = [r for r in range(1, min(a, b) + 1) if rest + 2 * n_layer * r * (a + b) <= 1.005 * limit]
-        total = rest + 2 * n_layer * max(fitting, default=0) * (a + b)
+        is_low_rank = (dim_1, dim_2) in ((n_embd, 1), (1, hidden))
+        sizes = {r: rest + n_layer * (2 * r * (a + b) - is_low_rank * r * r * (1 + (r < n_embd)))
+                 for r in range(1, min(a, b) + 1)}
+        fitting = [r for r, size in sizes.items() if size <= 1.005 * limit]
+        total = sizes[max(fitting, default=1)]
         if fitting and total >= 0.99 * limit:
             expected.add((total, dim_1, dim_2, max(fitting)))
     shapes = budget.shapes_within(config, limit, int(1.005 * limit))
@@ -51,31 +61,42 @@ def test_a_budget_means_its_last_digit(text, smallest, largest):
     assert budget.parse_budget(text) == (smallest, largest)
 
 
+class Spectra:
+    """Statistics with given squared singular values, {name of a matrix: σ², descending}."""
+
+    fisher = None
+
+    def __init__(self, spectra):
+        self.spectra = spectra
+
+    def spectrum(self, name, matrix):
+        return self.spectra[name]
+
+
 def random_statistics(config, kinds, seed):
-    """Squared singular values that fall at a rate of their own in each matrix, in descending order."""
+    """Spectra that fall at a rate of their own in each matrix."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    return Statistics({}, {f"transformer.h.{layer}.{kind}": torch.rand(()) * 10 ** -torch.linspace(
-        0, 1 + 3 * torch.rand((), generator=generator).item(), min(config.matrices[kind])).double()
+    return Spectra({f"transformer.h.{layer}.{kind}": torch.rand(()) * 10 ** -torch.linspace(
+        0, 1 + 3 * torch.rand((), generator=generator).item(), min(config.sizes(0)[kind])).double()
         for layer in range(config.n_layer) for kind in kinds})
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9, 0.97])
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_lose_little_more_than_the_best_of_all_combinations(share, seed):
-    statistics = random_statistics(TINY, TINY.matrices, seed)
-    dense, least = n_parameters(TINY), n_parameters(TINY, {kind: [(m, 1, 1)] for kind, (m, n) in TINY.matrices.items()})
+    statistics = random_statistics(TINY, KINDS, seed)
+    dense, least = n_parameters(TINY), n_parameters(TINY, {kind: [(m, 1, 1)] for kind, (m, n) in TINY.sizes(0).items()})
     limit = int(least + share * (dense - least))
-    plan = budget.plan_ranks(TINY, TINY.matrices, limit, statistics)
+    plan = budget.plan_ranks(KronyGPT(TINY), KINDS, limit, statistics)
 
     choices = []  # of each matrix: (parameters, loss), by rank, and dense
-    for kind, (m, n) in TINY.matrices.items():
+    for kind, (m, n) in TINY.sizes(0).items():
         values = statistics.spectra[f"transformer.h.0.{kind}"]
-        ranks = [(r * (m + n), values[r:].sum().item() / 2) for r in range(1, len(values)) if r * (m + n) < m * n]
-        choices.append([*ranks, (m * n, 0.0)])
+        choices.append([*((r * (m + n - r), values[r:].sum().item() / 2) for r in range(1, len(values))), (m * n, 0.0)])
         (_, dim_2, r), = plan.shapes[kind]
-        assert (m * n if dim_2 == n else r * (m + n), pytest.approx(plan.losses[kind][0])) in choices[-1]
-    spare = limit - dense + sum(m * n for m, n in TINY.matrices.values())
+        assert (m * n if dim_2 == n else r * (m + n - r), pytest.approx(plan.losses[kind][0])) in choices[-1]
+    spare = limit - dense + sum(m * n for m, n in TINY.sizes(0).values())
     best = min(sum(loss for _, loss in combination) for combination in itertools.product(*choices)
                if sum(size for size, _ in combination) <= spare)
     assert best * (1 - 1e-9) <= plan.loss <= 1.3 * best + 1e-9
@@ -91,18 +112,19 @@ def test_widths_and_ranks_lose_little_more_than_the_best_of_all_combinations(see
         return torch.rand(shape, generator=generator).double()
 
     def table():
-        return (10 * random(5)).int().cumsum(0) + 1, random(5).sort(descending=True).values / 10
+        return budget.RankTable(0, 0, (10 * random(5)).int().cumsum(0) + 1, random(5).sort(descending=True).values / 10)
 
-    parts = [[budget.Choice(k, int(20 * random()), random().item(), [table(), table()]) for k in range(1 + p)]
+    parts = [[budget.Choice({}, int(20 * random()), random().item(), dict(a=table(), b=table())) for k in range(1 + p)]
              for p in range(3)]
-    every = [[(choice.size + a[0][i].item() + b[0][j].item(), choice.loss + a[1][i].item() + b[1][j].item())
-              for choice in choices for a, b in [choice.tables] for i in range(5) for j in range(5)] for choices in parts]
+    every = [[(choice.size + a.sizes[i].item() + b.sizes[j].item(), choice.loss + a.losses[i].item() + b.losses[j].item())
+              for choice in choices for a, b in [choice.tables.values()] for i in range(5) for j in range(5)]
+             for choices in parts]
     smallest = sum(min(size for size, _ in options) for options in every)
     for limit in (smallest, smallest + 20, smallest + 50):
         best = min(a[1] + b[1] + c[1] for a, b, c in itertools.product(*every) if a[0] + b[0] + c[0] <= limit)
         found = budget.cheapest(parts, limit)
-        sizes, losses = zip(*((choice.size + sum(size[i].item() for (size, _), i in zip(choice.tables, rows)),
-                               choice.loss + sum(loss[i].item() for (_, loss), i in zip(choice.tables, rows)))
+        sizes, losses = zip(*((choice.size + sum(t.sizes[i].item() for t, i in zip(choice.tables.values(), rows)),
+                               choice.loss + sum(t.losses[i].item() for t, i in zip(choice.tables.values(), rows)))
                               for choice, rows in found))
         assert sum(sizes) <= limit and best <= sum(losses) + 1e-12 <= 1.5 * best + 1e-9
 
@@ -112,24 +134,26 @@ def test_what_the_price_leaves_is_spent():
     kinds = ["attn.c_attn", "mlp.c_fc", "mlp.c_proj"]
     config = replace(CONFIG, shapes={"attn.c_proj": [(16, 1, 2), (4, 4, 3)]})
     statistics = random_statistics(config, kinds, 0)
-    for limit in range(3_500, n_parameters(config), 397):
-        plan = budget.plan_ranks(config, kinds, limit, statistics)
+    for limit in range(3_500, n_parameters(config, {kind: [(m, n, 1)] * 2 for kind, (m, n) in config.sizes(0).items()
+                                                  if kind in kinds}), 397):
+        plan = budget.plan_ranks(KronyGPT(config), kinds, limit, statistics)
         total = n_parameters(config, plan.shapes)
         assert total <= limit and [*plan.shapes] == kinds
-        for kind, (m, n) in ((kind, config.matrices[kind]) for kind in kinds):
+        for kind, (m, n) in ((kind, config.sizes(0)[kind]) for kind in kinds):
             for r in (r for _, dim_2, r in plan.shapes[kind] if dim_2 == 1):
-                assert total + m + n > limit and total - r * (m + n) + m * n > limit, (limit, kind)
+                step = m + n - 2 * r - 1 if r + 1 < min(m, n) else m * n - r * (m + n - r)
+                assert total + step > limit and total - r * (m + n - r) + m * n > limit, (limit, kind)
         again = replace(config, shapes=config.shapes | plan.shapes)  # what was factored before does not matter
-        assert budget.plan_ranks(again, kinds, limit, statistics) == plan
+        assert budget.plan_ranks(KronyGPT(again), kinds, limit, statistics) == plan
 
 
 def test_a_matrix_stays_dense_where_that_is_cheap():
     """One matrix whose singular values do not fall, beside others of low rank."""
     spectra = {f"transformer.h.{layer}.{kind}": torch.tensor([1.0] + 15 * [1e-9], dtype=torch.double)
-               for layer in range(2) for kind in CONFIG.matrices}
+               for layer in range(2) for kind in KINDS}
     spectra["transformer.h.1.attn.c_proj"] = torch.ones(16, dtype=torch.double)
-    least = n_parameters(CONFIG, {kind: [(m, 1, 1)] * 2 for kind, (m, n) in CONFIG.matrices.items()})
-    plan = budget.plan_ranks(CONFIG, CONFIG.matrices, least + 16 * 16 - 32, Statistics({}, spectra))
+    least = n_parameters(CONFIG, {kind: [(m, 1, 1)] * 2 for kind, (m, n) in CONFIG.sizes(0).items()})
+    plan = budget.plan_ranks(KronyGPT(CONFIG), KINDS, least + 16 * 16 - 31, Spectra(spectra))
     assert plan.shapes["attn.c_proj"] == [(16, 1, 1), (16, 16, 1)]
     assert all(shape.factors == 1 for shapes in plan.shapes.values() for shape in shapes)
 
@@ -139,11 +163,13 @@ def test_even_ranks_keep_the_same_share_of_each_matrix():
     limit = n_parameters(config) * 6 // 10
     shapes = even_ranks(config, limit)
     assert 0.97 * limit < n_parameters(config, shapes) <= limit
-    shares = [r * (m + n) / (m * n) for kind, (m, n) in config.matrices.items() for _, _, r in shapes[kind]]
+    shares = [r * (m + n - r) / (m * n) for kind, (m, n) in config.sizes(0).items() for _, _, r in shapes[kind]]
     assert len(shares) == 8 and max(shares) - min(shares) < 0.04
 
 
-@pytest.mark.parametrize("choose", [even_ranks, lambda config, limit: budget.plan_ranks(config, ["mlp.c_fc"], limit, None)])
+@pytest.mark.parametrize("choose", [
+    even_ranks, lambda config, limit: budget.plan_ranks(KronyGPT(config), ["mlp.c_fc"], limit, None),
+    lambda config, limit: budget.plan_widths(KronyGPT(config), [limit], None)])
 def test_a_budget_out_of_range_is_one_clear_line(choose):
     dense = n_parameters(CONFIG)
     for limit in (1_000, dense, dense + 1):

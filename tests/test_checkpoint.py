@@ -103,14 +103,14 @@ def test_what_is_saved_is_loaded_bit_for_bit(model, tmp_path):
 
 
 def test_a_file_has_the_published_names_and_layout(mixed_model, tmp_path):
-    checkpoint.save(tmp_path / "a.pt", mixed_model)
+    checkpoint.save(tmp_path / "a.pt", mixed_model, train_a_step(mixed_model))
     found = torch.load(tmp_path / "a.pt", weights_only=True)["model"]
     expected = {"transformer.wte.weight": (256, 128), "transformer.wpe.weight": (32, 128), "lm_head.weight": (256, 128),
                 "transformer.ln_f.weight": (128,), "transformer.ln_f.bias": (128,)}
     for layer in range(5):
         block = f"transformer.h.{layer}."
         expected |= {f"{block}{norm}.{part}": (128,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
-        for name, (m, n) in mixed_model.config.matrices.items():
+        for name, (m, n) in mixed_model.config.sizes(0).items():
             dim_1, dim_2, r = mixed_model.config.shapes[name][layer]
             if "attn" in name and (dim_1, dim_2, r) == (m, n, 1):
                 expected |= {f"{block}{name}.weight": (n, m), f"{block}{name}.bias": (n,)}
@@ -120,7 +120,7 @@ def test_a_file_has_the_published_names_and_layout(mixed_model, tmp_path):
     assert {name: tuple(p.shape) for name, p in found.items()} == expected
     assert sum(name.endswith(("c_attn.weight", "c_proj.weight")) for name in found) == 2
     blocks, dense = mixed_model.transformer.h, {name: shapes.index((m, n, 1)) for (name, (m, n)), shapes in zip(
-        mixed_model.config.matrices.items(), mixed_model.config.shapes.values())}
+        mixed_model.config.sizes(0).items(), mixed_model.config.shapes.values())}
     layer = dense["attn.c_attn"]
     assert torch.equal(found[f"transformer.h.{layer}.attn.c_attn.weight"], blocks[layer].attn.c_attn.weight.T)
     assert torch.equal(found["transformer.h.0.attn.c_proj_1"], blocks[0].attn.c_proj.B)

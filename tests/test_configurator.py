@@ -235,9 +235,11 @@ def test_any_other_error_is_one_line_that_names_our_file_and_line(what, words, f
     assert code in path.read_text(encoding="utf-8").splitlines()[int(number) - 1]
 
 
-def test_traceback_shows_all_of_an_error(say):
+def test_traceback_shows_all_of_an_error(say, monkeypatch):
     said = say("wrong", "--traceback")
     assert said.returncode == 2 and said.stderr.startswith("Traceback") and "in main" in said.stderr
+    monkeypatch.setenv("KRONYGPT_TRACEBACK", "1")
+    assert say("wrong").stderr == said.stderr
 
 
 def start(*args, encoding="utf-8", **options):

@@ -94,7 +94,7 @@ def test_every_command_is_one_that_its_script_takes(document, monkeypatch):
     for command in commands(code, prose):
         try:
             check_command(command)
-        except (AssertionError, UserError) as error:
+        except (AssertionError, FileNotFoundError, UserError) as error:
             pytest.fail(f"{command}: {error}")
 
 
@@ -111,7 +111,7 @@ def test_the_commands_above_a_recipe_are_ones_that_their_scripts_take(config, mo
 def test_a_wrong_command_is_noticed(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert commands(f"{command}   # why") == [f"{command}   # why"]
-    with pytest.raises((AssertionError, UserError)):
+    with pytest.raises((AssertionError, FileNotFoundError, UserError)):
         check_command(command)
 
 

@@ -29,8 +29,8 @@ def comparison(seeds=2):
         runs = [dict(after=loss - 0.1 - seed / 100, seconds=3.0, curve=[[0, loss]]) for seed in range(seeds)]
         return dict(name=name, parameters=parameters, before=loss, shapes=shapes, seconds=2.0, runs=runs, learning_rate=3e-4)
 
-    dense = {kind: [[m, n, 1]] * 2 for kind, (m, n) in TINY.matrices.items()}
-    low = {kind: [[m, 1, 2], [m, 1, 3]] for kind, (m, n) in TINY.matrices.items()}
+    dense = {kind: [[m, n, 1]] * 2 for kind, (m, n) in TINY.sizes(0).items()}
+    low = {kind: [[m, 1, 2], [m, 1, 3]] for kind, (m, n) in TINY.sizes(0).items()}
     base = row("dense base", 4000, 1.5, dense)
     base.pop("runs")
     base.pop("learning_rate")
@@ -142,7 +142,7 @@ def test_peers_of_a_size_are_sorted_by_their_loss():
 
 def test_ranks_of_the_budgets():
     budgets = figures.our_budgets(comparison())
-    assert list(budgets) == ["2K", "1K"] and figures.matrices_of(comparison()) == TINY.matrices
+    assert list(budgets) == ["2K", "1K"] and figures.matrices_of(comparison()) == TINY.sizes(0)
     rows = cells(figures.ranks_table(comparison()))
     assert rows[4] == ["1K", "attn.c_attn", f"2 ({2 * 64 / 768:.0%})", f"3 ({3 * 64 / 768:.0%})"]
     assert rows[3] == ["2K", "mlp.c_proj", "dense", "dense"]

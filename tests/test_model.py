@@ -35,7 +35,7 @@ def tiny(**changes):
 def of_every_kind(**sizes):
     """Shapes of all four matrices: a Kronecker sum in the first block, low rank in the second."""
     config = KronyGPTConfig(n_layer=2, n_head=2, n_embd=32, **sizes)
-    return {name: kinds_of_shape(m, n)[:2] for name, (m, n) in config.matrices.items()}
+    return {name: kinds_of_shape(m, n)[:2] for name, (m, n) in config.sizes(0).items()}
 
 
 def trained(model):
@@ -80,7 +80,7 @@ def test_an_mlp_may_have_any_width(n_inner):
     model = tiny(n_inner=n_inner, shapes={"mlp.c_fc": [(16, 1, 2), (32, n_inner, 1)]})
     randomize_vectors(model)
     idx, targets = random_tokens(2, 16, vocab_size=64), random_tokens(2, 16, vocab_size=64).flip(0)
-    assert model.config.n_inner == n_inner and model.transformer.h[0].mlp.c_fc.bias.shape == (n_inner,)
+    assert model.config.n_inner == [n_inner] * 2 and model.transformer.h[0].mlp.c_fc.bias.shape == (n_inner,)
     torch.testing.assert_close(model(idx), to_gpt2(model)(idx).logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradients(model, idx, targets), expected_gradients(model, idx, targets), rtol=1e-4, atol=1e-6)
 
@@ -155,12 +155,12 @@ def test_a_compiled_model_takes_batches_of_any_size_in_one_graph(backend):
 
 def test_a_matrix_without_a_shape_is_dense():
     config = KronyGPTConfig(n_layer=2, n_head=2, n_embd=32, n_inner=96, shapes={"attn.c_proj": [(32, 1, 3), [8, 4, 2]]})
-    assert list(config.matrices.items()) == [("attn.c_attn", (32, 96)), ("attn.c_proj", (32, 32)), ("mlp.c_fc", (32, 96)),
+    assert list(config.sizes(0).items()) == [("attn.c_attn", (32, 96)), ("attn.c_proj", (32, 32)), ("mlp.c_fc", (32, 96)),
                                              ("mlp.c_proj", (96, 32))]
     assert config.shapes == {"attn.c_attn": [(32, 96, 1)] * 2, "attn.c_proj": [(32, 1, 3), (8, 4, 2)],
                              "mlp.c_fc": [(32, 96, 1)] * 2, "mlp.c_proj": [(96, 32, 1)] * 2}
     assert all(isinstance(shape, Shape) for shapes in config.shapes.values() for shape in shapes)
-    assert KronyGPTConfig(n_layer=2, n_head=2, n_embd=32).n_inner == 128
+    assert KronyGPTConfig(n_layer=2, n_head=2, n_embd=32).n_inner == [128, 128]
 
 
 def test_mlp_shapes_are_mirrored_and_have_one_number_of_factors_per_block():
@@ -207,7 +207,7 @@ def test_initial_mlp_weights_have_the_size_of_gpt2s(dim_1, dim_2, r):
 
 @pytest.mark.parametrize("kind", range(5), ids=["Kronecker", "low rank", "mirror image", "pruned", "dense"])
 def test_initial_weights_of_all_four_matrices_have_the_size_of_gpt2s(kind):
-    matrices = KronyGPTConfig(n_layer=3, n_embd=128, n_head=4).matrices
+    matrices = KronyGPTConfig(n_layer=3, n_embd=128, n_head=4).sizes(0)
     shapes = {name: [kinds_of_shape(m, n)[kind]] * 3 for name, (m, n) in matrices.items()}
     check_standard_deviations(tiny(n_layer=3, n_embd=128, n_head=4, shapes=shapes), rel=0.1)
 
@@ -306,7 +306,7 @@ def test_the_factors_alone_can_be_trained():
     assert changed == {f"{name}.{side}" for name in factored for side in "AB"}
 
 
-@pytest.mark.parametrize("shapes", [{}, {name: [(m, 1, 4)] * 2 for name, (m, n) in tiny().config.matrices.items()}],
+@pytest.mark.parametrize("shapes", [{}, {name: [(m, 1, 4)] * 2 for name, (m, n) in tiny().config.sizes(0).items()}],
                          ids=["dense", "low rank"])
 def test_flops_of_a_step_are_three_times_those_that_torch_counts_forward(shapes):
     model = tiny(shapes=shapes, block_size=16)

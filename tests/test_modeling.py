@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from kronygpt import checkpoint, compress, export
 from kronygpt.export import model_card
 from kronygpt.modeling_kronygpt import KronLinear, KronyGPTConfig, KronyGPTForCausalLM, KronyGPTModel
+from model import Shape
 from prune import prune_matrix
 
 IDX = random_tokens(2, 32)
@@ -66,7 +68,7 @@ torch.empty = lambda *args, **options: empty(*args, **options).fill_(torch.nan) 
 torch.manual_seed(0)
 new = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
 torch.empty = empty
-found["scales"] = {name: sum(map(torch.kron, m.A.detach().contiguous(), m.B.detach().contiguous())).std().item()
+found["scales"] = {name: m(torch.eye(len(m.order) if hasattr(m, "order") else m.A.shape[1] * m.B.shape[1])).std().item()
                    for name, m in new.named_modules() if hasattr(m, "A")}
 new(idx, labels=idx).loss.backward()
 found["reached"] = all(p.isfinite().all() and p.grad is not None and bool(p.grad.any()) for p in new.parameters())
@@ -93,13 +95,27 @@ def config(mixed_model):
                           bos_token_id=None, eos_token_id=None)
 
 
+def n_inputs(matrix):
+    return len(matrix.order) if hasattr(matrix, "order") else matrix.A.shape[1] * matrix.B.shape[1]
+
+
 def as_lists(shapes):
     return {name: [list(shape) for shape in of_blocks] for name, of_blocks in shapes.items()}
 
 
 def assert_same(model, other):
-    p, q = model.state_dict(), other.state_dict()
-    assert model.config == other.config and p.keys() == q.keys() and all(torch.equal(p[name], q[name]) for name in p)
+    """One KronyGPT that was read from a compressed export, and the one that was exported."""
+    assert model.config == replace(other.config, shapes=of_columns(other.config))
+    for (_, _, p), (_, _, q) in zip(model.matrices(), other.matrices()):
+        torch.testing.assert_close(p.weight, q.weight, rtol=0, atol=5e-6 * q.weight.abs().max().item())
+    for name, p in other.state_dict().items():
+        assert name.endswith((".A", ".B")) or torch.equal(p, model.state_dict()[name])
+
+
+def of_columns(config):
+    """The shapes of a config in which (1, n, r) is (m, 1, r), as compressed exports have it."""
+    return {kind: [Shape(m, 1, r) if (dim_1, dim_2) == (1, n) else Shape(dim_1, dim_2, r) for dim_1, dim_2, r in shapes]
+            for kind, shapes in config.shapes.items() for m, n in [config.sizes(0)[kind]]}
 
 
 def assert_scales(stds):
@@ -152,7 +168,9 @@ def test_what_is_written(made, mixed_model):
     assert {file.name for file in made.iterdir()} == FILES
     with safe_open(made / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"} and "lm_head.weight" not in file.keys()  # noqa: SIM118
-    assert sum(p.numel() for p in load_file(made / "model.safetensors").values()) == mixed_model.count_parameters()["total"]
+    tensors = load_file(made / "model.safetensors")
+    n_parameters = sum(p.numel() for name, p in tensors.items() if not name.endswith("order"))
+    assert n_parameters == mixed_model.count_parameters()["total"]
     config = json.loads((made / "config.json").read_text())
     assert config["model_type"] == "kronygpt"
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
@@ -188,7 +206,7 @@ def test_weights_in_half_precision(dtype, compressed, mixed_model, workdir):
     said = run_here("kron_to_gpt.py", "made.pt", "made", f"--dtype={dtype}", f"--compressed={compressed}")
     assert said.returncode == 0, said.stderr
     tensors = load_file("made/model.safetensors")
-    assert {p.dtype for p in tensors.values()} == {getattr(torch, dtype)}
+    assert {p.dtype for name, p in tensors.items() if not name.endswith("order")} == {getattr(torch, dtype)}
     model = (KronyGPTForCausalLM if compressed else GPT2LMHeadModel).from_pretrained("made", dtype="auto").eval()
     assert model.dtype == getattr(torch, dtype) and model(IDX).logits.isfinite().all()
     assert checkpoint.load("made")[0].lm_head.weight.dtype == torch.float32
@@ -202,7 +220,7 @@ def test_a_wrong_type_is_one_line(mixed_model, workdir):
 
 # the directory, read back
 
-def test_a_directory_is_read_back_bit_for_bit(made, mixed_model):
+def test_a_directory_is_read_back(made, mixed_model):
     for source in made, made / "model.safetensors":
         assert_same(checkpoint.load(source)[0], mixed_model)
     KronyGPTModel.from_pretrained(made).save_pretrained("base")
@@ -218,7 +236,8 @@ def test_it_is_converted_again(made, mixed_model):
     with torch.no_grad():
         torch.testing.assert_close(load_gpt2("dense")(IDX).logits, mixed_model(IDX), rtol=0, atol=1e-4)
     assert run_here("kron_to_gpt.py", made, "same", "--compressed=True").returncode == 0
-    assert (made / "model.safetensors").read_bytes() == Path("same/model.safetensors").read_bytes()
+    with torch.no_grad():
+        torch.testing.assert_close(load("same")(IDX).logits, mixed_model(IDX), rtol=0, atol=1e-5)
 
 
 # the class as a model of transformers
@@ -324,7 +343,8 @@ def test_dropped_hidden_units_are_left_out(pruned):
             logits = model(IDX)
             torch.testing.assert_close(getattr(logits, "logits", logits), pruned(IDX), rtol=0, atol=1e-5)
     dense = again.count_parameters()["total"]
-    assert again.config.n_inner == 64 and dense == sum(p.numel() for p in load_file("narrow/model.safetensors").values())
+    assert set(again.config.n_inner) == {64}
+    assert dense == sum(p.numel() for p in load_file("narrow/model.safetensors").values())
 
 
 @pytest.mark.parametrize("names, index, value", [

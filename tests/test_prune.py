@@ -70,7 +70,7 @@ def test_kept_hidden_units_alone_are_the_same_function(gpt2_dir, workdir):
     said = run_here("prune.py", *options, "--plain=True")
     assert said.returncode == 0, said.stderr
     plain, kron = (checkpoint.load(path)[0].eval() for path in ("checkpoints/plain_64_64_offset2.pt", "kron.pt"))
-    assert plain.config.n_inner == 64 and all(matrix.is_dense for *_, matrix in plain.matrices())
+    assert plain.config.n_inner == [64, 64] and all(matrix.is_dense for *_, matrix in plain.matrices())
     idx = torch.randint(256, (2, 32))
     with torch.no_grad():
         torch.testing.assert_close(plain(idx), kron(idx), rtol=0, atol=1e-5)
