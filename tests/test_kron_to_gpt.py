@@ -160,7 +160,7 @@ def test_an_export_that_differs_too_much_leaves_everything_as_it_was(exported, w
 
 
 @pytest.mark.parametrize("args, message", [
-    (["small.pt", "notes"], "notes exists and is no Hugging Face model"),
+    (["small.pt", "notes"], "notes exists and holds no GPT-2"),
     (["small.pt", "small.pt"], "small.pt is a file"),
     (["small.pt", "."], "holds the current directory"),
     (["notes"], "notes cannot be loaded: it holds no model"),
