@@ -297,6 +297,9 @@ def test_a_sharded_hugging_face_directory_has_the_weights_of_the_whole(gpt2_dir,
     whole, shards = (checkpoint.load(str(path))[0].state_dict() for path in (gpt2_dir, tmp_path / "shards"))
     assert whole.keys() == shards.keys()
     assert all(torch.equal(p, shards[name]) for name, p in whole.items())
+    (tmp_path / "shards" / "model-00002-of-00007.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00007"):
+        checkpoint.load(tmp_path / "shards")
 
 
 # names and directories
