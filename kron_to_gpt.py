@@ -62,8 +62,9 @@ def main(ckpt, out_dir=None):
     check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
     scores = read_json(Path(perplexities)) if perplexities else {}
     out_dir = output_directory(out_dir or default_directory(ckpt, checkpoint.MODELS_DIR), is_replaced=True)
-    if out_dir.exists() and not (out_dir / "config.json").exists():
-        raise UserError(f"{out_dir} exists and is no Hugging Face model: name another directory")
+    if out_dir.exists() and not ((out_dir / "config.json").exists() and read_json(out_dir / "config.json").get("model_type")
+                                 in ("gpt2", checkpoint.COMPRESSED_TYPE)):
+        raise UserError(f"{out_dir} exists and holds no GPT-2 of transformers: name another directory")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
@@ -82,9 +83,10 @@ def main(ckpt, out_dir=None):
     # the directory, which replaces an older one as a whole; files of others in it stay
     card = out_dir / "README.md"
     replaced = {"config.json", "generation_config.json", export.CODE.name, *TOKENIZER_FILES}
-    replaced |= {card.name} if export.is_card(card) else set()
-    with atomic_directory(out_dir, lambda name: name in replaced or name.startswith("pytorch_model")
-                          or name.endswith((".safetensors", ".safetensors.index.json"))) as aside:
+    is_card_ours = not card.exists() or export.is_card(card)
+    replaced |= {card.name} if is_card_ours else set()
+    with atomic_directory(out_dir, lambda name: name in replaced or name.startswith("pytorch_model") or (
+            name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json")))) as aside:
         exported.save_pretrained(aside)
         for file in aside.glob("*.safetensors"):  # which only their owner may read
             shutil.copymode(aside / "config.json", file)
@@ -92,14 +94,14 @@ def main(ckpt, out_dir=None):
             export.write_tokenizer(aside, found, model.config.block_size)
         if compressed:
             shutil.copyfile(export.CODE, aside / export.CODE.name)
-            if not (aside / card.name).exists():  # a card of one's own
+            if is_card_ours:
                 export.model_card(push or out_dir.name, narrow, rest, scores, dtype).save(aside / card.name)
         difference = export.verify(model, aside, compressed, dtype, tolerance)
 
     # the report
     before, after = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
     expanded = "" if compressed else f", {after:,} with the Kronecker sums expanded"
-    size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors")) / 2**20
+    size = sum(file.stat().st_size for file in out_dir.glob("model*.safetensors")) / 2**20
     print(f"wrote {out_dir}/ ({size:,.1f} MiB): {before:,} parameters{expanded}; logits differ by at most {difference:.1e}")
     if push:
         print(f"uploaded to {hub.upload(out_dir, push)}")

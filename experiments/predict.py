@@ -95,11 +95,11 @@ def main():
         write_table(rows)
 
     print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out) * (context - 1):,} tokens", flush=True)
-    least, limits = smallest(config, KINDS, ("heads", "hidden")), [int(share * n_parameters) for share in budget_shares]
-    for limit in limits:
-        if limit < least:  # the embeddings and vectors alone may be more
-            print(f"the budget of {limit:,} parameters is left out: the smallest is {least:,}")
-    for plan in plan_widths(dense, [limit for limit in limits if limit >= least], statistics):
+    least = smallest(config, KINDS, ("heads", "hidden"))
+    for share in [share for share in budget_shares if share * n_parameters < least + 1]:
+        print(f"budget {share} is left out: with rank 1 in all matrices it is {least / n_parameters:.3f}")
+        budget_shares.remove(share)
+    for plan in plan_widths(dense, [int(share * n_parameters) for share in budget_shares], statistics):
         measure("budget", plan, plan.loss)
     for layer, kind, matrix in dense.matrices():
         m, n = matrix.weight.shape

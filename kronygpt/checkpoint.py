@@ -389,6 +389,10 @@ def infer(state_dict, content):
             raise ValueError(f"it does not fit together: its config says {name}={stated[name]}, its weights {size}")
     options = content.get("config")  # where nanoGPT repeats it, and the second edition kept the record of the tokenizer
     options = options if isinstance(options, dict) else {}
+    for name, values in FUNCTION.items():  # where other programs repeat a config.json
+        for said in (stated, options):
+            if name in said and name != "model_type" and said[name] not in values:
+                raise ValueError(f"its config says {name}={said[name]}, where {values[0]} is needed")
     n_head = stated.get("n_head", options.get("n_head"))
     if n_head is None:
         n_head = max(1, n_embd // GPT2_HEAD_DIM)

@@ -140,12 +140,12 @@ def test_a_directory_is_replaced_as_a_whole_and_files_of_others_stay(small_model
         assert run_here("kron_to_gpt.py", "a.pt", "made").returncode == 0
         if n == 0:
             for name in ("notes.md", "pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-                         "special_tokens_map.json", "model.safetensors", "sub/data.csv"):
+                         "special_tokens_map.json", "model.safetensors", "adapter_model.safetensors", "sub/data.csv"):
                 Path("made", name).parent.mkdir(exist_ok=True)
                 Path("made", name).write_text("old")
     assert {str(path.relative_to("made")) for path in Path("made").rglob("*")} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "notes.md", "sub", "sub/data.csv"}
+        "notes.md", "adapter_model.safetensors", "sub", "sub/data.csv"}
     assert Path("made/sub/data.csv").read_text() == "old" and sorted(os.listdir()) == ["a.pt", "made"]
     assert checkpoint.load("made")[0].config.n_layer == 2
 
@@ -160,7 +160,7 @@ def test_an_export_that_differs_too_much_leaves_everything_as_it_was(exported, w
 
 
 @pytest.mark.parametrize("args, message", [
-    (["small.pt", "notes"], "notes exists and is no Hugging Face model"),
+    (["small.pt", "notes"], "notes exists and holds no GPT-2"),
     (["small.pt", "small.pt"], "small.pt is a file"),
     (["small.pt", "."], "holds the current directory"),
     (["notes"], "notes cannot be loaded: it holds no model"),

@@ -400,6 +400,7 @@ def test_a_resume_takes_the_moments_from_the_file_and_the_options_from_the_comma
     (["--device=abacus"], "no device 'abacus'"),
     (["--decay=exponential"], "--decay is cosine or linear"),
     (["--distill=50"], "--distill is a share"),
+    (["--eval_iters=0"], "--eval_iters is at least 1"),
     (["--factors_only", "--dim_1=32", "--dim_2=128", "--factors=1"], "nothing to train"),
     (["--bath_size=4"], "did you mean --batch_size?"),
     (["nothing"], "nothing.py"),
