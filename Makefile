@@ -8,7 +8,7 @@ help:
 	@echo 'make install   the packages, in $(VENV): 1.6 GB'
 	@echo 'make demo      compress, train, export and score a small GPT-2 on the documentation of Python, and show the result'
 	@echo 'make test      the tests'
-	@echo 'make stress    kills, full disks and long fuzzing'
+	@echo 'make stress    kills, full disks and damaged files'
 	@echo 'make lint      the linter'
 	@echo 'make figures   the runs, pictures and tables of docs/report.md'
 	@echo 'make clean     remove what the demo made'

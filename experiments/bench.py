@@ -83,11 +83,11 @@ def peak_memory(function, torch_device):
         return torch.cuda.max_memory_allocated() - before
 
     def read(field):
-        return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+        return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
     try:
         ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system: it would hide allocations of the call
-        Path("/proc/self/clear_refs").write_text("5")  # restart the peak
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # restart the peak
         before = read("VmRSS")
     except (AttributeError, OSError):  # another system, another C library than glibc, or a container that forbids it
         return None

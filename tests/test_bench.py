@@ -18,7 +18,7 @@ def test_models_are_measured_against_the_dense_one(workdir):
     done = run_here("experiments/bench.py", *TINY, "--new_tokens=4", "--shapes=32,64,2", "--out_dir=here")
     assert done.returncode == 0, done.stderr
     names = ["dense", "ours (32, 64, 2)", "torch.kron (32, 64, 2)", "transformers dense", "whole logits (32, 64, 2)"]
-    results = json.loads(Path("here/results.json").read_text())
+    results = json.loads(Path("here/results.json").read_text(encoding="utf-8"))
     assert list(results) == names
     for name, result in results.items():
         missing = set(MEASUREMENTS) - result["measured"].keys()
@@ -26,7 +26,7 @@ def test_models_are_measured_against_the_dense_one(workdir):
         assert all(math.isfinite(value) and value > 0 for value in result["faster_than_dense"].values())
     assert set(results["dense"]["faster_than_dense"].values()) == {1}
     assert results["ours (32, 64, 2)"]["faster_than_dense"]["file"] > 1
-    table = Path("here/table.md").read_text()
+    table = Path("here/table.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| ([^|]+?) +\|", table, re.M) == ["model", *names]
     assert table in done.stdout
 

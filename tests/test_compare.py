@@ -28,7 +28,7 @@ def calls(workdir, monkeypatch):
     torch.manual_seed(0)
     checkpoint.save("dense.pt", KronyGPT(KronyGPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=1, n_embd=16)))
     Path("tiny.py").write_text("batch_size = 2\ngradient_accumulation_steps = 1\nmax_iters = 100\nwarmup_iters = 1\n"
-                               "eval_interval = 2\neval_iters = 1\ndevice = \"cpu\"\n")
+                               "eval_interval = 2\neval_iters = 1\ndevice = \"cpu\"\n", encoding="utf-8")
     for name, value in dict(base="dense.pt", dataset="walk", train_config="tiny.py", steps=4, seeds="3,1", out_dir="out",
                             starts="whole: kron_decompose.py 16 64 1\nhalf: kron_decompose.py 16 32 1\n"
                                    "fitted: kron_decompose.py 16 32 1 --calibrate=walk --calibration_tokens=640"
@@ -48,7 +48,7 @@ def calls(workdir, monkeypatch):
 
 def test_every_start_is_trained_with_each_seed_and_scored(calls, capsys):
     compare.main()
-    rows = json.loads(Path("out/results.json").read_text())
+    rows = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in rows] == ["dense base", "whole", "half", "fitted"]
     assert rows[1]["before"] == pytest.approx(rows[0]["before"], abs=1e-5)
     training = [call for call in calls if call[0] == "train.py"]
@@ -62,7 +62,7 @@ def test_every_start_is_trained_with_each_seed_and_scored(calls, capsys):
     assert [step for step, _ in half["runs"][0]["curve"]] == [0, 2, 4]
     assert {"table.md", "pareto.png", "loss.png"} <= {path.name for path in Path("out").iterdir()}
     mean, spread = (function([run["after"] for run in half["runs"]]) for function in (statistics.mean, statistics.stdev))
-    table, printed = Path("out/table.md").read_text(), capsys.readouterr().out
+    table, printed = Path("out/table.md").read_text(encoding="utf-8"), capsys.readouterr().out
     assert re.search(rf"^\| half .*\| {mean:.3f} ± {spread:.3f} \| 0.0006 \|", table, re.M)
     assert [row["learning_rate"] for row in rows[2:]] == [6e-4, 1e-3] and re.search(r"^\| fitted .*\| 0.001 \|", table, re.M)
     lines = printed.splitlines()
@@ -98,12 +98,12 @@ def test_finished_work_is_not_repeated(calls, monkeypatch):
     assert repeated() == {(name, 2) for name in names}
     Path("out/half/seed_1.json").unlink()
     assert repeated() == {("half", 1)}
-    kept = json.loads(Path("out/half/start.json").read_text())
-    Path("out/half/start.json").write_text(json.dumps(dict(kept, key=dict(kept["key"], format=1))))
+    kept = json.loads(Path("out/half/start.json").read_text(encoding="utf-8"))
+    Path("out/half/start.json").write_text(json.dumps(dict(kept, key=dict(kept["key"], format=1))), encoding="utf-8")
     assert repeated() >= {"half", ("half", 1)}
     monkeypatch.setattr(compare, "starts", compare.starts.replace("16 32 1\n", "16 16 1\n"))
     assert repeated() == {"half", *(("half", seed) for seed in (1, 2, 3))}
-    Path("tiny.py").write_text(Path("tiny.py").read_text() + "beta2 = 0.9\n")
+    Path("tiny.py").write_text(Path("tiny.py").read_text(encoding="utf-8") + "beta2 = 0.9\n", encoding="utf-8")
     assert len(repeated()) == 9
 
 
@@ -115,7 +115,7 @@ def test_starts_made_in_the_same_way_are_made_once(calls, monkeypatch):
     scripts = [call[0] for call in calls if call[0] != "perplexity.py"]
     assert scripts == ["kron_decompose.py", *["train.py", "kron_to_gpt.py"] * 2]
     assert all("--init_from=out/half/start.pt" in call for call in calls if call[0] == "train.py")
-    half, faster = json.loads(Path("out/results.json").read_text())[1:]
+    half, faster = json.loads(Path("out/results.json").read_text(encoding="utf-8"))[1:]
     assert half["before"] == faster["before"] and half["runs"] != faster["runs"]
 
 
@@ -154,11 +154,12 @@ def test_the_pictures_have_the_dense_model_trained_as_long_as_their_reference(mo
 
 def test_what_a_start_brings_along_changes_nothing_outside_out_dir(calls, monkeypatch):
     """Not even by a config file behind the bar."""
-    Path("mine.py").write_text("out_dir = \"mine\"\nseed = 8\nlearning_rate = 2e-3\n")
+    Path("mine.py").write_text("out_dir = \"mine\"\nseed = 8\nlearning_rate = 2e-3\n", encoding="utf-8")
     Path("mine").mkdir()
     monkeypatch.setattr(compare, "starts", "half: kron_decompose.py 16 32 1 | mine.py")
     compare.main()
-    assert not list(Path("mine").iterdir()) and json.loads(Path("out/results.json").read_text())[1]["learning_rate"] == 2e-3
+    assert not list(Path("mine").iterdir())
+    assert json.loads(Path("out/results.json").read_text(encoding="utf-8"))[1]["learning_rate"] == 2e-3
 
 
 @pytest.mark.parametrize("starts, said", [

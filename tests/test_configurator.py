@@ -94,7 +94,7 @@ def refused(say, *args, status=2):
 
 
 def test_the_last_of_options_and_config_files_wins(workdir):
-    Path("small.py").write_text("batch_size = 2\nname = 'small'")
+    Path("small.py").write_text("batch_size = 2\nname = 'small'", encoding="utf-8")
     for argv, batch_size in ((["small.py", "--batch_size=3"], 3), (["--batch_size=3", "small.py"], 2)):
         namespace, positionals = configured("--name=a", "one", *argv, "two", "--fast=True")
         assert positionals == ["one", "two"]
@@ -124,7 +124,8 @@ def test_a_config_file_is_read_as_python_reads_it(workdir):
 
 def test_a_config_file_sees_the_options_so_far_and_may_compute(workdir):
     Path("double.py").write_text("import math\nsizes = [1, 2]\n_half = batch_size // 2\ntop_k = None\n"
-                                 "batch_size = 2 * batch_size + len(sizes)\nlearning_rate = int(math.sqrt(4))\n")
+                                 "batch_size = 2 * batch_size + len(sizes)\nlearning_rate = int(math.sqrt(4))\n",
+                                 encoding="utf-8")
     namespace, _ = configured("--batch_size=5", "--top_k=5", "double.py")
     assert (namespace["batch_size"], namespace["top_k"]) == (12, None)
     assert namespace["learning_rate"] == 2 and type(namespace["learning_rate"]) is float
@@ -154,7 +155,7 @@ def test_a_value_of_another_type_is_refused(argument):
 
 @pytest.mark.parametrize("text", ["batch_size = 2.5", "batch_size = '2'", "name = 3", "fast = 1", "learning_rate = None"])
 def test_a_config_value_of_another_type_is_refused(text, workdir):
-    Path("wrong.py").write_text(text)
+    Path("wrong.py").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=rf"^--{text.split()[0]} takes .*wrong\.py"):
         configured("wrong.py")
 
@@ -164,7 +165,7 @@ def test_a_config_value_of_another_type_is_refused(text, workdir):
     ("batch_size = 2\nname = = 3\n", 1, "SyntaxError: invalid syntax (bad.py, line 2)"),
     ("batch_sise = 4", 2, "unknown option --batch_sise (in bad.py): did you mean --batch_size?")])
 def test_a_failing_config_file_is_one_line_that_names_the_place(text, status, words, say):
-    Path("bad.py").write_text(text)
+    Path("bad.py").write_text(text, encoding="utf-8")
     assert words in refused(say, "x", "bad.py", status=status)
 
 
@@ -184,7 +185,7 @@ def test_an_unknown_option_names_the_nearest(name, nearest):
 
 
 def test_only_changed_options_are_printed(say, monkeypatch):
-    Path("c.py").write_text("batch_size = 8\nlearning_rate = 0.25")
+    Path("c.py").write_text("batch_size = 8\nlearning_rate = 0.25", encoding="utf-8")
     assert say("x", "c.py", "--name=first", "--top_k=3").stdout.splitlines() == [
         "options: learning_rate=0.25, name='first', top_k=3", "got x nowhere [8, 0.25, False, 'first', None, 3]"]
     assert say("x", "here").stdout == "got x here [8, 0.5, False, '\\n', None, None]\n"

@@ -273,7 +273,7 @@ def test_what_a_killed_preparation_leaves_is_cleared_by_the_next(workdir, shared
     scratch.mkdir(parents=True)
     for left in scratch / "documents.arrow", scratch.parent / ".lock":
         left.write_text("left")
-    Path("few.txt").write_text("\n\n".join(TEXTS))
+    Path("few.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     assert run_here("prepare_owt.py", "--out=mine", "--data_files=few.txt").returncode == 0
     assert contents(scratch.parent).keys() == {"train.bin", "val.bin", "meta.json"}
 

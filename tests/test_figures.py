@@ -52,10 +52,10 @@ def test_a_marker_without_an_end_or_a_table_is_an_error():
 
 
 def test_a_table_without_a_marker_is_an_error_and_nothing_is_written(workdir):
-    Path("a.md").write_text(TEXT)
+    Path("a.md").write_text(TEXT, encoding="utf-8")
     with pytest.raises(UserError, match="<!-- table: three -->"):
         figures.rewrite_documents(["a.md"], dict(one="x", two="y", three="z"))
-    assert Path("a.md").read_text() == TEXT
+    assert Path("a.md").read_text(encoding="utf-8") == TEXT
 
 
 def test_the_report_has_the_records_of_the_runs():

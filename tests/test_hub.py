@@ -61,7 +61,7 @@ def check_tokens(name, texts):
         expected = [token for text in parts[part]["text"]
                     for token in [*tokenizer.encode(text).ids, tokenizer.token_to_id("<|endoftext|>")]]
         assert np.fromfile(f"data/{name}/{split}.bin", "<u2").tolist() == expected
-    meta = json.loads(Path("data", name, "meta.json").read_text())
+    meta = json.loads(Path("data", name, "meta.json").read_text(encoding="utf-8"))
     assert meta["documents"] == dict(train=len(parts["train"]), val=len(parts["test"]))
     return meta["source"]
 
@@ -82,7 +82,7 @@ def test_the_first_documents_are_streamed_and_split_as_ever(options, texts, sour
 def test_the_column_is_an_option_of_files_too_and_nulls_are_skipped(corpus):
     texts = [*texts_of("other", 20), None, *texts_of("more", 20)]
     write_parquet(Path("corpora/plain/train.parquet"), texts, "content")
-    Path("rows.jsonl").write_text("".join(json.dumps(dict(content=text)) + "\n" for text in texts))
+    Path("rows.jsonl").write_text("".join(json.dumps(dict(content=text)) + "\n" for text in texts), encoding="utf-8")
     for options in ["--hub=corpora/plain"], ["--data_files=corpora/plain/*.parquet", "--out=plain"], \
             ["--data_files=rows.jsonl", "--out=plain"]:
         said = prepare("--column=content", "--documents=30", *options)

@@ -104,7 +104,7 @@ def test_what_the_converter_to_gguf_reads(n_inner, small_model, workdir):
     sizes = dict(block_size=32, vocab_size=256, n_layer=2, n_head=1, n_embd=64)
     checkpoint.save("small.pt", KronyGPT(KronyGPTConfig(**sizes, n_inner=n_inner)) if n_inner else small_model)
     assert run_here("kron_to_gpt.py", "small.pt", "made").returncode == 0
-    config = json.loads(Path("made/config.json").read_text())
+    config = json.loads(Path("made/config.json").read_text(encoding="utf-8"))
     wanted = dict(architectures=["GPT2LMHeadModel"], n_layer=2, n_ctx=32, n_embd=64, n_head=1, layer_norm_epsilon=1e-5,
                   vocab_size=256, n_inner=n_inner)
     assert {name: config[name] for name in wanted} == wanted
@@ -142,11 +142,11 @@ def test_a_directory_is_replaced_as_a_whole_and_files_of_others_stay(small_model
             for name in ("notes.md", "pytorch_model.bin", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
                          "special_tokens_map.json", "model.safetensors", "adapter_model.safetensors", "sub/data.csv"):
                 Path("made", name).parent.mkdir(exist_ok=True)
-                Path("made", name).write_text("old")
+                Path("made", name).write_text("old", encoding="utf-8")
     assert {str(path.relative_to("made")) for path in Path("made").rglob("*")} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "notes.md", "adapter_model.safetensors", "sub", "sub/data.csv"}
-    assert Path("made/sub/data.csv").read_text() == "old" and sorted(os.listdir()) == ["a.pt", "made"]
+    assert Path("made/sub/data.csv").read_text(encoding="utf-8") == "old" and sorted(os.listdir()) == ["a.pt", "made"]
     assert checkpoint.load("made")[0].config.n_layer == 2
 
 

@@ -283,7 +283,7 @@ def test_the_card_tells_how_a_model_was_made(mixed_model, workdir):
     trained = dict(init_from="gpt2", dataset="own", batch_size=3, gradient_accumulation_steps=5, block_size=16,
                    teacher=str(workdir / "private/teacher.pt"))
     checkpoint.save("run.pt", mixed_model, config=trained, iter_num=100)
-    Path("scores.json").write_text(json.dumps({"wiki103": {"perplexity": 41.237, "loss": 3.7}}))
+    Path("scores.json").write_text(json.dumps({"wiki103": {"perplexity": 41.237, "loss": 3.7}}), encoding="utf-8")
     said = run_here("kron_to_gpt.py", "run.pt", "mine", "--compressed=True", "--perplexities=scores.json")
     assert said.returncode == 0, said.stderr
     card = ModelCard.load("mine/README.md")
@@ -335,7 +335,7 @@ def test_dropped_hidden_units_are_left_out(pruned):
     checkpoint.save("pruned.pt", pruned)
     said = run_here("kron_to_gpt.py", "pruned.pt", "narrow")
     assert said.returncode == 0 and "MLPs of 64 hidden units: B drops the others of 256" in said.stdout
-    config = json.loads(Path("narrow/config.json").read_text())
+    config = json.loads(Path("narrow/config.json").read_text(encoding="utf-8"))
     assert config["n_inner"] == 64 and config["model_type"] == "gpt2" and "auto_map" not in config
     again, _ = checkpoint.load("narrow")
     with torch.no_grad():

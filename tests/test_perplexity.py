@@ -51,7 +51,7 @@ def measure(ckpt, *args):
     """The results by data set."""
     said = run_here("perplexity.py", ckpt, *args, "--json_out=results.json")
     assert said.returncode == 0, said.stderr
-    return json.loads(Path("results.json").read_text())
+    return json.loads(Path("results.json").read_text(encoding="utf-8"))
 
 
 def check(result, model, ids, stride=CONTEXT):
@@ -79,7 +79,7 @@ def test_perplexity_is_that_of_a_plain_loop(n, stride, gpt2_dir, dense, workdir)
 def test_printed_line_says_what_the_file_says(gpt2_dir, workdir):
     workdir.joinpath("text.txt").write_text("Ein naïver Text\n" * 20)
     said = run_here("perplexity.py", gpt2_dir, "text.txt", "--json_out=results.json")
-    result = json.loads(Path("results.json").read_text())["text.txt"]
+    result = json.loads(Path("results.json").read_text(encoding="utf-8"))["text.txt"]
     words = said.stdout.splitlines()[-1].split()
     assert words[:3] == ["text.txt", f"{result['perplexity']:.3f}", f"{result['loss']:.4f}"]
     assert words[3] == str(result["tokens_scored"])
@@ -96,7 +96,7 @@ def test_rows_of_a_jsonl_are_joined_by_blank_lines(gpt2_dir, dense, workdir):
 def write_bin(name, ids):
     Path("data", name).mkdir(parents=True)
     np.array(ids, dtype=np.uint16).tofile(f"data/{name}/val.bin")
-    Path("data", name, "meta.json").write_text('{"vocab_size": 256, "tokenizer": "bytes"}')
+    Path("data", name, "meta.json").write_text('{"vocab_size": 256, "tokenizer": "bytes"}', encoding="utf-8")
 
 
 def test_data_set_is_scored_by_its_validation_split(gpt2_dir, dense, workdir):
@@ -133,7 +133,7 @@ def write_wikitext(directory, rows):
         Path(directory, config).mkdir(parents=True)
         Dataset.from_dict(dict(text=texts)).to_parquet(f"{directory}/{config}/test-00000-of-00001.parquet")
         listed += f"- config_name: {config}\n  data_files:\n  - split: test\n    path: {config}/test-*\n"
-    Path(directory, "README.md").write_text(listed + "---\n")
+    Path(directory, "README.md").write_text(listed + "---\n", encoding="utf-8")
 
 
 def test_the_three_published_sets_are_scored_without_a_name(gpt2_dir, dense, workdir):
@@ -265,7 +265,7 @@ def test_perplexity_is_that_of_lm_evaluation_harness(gpt2_dir, workdir):
     from lm_eval.tasks import TaskManager
 
     text = ("so many short words in a row " * 20)[:10 * (CONTEXT - 1)]
-    Path("text.jsonl").write_text(json.dumps(dict(text=text)) + "\n")
+    Path("text.jsonl").write_text(json.dumps(dict(text=text)) + "\n", encoding="utf-8")
     Path("tasks").mkdir()
     Path("tasks/local.yaml").write_text(f"""task: local
 dataset_path: json
@@ -279,13 +279,13 @@ doc_to_target: "{{{{text}}}}"
 metric_list:
   - metric: word_perplexity
   - metric: byte_perplexity
-""")
+""", encoding="utf-8")
     assert run_here("kron_to_gpt.py", gpt2_dir, "exported").returncode == 0
     first = ord("\n")
     theirs = HFLM(pretrained="exported", device="cpu", max_length=CONTEXT - 1, prefix_token_id=first, add_bos_token=False)
     results = simple_evaluate(theirs, tasks=["local"], task_manager=TaskManager(include_path="tasks"),
                               bootstrap_iters=0)["results"]["local"]
-    Path("behind.txt").write_text(chr(first) + text)
+    Path("behind.txt").write_text(chr(first) + text, encoding="utf-8")
     ours = measure("exported", "behind.txt", f"--stride={CONTEXT - 1}")["behind.txt"]
     assert ours["tokens_scored"] == len(text)
     assert math.exp(ours["loss"]) == pytest.approx(results["byte_perplexity,none"], rel=1e-5)

@@ -44,7 +44,7 @@ def plain_loss(model):
 def test_what_is_measured_is_the_loss_of_the_models_that_are_written(dense):
     said = run_here("experiments/predict.py", *OPTIONS)
     assert said.returncode == 0, said.stderr
-    lines = Path("out/predict/table.md").read_text().splitlines()
+    lines = Path("out/predict/table.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:] if line.startswith("|")]
     assert [row[0] for row in rows] == ["budget", "budget"] + [
         f"block {layer} {kind}" for layer in range(2) for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
@@ -74,7 +74,7 @@ def test_budgets_that_are_too_small_are_left_out(dense):
     said = run_here("experiments/predict.py", *OPTIONS, "--budgets=0.9,0.26,0.25", "--shares=0.5")
     assert said.returncode == 0, said.stderr
     assert "budget 0.26 is left out" in said.stdout and "budget 0.25 is left out" in said.stdout
-    assert Path("out/predict/table.md").read_text().count("| budget") == 1
+    assert Path("out/predict/table.md").read_text(encoding="utf-8").count("| budget") == 1
 
 
 def test_what_was_measured_is_there_when_a_later_model_fails(dense, monkeypatch):
@@ -88,4 +88,4 @@ def test_what_was_measured_is_there_when_a_later_model_fails(dense, monkeypatch)
 
     monkeypatch.setattr(compress, "apply", fail_later)  # the script is read after this
     assert run_here("experiments/predict.py", *OPTIONS).stderr == "error: an error\n"
-    assert Path("out/predict/table.md").read_text().count("| budget") == 2
+    assert Path("out/predict/table.md").read_text(encoding="utf-8").count("| budget") == 2

@@ -48,7 +48,8 @@ def test_each_recipe_starts_on_the_cpu(recipe, workdir):
                     "--batch_size=1", "--block_size=16", "--gradient_accumulation_steps=1", "--max_iters=2",
                     "--eval_iters=1", "--wandb_mode=off", "--device=cpu", *["--compile=False"] * torch.cuda.is_available())
     assert said.returncode == 0, said.stderr
-    assert "done: best validation loss" in said.stdout and json.loads(Path("out/log.jsonl").read_text().splitlines()[-1])
+    assert "done: best validation loss" in said.stdout
+    assert json.loads(Path("out/log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

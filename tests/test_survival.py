@@ -88,7 +88,7 @@ def wait_for_step(process):
 
 def children(process):
     """The processes that a process has started, in order."""
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()]
 
 
 def kill(process):
@@ -217,7 +217,7 @@ def test_an_export_killed_at_any_change_of_the_disk_leaves_the_old_one_or_the_ne
         torch.nn.init.normal_(small_model.transformer.wte.weight)
         checkpoint.save(f"{name}.pt", small_model)
         assert run_here("kron_to_gpt.py", f"{name}.pt", name).returncode == 0
-    Path("old/notes.txt").write_text("mine")
+    Path("old/notes.txt").write_text("mine", encoding="utf-8")
     old, new, change, status = contents("old"), contents("new") | {"notes.txt": b"mine"}, 0, -signal.SIGKILL
     before = sorted([*os.listdir(), "made"])
     while status == -signal.SIGKILL:
@@ -314,7 +314,7 @@ def small_disk(n_bytes):
 def test_a_disk_that_is_full(command, tokens, small_model):
     """On disks of growing sizes, with an old file on them: what is said is true, and what is there is whole."""
     checkpoint.save("model.pt", small_model)
-    Path("text.txt").write_text("some text " * 20)
+    Path("text.txt").write_text("some text " * 20, encoding="utf-8")
     is_told = is_done = False
     for size in (64, 256, 768, 1536, 3072, 8192, 32768):
         if is_done:
@@ -347,7 +347,7 @@ def test_what_a_killed_save_left_is_removed_and_never_read_and_other_files_stay(
 
 def test_a_run_is_not_started_over_unless_told(tokens):
     run_train("--max_iters=3", "--eval_interval=1", "--keep=2")
-    Path("out/loss.png").write_text("of the old run")
+    Path("out/loss.png").write_text("of the old run", encoding="utf-8")
     before = contents()
     for kept in (["ckpt.pt"], ["best.pt"], ["log.jsonl"], ["loss.png"], ["ckpt_0000001.pt"], list(before)):
         shutil.rmtree("out")
@@ -480,11 +480,11 @@ def test_readers_beside_a_run_see_whole_checkpoints(tokens):
 
 def test_a_link_is_written_through(workdir):
     Path("elsewhere").mkdir()
-    Path("elsewhere/target").write_text("old")
+    Path("elsewhere/target").write_text("old", encoding="utf-8")
     Path("link").symlink_to("elsewhere/target")
     Path("dangling").symlink_to("elsewhere/none")
     for name in ("link", "dangling"):
         with atomic_write(name, "w") as file:
             file.write("new")
-        assert Path(name).is_symlink() and Path(name).read_text() == "new"
+        assert Path(name).is_symlink() and Path(name).read_text(encoding="utf-8") == "new"
     assert sorted(os.listdir("elsewhere")) == ["none", "target"]

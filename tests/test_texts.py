@@ -127,7 +127,7 @@ def test_a_compressed_text_is_the_text_and_several_splits_are_named(workdir):
 
 
 def test_a_lone_surrogate_is_replaced_in_both_scripts(prepare):
-    Path("a.jsonl").write_text('{"text": "a\\ud83db"}\n{"text": "\\ud83d\\ude42"}\n')
+    Path("a.jsonl").write_text('{"text": "a\\ud83db"}\n{"text": "\\ud83d\\ude42"}\n', encoding="utf-8")
     said, documents = prepare("a.jsonl")
     assert said.returncode == 0, said.stderr
     assert documents == sorted(["a\ufffdb", "🙂"])
@@ -144,12 +144,13 @@ def test_a_byte_order_mark_and_empty_lines_are_no_text(prepare):
 
 @pytest.mark.parametrize("name", ["wiki.test.raw", "noending", "[a]?.txt", "UPPER.TXT"])
 def test_an_existing_file_is_a_text_for_perplexity(name, workdir):
-    Path(name).write_text("Ein Text")
+    Path(name).write_text("Ein Text", encoding="utf-8")
     assert is_text(name) and bytes(load_text_tokens(name, config_of(256))[0].tolist()) == b"Ein Text"
 
 
 def test_a_separator_ends_a_document(prepare):
-    Path("a.txt").write_text("one\n\nstill one\n<|endoftext|>\ntwo<|endoftext|>three\n<|endoftext|>\n<|endoftext|>")
+    Path("a.txt").write_text("one\n\nstill one\n<|endoftext|>\ntwo<|endoftext|>three\n<|endoftext|>\n<|endoftext|>",
+                             encoding="utf-8")
     said, documents = prepare("a.txt", "--separator=<|endoftext|>")
     assert documents == sorted(["one\n\nstill one", "two", "three"]) and "plain text" not in said.stdout
     said, documents = prepare("a.txt")

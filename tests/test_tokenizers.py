@@ -45,7 +45,7 @@ def german(workdir):
     Path("german").mkdir()
     made.save("german/tokenizer.json")
     settings = dict(eos_token=dict(content=MARK), auto_map=dict(AutoTokenizer=["evil.T", "evil.T"]))
-    Path("german/tokenizer_config.json").write_text(json.dumps(settings))
+    Path("german/tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return made
 
 
@@ -71,16 +71,17 @@ def write_gpt2(directory, vocabulary=None, added=()):
     for name, content in gpt2_files().items():
         Path(directory, name).write_bytes(content)
     if vocabulary:
-        Path(directory, "vocab.json").write_text(json.dumps(vocabulary))
+        Path(directory, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     if added:
-        Path(directory, "added_tokens.json").write_text(json.dumps({t: i for i, t in enumerate(added, 50257)}))
+        Path(directory, "added_tokens.json").write_text(
+            json.dumps({t: i for i, t in enumerate(added, 50257)}), encoding="utf-8")
 
 
 def test_gpt2_is_told_by_its_files_without_tiktokens(shared, workdir, monkeypatch):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     write_gpt2("english")
-    vocabulary = json.loads(Path("english/vocab.json").read_text())
+    vocabulary = json.loads(Path("english/vocab.json").read_text(encoding="utf-8"))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(workdir))
     assert isinstance(read_tokenizer("english"), GPT2Tokenizer) and tokenizer_record("english") is None
     other = Tokenizer(models.BPE.from_file("english/vocab.json", "english/merges.txt"))  # but each digit by itself
@@ -90,7 +91,7 @@ def test_gpt2_is_told_by_its_files_without_tiktokens(shared, workdir, monkeypatc
     other.save("digits/tokenizer.json")
     assert read_tokenizer("digits").encode("1234").tolist() == other.encode("1234").ids != other.encode("12").ids
     vocabulary["Ġthe"], vocabulary["Ġof"] = vocabulary["Ġof"], vocabulary["Ġthe"]  # the same tokens under other ids
-    Path("english/vocab.json").write_text(json.dumps(vocabulary))
+    Path("english/vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     assert tokenizer_record("english")["name"].startswith("english-")
 
 
@@ -100,7 +101,7 @@ def test_a_tokenizer_that_extends_that_of_the_data_fits(shared, german):
     record = tokenizer_record("chat")
     assert record["name"].startswith("chat-") and read_tokenizer("chat").vocab_size == 50259
     assert len(load_tokens("english", "train", config_of(50259, record))) == 100
-    gpt2 = json.loads(Path("chat/vocab.json").read_text())
+    gpt2 = json.loads(Path("chat/vocab.json").read_text(encoding="utf-8"))
     gpt2["Ġthe"], gpt2["Ġof"] = gpt2["Ġof"], gpt2["Ġthe"]
     write_gpt2("swapped", gpt2, added=["[PAD]"])
     write_dataset("chatted", range(100), meta=dict(vocab_size=50259, tokenizer=record["name"]))
@@ -135,7 +136,7 @@ def test_the_older_form_of_files_is_read_too(german):
     del vocabulary[MARK]
     vocabulary = {token: number - 1 for token, number in vocabulary.items()}
     Path("older/vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    Path("older/added_tokens.json").write_text(json.dumps({MARK: len(vocabulary)}))
+    Path("older/added_tokens.json").write_text(json.dumps({MARK: len(vocabulary)}), encoding="utf-8")
     ours = read_tokenizer("older")
     assert ours.vocab_size == 300 and ours.decode_bytes([299]) == MARK.encode()
     assert (ours.encode(TEXT) + 1).tolist() == german.encode(TEXT).ids and ours.decode(ours.encode(TEXT)) == TEXT
@@ -206,7 +207,7 @@ def test_a_model_is_scored_with_its_own_tokenizer(german, workdir):
     for options in [], ["--tokenizer=german"]:
         said = run_here("perplexity.py", "german", "text.txt", "--json_out=out.json", *options)
         assert said.returncode == 0, said.stderr
-        result = json.loads(Path("out.json").read_text())["text.txt"]
+        result = json.loads(Path("out.json").read_text(encoding="utf-8"))["text.txt"]
         assert result["loss"] == pytest.approx(expected, rel=1e-5)
         bits = expected / math.log(2) * ids.numel() / len(text.encode())
         assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
@@ -227,7 +228,7 @@ def test_text_is_prepared_with_a_models_tokenizer_and_belongs_to_it(german, work
     said = run_here("prepare_owt.py", "--data_files=text.txt", "--out=satz", "--tokenizer=german", "--val_fraction=0.1")
     assert said.returncode == 0, said.stderr
     record = tokenizer_record("german")
-    meta = json.loads(Path("data/satz/meta.json").read_text())
+    meta = json.loads(Path("data/satz/meta.json").read_text(encoding="utf-8"))
     assert (meta["vocab_size"], meta["tokenizer"], meta["tokenizer_path"]) == (300, record["name"], record["path"])
     assert data_tokenizer("satz") == record
     tokens = load_tokens("satz", "train", config_of(300, record))
@@ -240,11 +241,11 @@ def test_text_is_prepared_with_a_models_tokenizer_and_belongs_to_it(german, work
     write_model("german", 300)
     said = run_here("perplexity.py", "german", "satz", "--json_out=out.json")
     assert said.returncode == 0, said.stderr
-    assert json.loads(Path("out.json").read_text())["satz"]["bits_per_byte"] > 0
+    assert json.loads(Path("out.json").read_text(encoding="utf-8"))["satz"]["bits_per_byte"] > 0
 
 
 def test_documents_need_an_end_and_a_tokenizer_without_one_is_a_line(german, workdir):
-    Path("german/tokenizer_config.json").write_text("{}")
+    Path("german/tokenizer_config.json").write_text("{}", encoding="utf-8")
     Path("empty").mkdir()
     workdir.joinpath("text.txt").write_text("a\n\nb\n\nc")
     for directory in "german", "empty":
@@ -257,21 +258,22 @@ def test_an_export_takes_the_tokenizer_along_as_data(german, workdir):
     from transformers import AutoTokenizer
 
     write_model("german", 300)
-    Path("german/evil.py").write_text("raise SystemExit")
+    Path("german/evil.py").write_text("raise SystemExit", encoding="utf-8")
     said = run_here("kron_to_gpt.py", "german", "exported")
     assert said.returncode == 0, said.stderr
     assert Path("exported/tokenizer.json").read_bytes() == Path("german/tokenizer.json").read_bytes()
-    assert "auto_map" not in Path("exported/tokenizer_config.json").read_text() and not Path("exported/evil.py").exists()
+    assert "auto_map" not in Path("exported/tokenizer_config.json").read_text(encoding="utf-8")
+    assert not Path("exported/evil.py").exists()
     theirs = AutoTokenizer.from_pretrained("exported", trust_remote_code=False)
     assert theirs(TEXT).input_ids == german.encode(TEXT).ids and theirs.eos_token == MARK
-    assert json.loads(Path("exported/config.json").read_text())["eos_token_id"] == german.token_to_id(MARK)
+    assert json.loads(Path("exported/config.json").read_text(encoding="utf-8"))["eos_token_id"] == german.token_to_id(MARK)
     assert tokenizer_record("exported")["name"].rpartition("-")[2] == tokenizer_record("german")["name"].rpartition("-")[2]
 
 
 def test_an_export_without_its_tokenizer_has_the_weights_and_a_line(german, workdir):
     write_model("german", 300)
     Path("german/tokenizer.json").unlink()
-    Path("german/vocab.txt").write_text("[PAD]")
+    Path("german/vocab.txt").write_text("[PAD]", encoding="utf-8")
     said = run_here("kron_to_gpt.py", "german", "exported")
     assert said.returncode == 0, said.stderr
     assert "in a form that is not read here (vocab.txt)" in said.stdout and "only the weights are written" in said.stdout
@@ -317,7 +319,7 @@ def test_nanogpts_characters_get_a_line_that_says_what_to_write_and_with_that_th
     checkpoint.save("char.pt", model_of(65))
     said = run_here("perplexity.py", "char.pt", "char", "--json_out=out.json")
     assert said.returncode == 0, said.stderr
-    result = json.loads(Path("out.json").read_text())["char"]
+    result = json.loads(Path("out.json").read_text(encoding="utf-8"))["char"]
     assert result["bits_per_byte"] is None and result["tokens_scored"] == 500 - 16
     for vocab_size in 50257, 256, 66:
         with pytest.raises(UserError, match="holds unknown tokens"):

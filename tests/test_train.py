@@ -65,7 +65,7 @@ def run_train(*options):
 
 
 def log_of(out_dir):
-    return [json.loads(line) for line in Path(out_dir, "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in Path(out_dir, "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def losses_of(out_dir):
@@ -135,7 +135,7 @@ def same(a, b):
 
 def test_a_resumed_run_is_the_uninterrupted_one(uninterrupted):
     run_train("--dropout=0.2", "--out_dir=parts", "--max_iters=10", "--lr_decay_iters=20")
-    with open("parts/log.jsonl", "a") as log:  # a run that was killed behind its checkpoint has logged more
+    with open("parts/log.jsonl", "a", encoding="utf-8") as log:  # a run killed behind its checkpoint has logged more
         log.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')
     torch.manual_seed(99)  # a new process would not go on with this one's random numbers either
     run_train("--dropout=0.2", "--out_dir=parts", "--init_from=resume")
