@@ -89,26 +89,6 @@ def batches(x, n_tokens=TOKENS_AT_ONCE):
     return [slice(begin, begin + step) for begin in range(0, len(x), step)]
 
 
-def differentiate_samples(model, tokens, seed, see=lambda x, p: None):
-    """Forward and backward passes over a text with labels that are drawn from the model itself, for hooks in the model.
-
-    Args:
-        see: function of the final hidden states (tokens, C) and probabilities (tokens, vocab_size) of each part.
-    """
-    generator = torch.Generator(tokens.device).manual_seed(seed)
-
-    def loss_of_samples(logits, x):
-        p = F.softmax(logits.detach(), -1)
-        see(x, p)
-        return F.cross_entropy(logits, torch.multinomial(p, 1, generator=generator)[:, 0], reduction="sum")
-
-    model.eval()
-    for rows in progress(batches(tokens, GRADIENT_TOKENS), "gradients", "batch"):
-        x, W = model.hidden(tokens[rows]).flatten(0, 1), model.transformer.wte.weight.detach()
-        loss = ChunkedLinearLoss.apply(loss_of_samples, x.dtype, x, W, x.detach())
-        torch.autograd.grad(loss, model.transformer.wpe.weight)  # which goes back through all blocks
-
-
 @dataclass
 class Statistics:
     """What the widths and ranks of a model cost follows from these, all in float64.
@@ -117,21 +97,12 @@ class Statistics:
     gradient of the summed loss at that output, with labels that are drawn from the model itself (the Fisher information
     of the output).
 
-    For each matrix [m, n], by its name in the model: fisher F [n, n], second moments of the gradient of the summed loss at
-    the output; means [m] and covariances [m, m] of the inputs. For each block: slopes [n_inner, n_inner], second moments of
-    the slopes of gelu. For the embeddings: embedding_fisher [C, C], of the gradient at their sum; hidden [C, C], second
-    moments of the final hidden states; frequencies [vocab_size] of the tokens; probabilities [vocab_size], the means of
-    those in the predictions.
+    For each matrix [m, n], by its name in the model: fisher F [n, n], and means [m] and covariances [m, m] of the inputs.
     """
 
     fisher: dict
     means: dict
     covariances: dict
-    slopes: list
-    embedding_fisher: torch.Tensor
-    hidden: torch.Tensor
-    frequencies: torch.Tensor
-    probabilities: torch.Tensor
 
     def spectrum(self, name, matrix):
         """spectrum() of a KronLinear of this name: rank r adds at least ½ Σ_{i>r} σ_i² nats per token."""
@@ -141,44 +112,40 @@ class Statistics:
 def statistics(model, tokens, seed=0):
     """The Statistics of a KronyGPT on a text (windows, T), from one pass over an even sample of STATISTICS_TOKENS.
 
-    Memory for L blocks of width C with 4 C hidden units: 8 bytes for each of L 62 C² numbers (GPT-2 small: 3.5 GB, XL: 61
+    Memory for L blocks of width C with 4 C hidden units: 8 bytes for each of L 46 C² numbers (GPT-2 small: 2.6 GB, XL: 45
     GB), and what a backward pass of GRADIENT_TOKENS tokens, or one window, takes.
     """
-    device, config = float64_device(tokens.device), model.config
-    frequencies = float64(torch.bincount(tokens.flatten(), minlength=config.vocab_size)) / tokens.numel()
+    device = float64_device(tokens.device)
     tokens = tokens[::math.ceil(tokens.numel() / STATISTICS_TOKENS)]
-    moments, grams, probabilities = {}, {}, 0
-
-    def add_gram(key, x):
-        grams[key] = grams.get(key, 0) + gram(x.detach().flatten(0, -2)).to(device, torch.float64)
-
-    def watch(module, key):
-        def hook(module, inputs, output):
-            if key != "embedding":
-                moments.setdefault(key, Moments()).add(inputs[0].detach().flatten(0, -2))
-            if key.endswith("c_fc"):
-                z = output.detach().requires_grad_()
-                add_gram(("slopes", key), torch.autograd.grad(F.gelu(z, approximate="tanh").sum(), z)[0])
-            output.register_hook(lambda g: add_gram(key, g))
-
-        return module.register_forward_hook(hook)
-
-    def see(x, p):
-        nonlocal probabilities
-        add_gram("hidden", x)
-        probabilities = probabilities + float64(p.sum(0))
-
     names = [f"transformer.h.{layer}.{kind}" for layer, kind, _ in model.matrices()]
-    hooks = [watch(model.get_submodule(name), name) for name in names] + [watch(model.transformer.drop, "embedding")]
-    differentiate_samples(model, tokens, seed, see)
+    moments, fisher = {name: Moments() for name in names}, dict.fromkeys(names, 0)
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+
+    def watch(name):
+        def add_gradient(g):
+            fisher[name] = fisher[name] + gram(g.flatten(0, -2)).to(device, torch.float64)
+
+        def hook(module, inputs, output):
+            moments[name].add(inputs[0].detach().flatten(0, -2))
+            output.register_hook(add_gradient)
+
+        return model.get_submodule(name).register_forward_hook(hook)
+
+    def loss_of_samples(logits):
+        labels = torch.multinomial(F.softmax(logits.detach(), -1), 1, generator=generator)
+        return F.cross_entropy(logits, labels[:, 0], reduction="sum")
+
+    model.eval()
+    hooks = [watch(name) for name in names]
+    for rows in progress(batches(tokens, GRADIENT_TOKENS), "gradients", "batch"):
+        x, W = model.hidden(tokens[rows]).flatten(0, 1), model.transformer.wte.weight.detach()
+        loss = ChunkedLinearLoss.apply(loss_of_samples, x.dtype, x, W)
+        torch.autograd.grad(loss, model.transformer.wpe.weight)  # which goes back through all blocks
     for hook in hooks:
         hook.remove()
-    grams = {key: total / tokens.numel() for key, total in grams.items()}
     centred = {name: moments[name].centred() for name in names}
-    return Statistics({name: grams[name] for name in names}, {name: centred[name][0] for name in names},
-                           {name: centred[name][2] for name in names},
-                           [grams["slopes", name] for name in names if name.endswith("c_fc")], grams["embedding"],
-                           grams["hidden"], frequencies, probabilities / tokens.numel())
+    return Statistics({name: total / tokens.numel() for name, total in fisher.items()},
+                      {name: centred[name][0] for name in names}, {name: centred[name][2] for name in names})
 
 
 def interleave(contribution, n_groups):

@@ -1,5 +1,5 @@
-"""Narrower models: heads of fewer columns, MLPs of fewer hidden units, embeddings of lower rank. For each, what every width
-costs and the weights that go with it.
+"""Narrower models: heads of fewer columns, MLPs of fewer hidden units. For each, what every width costs and the weights that
+go with it.
 
 All costs are second-order: an error e in an activation at one token adds about ½ e F eᵀ to the loss, where F holds second
 moments of the loss's gradient there (calibration.statistics). Everything is float64.
@@ -11,7 +11,6 @@ import torch
 from model import KronyGPT
 
 RIDGE = 1e-3  # added to the covariance of hidden units, as a share of its mean diagonal
-BLEND = 0.01  # share of the identity in the metric of an embedding
 HEAD_STEPS, HIDDEN_STEPS = 8, 32  # widths that are tried, of a head and of an MLP
 ROUNDING = 1e-12  # relative size of a number that counts as zero
 
@@ -171,35 +170,6 @@ def without_units(W, covariance, kept):
     """The rows [len(kept), C] with which the kept hidden units make up best for the others. Args as in brain_surgeon()."""
     G = ridged(covariance)
     return torch.linalg.solve(G[kept][:, kept], G[kept] @ W)
-
-
-def unit_metric(W_proj, stream_fisher, slopes):
-    """The Fisher metric [n, n] at the output of c_fc that follows from that of the stream: (W F Wᵀ) ∘ E[s sᵀ], with s the
-    slopes of gelu, for W_proj [n, C] and slopes [n, n]."""
-    return W_proj @ stream_fisher @ W_proj.T * slopes
-
-
-def embedding_factors(E, weights, metric):
-    """An embedding as a product of low rank that costs least when row v counts w_v: ½ Σ_v w_v e_v M e_vᵀ.
-
-    wte is used twice. As input, an error in row v costs ½ f_v e F eᵀ, with the frequency f_v of the token and F at the sum
-    of the embeddings. As output it costs about ½ p_v e E[h hᵀ] eᵀ, with the mean probability p_v of the token and the final
-    hidden states h. Together that is about w = (f + p) / 2 and M = F + E[h hᵀ].
-
-    Args:
-        E: [V, C].
-        weights: w [V].
-        metric: M [C, C]; a share of the identity is blended in.
-
-    Returns:
-        A [V, C] and B [C, C], of which rank r takes the first r columns and rows, and costs [C + 1] of the ranks from 0.
-    """
-    mean = metric.diagonal().mean()
-    M = (1 - BLEND) * metric + BLEND * mean * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-    R = torch.linalg.cholesky(M)  # M = R Rᵀ
-    squares, V = torch.linalg.eigh(R.T @ (E.T @ (weights[:, None] * E)) @ R)
-    V = V.flip(1)
-    return E @ R @ V, torch.linalg.solve_triangular(R, V.T, upper=False, left=False), tails(squares.clamp(min=0).flip(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

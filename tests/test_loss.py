@@ -1,4 +1,4 @@
-"""loss.py against numpy, and against torch's losses of whole logits."""
+"""The losses of model.py and distillation.py against numpy, and against torch's losses of whole logits."""
 import numpy as np
 import pytest
 import torch

@@ -135,27 +135,3 @@ def test_brain_surgeon_drops_what_a_loop_of_least_squares_drops():
         dropped.append(min(losses, key=losses.get))
         assert order[step] == dropped[-1] and costs[step + 1].item() == pytest.approx(losses[dropped[-1]], rel=1e-6)
     assert costs[0] == 0
-
-
-def test_the_metric_of_hidden_units_is_that_of_gradients_behind_gelu():
-    """Beside autograd, over all pairs of some gradients of the stream and some inputs of gelu."""
-    W, gradients, inputs = random_matrix(5, 3, 1), random_matrix(4, 3, 2), random_matrix(6, 5, 3)
-    expected, slopes = 0, []
-    for z, g in itertools.product(inputs, gradients):
-        z = z.clone().requires_grad_()
-        back, = torch.autograd.grad((torch.nn.functional.gelu(z, approximate="tanh") @ W) @ g, z)
-        expected = expected + torch.outer(back, back) / 24
-        slopes.append(torch.autograd.grad(torch.nn.functional.gelu(z, approximate="tanh").sum(), z)[0])
-    S = torch.stack(slopes)
-    torch.testing.assert_close(narrow.unit_metric(W, gradients.T @ gradients / 4, S.T @ S / 24), expected)
-
-
-def test_embedding_of_low_rank_is_the_best_in_its_metric():
-    E, weights, M = random_matrix(10, 4, 1), random_matrix(10, 1, 2)[:, 0].abs(), positive(4, 3)
-    A, B, costs = narrow.embedding_factors(E, weights, M)
-    blended = 0.99 * M + 0.01 * M.diagonal().mean() * torch.eye(4, dtype=torch.double)
-    sigma = np.linalg.svd((weights.sqrt()[:, None] * E).numpy() @ square_root(blended), compute_uv=False)
-    np.testing.assert_allclose(costs, tail_sums(sigma), atol=1e-12)
-    for r in range(5):
-        e = E - A[:, :r] @ B[:r]
-        assert torch.einsum("v,vi,ij,vj->", weights, e, blended, e).item() / 2 == pytest.approx(costs[r].item(), abs=1e-12)
