@@ -20,6 +20,7 @@ of what the model has learnt. It takes minutes, and a GPU helps.
 import time
 from dataclasses import replace
 
+from kronygpt import configurator
 from kronygpt.configurator import UserError, check_choice, run
 
 init_from = "gpt2"  # the model to compress: a hub name, a Hugging Face directory or a checkpoint
@@ -95,8 +96,8 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     kept = keep.split(",") if keep else []
     if unknown := set(kept) - {"heads", "hidden"}:
         raise UserError(f"--keep is a comma list of heads and hidden, not {min(unknown)}")
-    if dim_1 and not n_factors:
-        raise UserError("give all three of dim_1 dim_2 n_factors, or none of them for a budget")
+    if dim_1 and (not n_factors or "budget" in configurator.given):
+        raise UserError("give all three of dim_1 dim_2 n_factors, or a --budget without them")
     if not (dim_1 or calibrate):
         return print_table(shapes_within(sizes_of(init_from), limit, largest))
 

@@ -56,6 +56,7 @@ BAD = {  # {command: what its line says}
     "kron_decompose.py 5 64 1 --init_from=good.pt": "mlp.c_fc",
     "kron_decompose.py --budget=many --init_from=good.pt": "--budget",
     "kron_decompose.py 16 64 1 --init_from=good.pt --out=folder": "folder names a directory",
+    "kron_decompose.py 16 32 2 --init_from=good.pt --budget=20K": "a --budget without them",
     "prune.py --init_from=good.pt --keep=3": "--keep",
     "prune.py --init_from=good.pt --out=new/": "new/ names a directory",
     "kron_to_gpt.py good.pt good.pt": "good.pt",
