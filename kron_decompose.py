@@ -27,7 +27,7 @@ init_from = "gpt2"  # the model to compress: a hub name, a Hugging Face director
 out: str | None = None  # file to write; default: checkpoints/best_....pt, VL_....pt or calibrated_....pt
 budget = "82M"  # total number of parameters, of the whole model or for the table of shapes
 matrices = "all"  # matrices that share the budget: all, or mlp for those of the MLPs
-keep = ""  # comma list of widths that stay as they are under --budget: heads, hidden
+keep = ""  # comma list of what stays as it is under --budget: embedding, heads, hidden
 calibrate: str | None = None  # data set under data/: its training split is calibrated on, its validation split scored
 calibration_tokens = 131072  # number of tokens to calibrate on
 device = ""  # where to calibrate; default: CUDA if available, else the CPU
@@ -65,10 +65,14 @@ def print_table(shapes):
 def print_plan(plan):
     """Print the widths and ranks of a budget.Plan, block by block, and the loss that they are predicted to add."""
     ranks = {kind: [s.factors if s.dim_2 == 1 else "dense" for s in shapes] for kind, shapes in plan.shapes.items()}
-    columns = plan.widths | ranks
-    print(f"{plan.how}\n{'block':>5}  " + "  ".join(f"{name:>11}" for name in columns))
+    columns = {name: [" ".join(map(str, width)) if isinstance(width, list) else width for width in widths]
+               for name, widths in plan.widths.items()} | ranks
+    space = {name: max(len(str(text)) for text in (name, *column)) for name, column in columns.items()}
+    print(f"{plan.how}\nblock  " + "  ".join(f"{name:>{width}}" for name, width in space.items()))
     for layer, row in enumerate(zip(*columns.values())):
-        print(f"{layer:>5}  " + "  ".join(f"{number:>11}" for number in row))
+        print(f"{layer:>5}  " + "  ".join(f"{text:>{width}}" for text, width in zip(row, space.values())))
+    for name, bands in plan.bands.items():
+        print(f"{name}: " + ", ".join(f"{rows} × {columns}" for rows, columns in bands))
     parts = ", ".join(f"{name} {sum(losses):.4f}" for name, losses in plan.losses.items())
     print("each rank counts once: r (m + n - r) numbers are in the file for a matrix [m, n] of rank r\n"
           f"predicted loss added (order only): {plan.loss:.4f} nats per token: {parts}")
@@ -87,15 +91,15 @@ def sizes_of(source):
 
 def main(dim_1=None, dim_2=None, n_factors=None):
     from kronygpt import calibration, checkpoint, compress, data
-    from kronygpt.budget import Plan, is_dense, parse_budget, plan_ranks, plan_widths, room, shapes_within
+    from kronygpt.budget import NARROWS, Plan, is_dense, parse_budget, plan_ranks, plan_widths, room, shapes_within
     from kronygpt.files import output_file
     from model import KINDS
 
     limit, largest = parse_budget(budget)
     check_choice(globals(), "matrices", "all", "mlp")
     kept = keep.split(",") if keep else []
-    if unknown := set(kept) - {"heads", "hidden"}:
-        raise UserError(f"--keep is a comma list of heads and hidden, not {min(unknown)}")
+    if unknown := set(kept) - set(NARROWS):
+        raise UserError(f"--keep is a comma list of {', '.join(NARROWS)}, not {min(unknown)}")
     if dim_1 and (not n_factors or "budget" in configurator.given):
         raise UserError("give all three of dim_1 dim_2 n_factors, or a --budget without them")
     if not (dim_1 or calibrate):
@@ -109,7 +113,7 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     else:
         name, kinds = f"best_{budget}", [kind for kind in KINDS if matrices == "all" or kind.startswith("mlp.")]
         is_whole = matrices == "all" and is_dense(dense)  # else ranks alone are chosen
-        narrows = [width for width in ("heads", "hidden") if is_whole and width not in kept]
+        narrows = [part for part in NARROWS if is_whole and part not in kept]
         room(config, kinds, limit, narrows)  # an error comes before the work
         options |= dict(budget=budget, matrices=matrices, keep=keep)
     path = output_file(out or f"checkpoints/{name}.pt")
