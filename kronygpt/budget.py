@@ -1,7 +1,9 @@
 """Budgets: the ranks of all matrices that cost a model least, and the table of shapes that fit a number of parameters."""
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,8 +28,9 @@ class Plan:
     losses: {kind, "heads", "hidden", "wte" or "wpe": [nats per token that are predicted to be lost in each block]}, or {}.
     widths: {"head_qk", "head_v", "n_inner": [of each block]}, or {} where they stay as they are.
     bands: {"wte" or "wpe": bands of a model.Embedding}, or {} where they stay as they are.
-    narrowed: the dense model in these widths and bands, which takes the shapes; None where it is the dense model itself.
-    fisher: {name of a matrix: F [n, n]} at the outputs of that model, for the metric of the fit, or None.
+    narrow: makes the dense model in these widths and bands, which takes the shapes, and its fisher; None where it is the
+        dense model itself.
+    fisher: {name of a matrix: F [n, n]} at the outputs of the dense model, for the metric of the fit, or None.
     """
 
     how: str
@@ -35,7 +38,7 @@ class Plan:
     losses: dict = field(default_factory=dict)
     widths: dict = field(default_factory=dict)
     bands: dict = field(default_factory=dict)
-    narrowed: KronyGPT | None = None
+    narrow: Callable | None = None
     fisher: dict | None = None
 
     def add(self, choice, rows):
@@ -56,18 +59,19 @@ class Plan:
         return sum(map(sum, self.losses.values()))
 
 
-def parse_budget(text):
-    """A number of parameters such as 82M, 1.5B or 82000000, and the largest that is written so: 82M is 82.x million."""
-    units = {"K": 10**3, "M": 10**6, "B": 10**9}
+def parse_budget(text, total):
+    """A number of parameters such as 82M, 1.5B, 82000000 or, of a model of `total` parameters, 66%, and the largest that is
+    written so: 82M is 82.x million."""
+    units = {"K": 10**3, "M": 10**6, "B": 10**9, "%": Decimal(total) / 100}
     unit = units.get(text[-1:].upper(), 1)
     try:
-        number = Decimal(text[:-1] if unit > 1 else text)
+        number = Decimal(text[:-1] if unit != 1 else text)
         if number <= 0:
             raise ValueError
         last_digit = Decimal(1).scaleb(number.as_tuple().exponent) * unit
         return int(number * unit), int(number * unit + last_digit) - 1
     except (ArithmeticError, ValueError, TypeError):
-        raise UserError(f"--budget takes a number of parameters such as 82M, not {text}") from None
+        raise UserError(f"--budget takes a number of parameters such as 82M or 66%, not {text}") from None
 
 
 def count_parameters(config, without=()):
@@ -172,30 +176,31 @@ def is_dense(model):
     return all(member.is_dense for member in members) and widths == {model.config.head_dim}
 
 
-def plan_ranks(dense, kinds, limit, statistics):
-    """Ranks for a number of parameters by predicted loss; each matrix is free to stay dense.
+def plan_ranks(dense, kinds, limits, statistics):
+    """Ranks for some numbers of parameters by predicted loss; each matrix is free to stay dense.
 
     Args:
         dense: a KronyGPT.
         kinds: names of the matrices of a block to compress, such as "mlp.c_fc"; the shapes of the others stay.
-        limit: number of parameters in all, which is never exceeded.
+        limits: [number of parameters in all], which are never exceeded.
         statistics: calibration.Statistics of the model.
 
     Returns:
-        A Plan.
+        [Plan], one for each limit.
 
     Raises:
-        UserError: the budget is too small for any rank, or large enough for the dense model.
+        UserError: a limit is too small for any rank, or large enough for the dense model.
     """
-    spare, parts = room(dense.config, kinds, limit), []
+    spare, parts, plans = [room(dense.config, kinds, limit) for limit in limits], [], []
     for layer, kind, matrix in dense.matrices():
         if kind in kinds:
             squares = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)
             parts.append([Choice({}, 0, 0.0, {kind: rank_table(*matrix.weight.shape, squares)})])
-    plan = Plan(f"ranks for {limit:,} parameters, by predicted loss", fisher=statistics.fisher)
-    for choice, ranks in cheapest(parts, spare):
-        plan.add(choice, ranks)
-    return plan
+    for limit, numbers in zip(limits, spare):
+        plans.append(plan := Plan(f"ranks for {limit:,} parameters, by predicted loss", fisher=statistics.fisher))
+        for choice, ranks in cheapest(parts, numbers):
+            plan.add(choice, ranks)
+    return plans
 
 
 def plan_widths(dense, limits, statistics, narrows=NARROWS):
@@ -237,7 +242,7 @@ def plan_widths(dense, limits, statistics, narrows=NARROWS):
         plans.append(plan := Plan(f"widths and ranks for {limit:,} parameters, by predicted loss"))
         for choice, ranks in cheapest(parts, numbers + biases):
             plan.add(choice, ranks)
-        plan.narrowed, plan.fisher = narrowed(dense, blocks, plan.widths, embeddings, plan.bands)
+        plan.narrow = partial(narrowed, dense, blocks, plan.widths, embeddings, plan.bands)
     return plans
 
 

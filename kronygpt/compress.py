@@ -40,12 +40,12 @@ def apply(dense, plan, text=None):
     """
     if text is None:
         return factorize(dense, plan.shapes), []
-    fisher = plan.fisher
+    goal, fisher = plan.narrow() if plan.narrow else (None, plan.fisher)
     if fisher is None:
         dense = spread_units(dense, text, plan.shapes["mlp.c_fc"][0].dim_2)
         fisher = statistics(dense, text).fisher
-    new = factorize(plan.narrowed or dense, plan.shapes)
-    return new, calibrate(dense, new, text, fisher, goal=plan.narrowed)
+    new = factorize(goal or dense, plan.shapes)
+    return new, calibrate(dense, new, text, fisher, goal=goal)
 
 
 def factorize(model, shapes):

@@ -1,5 +1,6 @@
 """Models of narrower heads, fewer hidden units and factored embeddings, in memory, in files and for transformers, against a
 plain loop."""
+import itertools
 import math
 
 import pytest
@@ -208,3 +209,44 @@ def test_a_plan_of_widths_fits_its_budget(dense, narrows):
         free, = plan_widths(dense, [limit], found)
         assert free.loss <= plan.loss * 1.01  # what is free costs no more
     assert losses[0] > losses[1] > 0
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_a_plan_loses_little_more_than_the_best_of_all(share):
+    """Beside every combination of all widths, ranks and bands of a tiny model."""
+    torch.manual_seed(0)
+    model = KronyGPT(KronyGPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8, n_inner=12))
+    for p in model.parameters():
+        p.data.mul_(6)
+    randomize_vectors(model.eval())
+    tokens = random_tokens(40, 8, vocab_size=16)
+    found, total = statistics(model, tokens), model.count_parameters()["total"]
+    limit = int(share * total)
+    plan, = plan_widths(model, [limit], found)
+
+    parts, block = [], narrow.Block(model, 0, found)
+    for options in block.attention(True), block.mlp(True):
+        parts.append([])
+        for option in options:
+            matrices = []
+            for m, n, squares in option.matrices.values():
+                tail = [squares[r:].sum().item() / 2 for r in range(1, min(m, n))]
+                matrices.append([*((r * (m + n - r), tail[r - 1]) for r in range(1, min(m, n))), (m * n, 0.0)])
+            parts[-1] += [(option.n_biases + a + b, option.loss + x + y) for (a, x), (b, y) in itertools.product(*matrices)]
+    E, P = model.transformer.wte.weight.double(), model.transformer.wpe.weight.double()
+    for stairs in (narrow.Staircase(E, (found.frequencies + found.probabilities) / 2,
+                                    found.embedding_fisher + found.uncertainty * found.hidden, 16),
+                   narrow.Staircase(P, torch.full((8,), 1 / 8).double(), found.embedding_fisher)):
+        parts.append([(size, 2 * loss) for _, size, loss in stairs.options()])
+    sums = [(0, 0.0)]
+    for part in parts:
+        sums = [(size + a, loss + b) for size, loss in sums for a, b in part]
+        best, least = [], math.inf
+        for size, loss in sorted(sums):  # those that no smaller sum beats
+            if loss < least:
+                best.append((size, loss))
+                least = loss
+        sums = best
+    outside = 6 * 8  # the norms
+    best = min(loss for size, loss in sums if size + outside <= limit)
+    assert best * (1 - 1e-9) <= plan.loss <= 1.15 * best
