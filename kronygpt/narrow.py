@@ -12,6 +12,7 @@ from model import KronyGPT
 
 RIDGE = 1e-3  # added to the covariance of hidden units, as a share of its mean diagonal
 HEAD_STEPS, HIDDEN_STEPS = 8, 32  # widths that are tried, of a head and of an MLP
+PANEL = 64  # hidden units that are dropped between two products of whole matrices
 N_BANDS, STAIRCASES = 16, 64  # bands of tokens by frequency, and staircases over them that are tried
 BLEND = 0.01  # share of the identity in the metric of an embedding
 ROUNDING = 1e-12  # relative size of a number that counts as zero
@@ -139,8 +140,8 @@ def brain_surgeon(W, covariance, fisher):
     """The order in which the hidden units of an MLP are dropped by the optimal brain surgeon (B. Hassibi and D. G. Stork,
     1993), always the one that adds least when the others make up for it, and what that costs.
 
-    Unit j costs ½ ‖W_j F^(1/2)‖² / (G⁻¹)_jj, and the others' rows become W − (G⁻¹)_:j W_j / (G⁻¹)_jj. About n³ (1 + C / n)
-    operations for n units.
+    Unit j costs ½ ‖W_j F^(1/2)‖² / (G⁻¹)_jj, and the others' rows become W − (G⁻¹)_:j W_j / (G⁻¹)_jj. Rows and inverse are
+    updated for PANEL units at a time. About n² (n + C) operations for n units.
 
     Args:
         W: [n, C], of c_proj.
@@ -150,24 +151,25 @@ def brain_surgeon(W, covariance, fisher):
     Returns:
         order [n], the first is dropped first, and costs [n + 1], of dropping none, one, two, ...
     """
-    n = len(W)
-    inverse, Z, units = torch.cholesky_inverse(torch.linalg.cholesky(ridged(covariance))), W @ root(fisher), torch.arange(n)
-    alive, order, costs = torch.ones(n, dtype=torch.bool, device=W.device), [], [0.0]
-    for _ in range(n):
-        pivots = inverse.diagonal()
-        each = torch.where(alive, Z.square().sum(1) / pivots, torch.inf)
-        j = int(each.argmin())
-        order.append(units[j].item())
-        costs.append(costs[-1] + each[j].item() / 2)
-        alive[j] = False
-        column = inverse[:, j] / pivots[j]
-        Z -= column[:, None] * Z[j]
-        inverse -= column[:, None] * inverse[j]
-        if alive.sum() <= 7 * len(alive) // 8:  # what is left shrinks, and so does the work
-            keep = alive.nonzero()[:, 0]
-            inverse, Z, units, alive = inverse[keep][:, keep], Z[keep], units[keep.cpu()], alive[keep]
-        else:
-            inverse.diagonal()[j] = 1.0
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged(covariance)))
+    Z, units = W @ root(fisher), torch.arange(len(W))
+    order, costs = [], [0.0]
+    while len(units):
+        norms, pivots, alive = Z.square().sum(1), inverse.diagonal().clone(), torch.ones_like(Z[:, 0], dtype=torch.bool)
+        U, V = Z.new_zeros(len(Z), PANEL), Z.new_zeros(PANEL, Z.shape[1])  # inverse - U Uᵀ and Z - U V are those of now
+        for k in range(min(PANEL, len(units))):
+            each = torch.where(alive, norms / pivots, torch.inf)
+            j = int(each.argmin())
+            order.append(units[j].item())
+            costs.append(costs[-1] + each[j].item() / 2)
+            alive[j], scale = False, pivots[j].sqrt()
+            z, u = Z[j] - U[j] @ V, (inverse[:, j] - U @ U[j]) / scale
+            norms = (norms + u / scale * (u / scale * (z @ z) - 2 * (Z @ z - U @ (V @ z)))).clamp(min=0)
+            pivots = pivots - u.square()
+            U[:, k], V[k] = u, z / scale
+        left = alive.nonzero()[:, 0]
+        U, units = U[left], units[left.cpu()]
+        inverse, Z = inverse[left][:, left] - U @ U.T, Z[left] - U @ V
     return torch.tensor(order), torch.tensor(costs, dtype=torch.float64)
 
 
@@ -289,19 +291,27 @@ class Block:
         W, F = self.W["attn.c_attn"], self.F["attn.c_attn"]
         self.bases = bases = head_bases(W, self.b["attn.c_attn"], self.W["attn.c_proj"], H, self.mean["attn.c_attn"],
                                         self.G["attn.c_attn"], self.G["attn.c_proj"], F, self.F["attn.c_proj"])
-        totals, heads = [H * width for width in grid(head, HEAD_STEPS)] if is_narrowed else [H * head], torch.arange(H)
         R_attn, R_proj = root(self.G["attn.c_attn"]), root(self.F["attn.c_proj"])
-        result = []
-        for n_v in totals:
-            v = head_widths(bases.vo_costs, n_v)
-            D_v, T_v = (side[2 * C:, 2 * H * head:] for side in reversed(head_maps(bases, [head] * H, v)))
-            W_v = D_v.T @ self.W["attn.c_proj"]  # (n_v, C)
-            proj = n_v, C, squares(W_v.T @ (T_v.T @ self.G["attn.c_proj"] @ T_v) @ W_v, R_proj)[:n_v]
-            for n_qk in totals:
-                qk = head_widths(bases.qk_costs, n_qk)
-                T, D = head_maps(bases, qk, v)
-                W_qkv = W @ T  # (C, 2 n_qk + n_v)
-                attn = *W_qkv.shape, squares(W_qkv @ (D.T @ F @ D) @ W_qkv.T, R_attn)[:W_qkv.shape[1]]
+        T = torch.block_diag(*bases.qk[0], *bases.qk[1], *bases.vo[0])  # in which narrower heads take the first columns
+        D = torch.block_diag(*bases.qk[1], *bases.qk[0], *bases.vo[1])
+        W, F, W_proj = W @ T, D.T @ F @ D, D[2 * C:, 2 * C:].T @ self.W["attn.c_proj"]
+        G = T[2 * C:, 2 * C:].T @ self.G["attn.c_proj"] @ T[2 * C:, 2 * C:]
+
+        def columns(widths):  # of C, that heads of some widths keep
+            return torch.cat([h * head + torch.arange(width) for h, width in enumerate(widths)]).to(W.device)
+
+        totals, heads, result = [H * width for width in grid(head, HEAD_STEPS)] if is_narrowed else [H * head], range(H), []
+        of_qk, of_v = ([head_widths(costs, n) for n in totals] for costs in (bases.qk_costs, bases.vo_costs))
+        in_qk = [torch.cat((columns(widths), C + columns(widths))) for widths in of_qk]
+        S_qk = [W[:, at] @ F[at][:, at] @ W[:, at].T for at in in_qk]
+        for n_v, v in zip(totals, of_v):
+            at_v = columns(v)
+            proj = n_v, C, squares(W_proj[at_v].T @ G[at_v][:, at_v] @ W_proj[at_v], R_proj)[:n_v]
+            FW = F[:, 2 * C + at_v] @ W[:, 2 * C + at_v].T  # (3 C, C)
+            for n_qk, qk, at, S in zip(totals, of_qk, in_qk, S_qk):
+                cross = W[:, at] @ FW[at]
+                S = S + cross + cross.T + W[:, 2 * C + at_v] @ FW[2 * C + at_v]  # W F Wᵀ of these columns
+                attn = C, 2 * n_qk + n_v, squares(S, R_attn)[:2 * n_qk + n_v]
                 loss = bases.qk_costs[heads, qk].sum() + bases.vo_costs[heads, v].sum()
                 result.append(Option(dict(head_qk=qk, head_v=v), float(loss), 2 * n_qk + n_v + C,
                                      {"attn.c_attn": attn, "attn.c_proj": proj}))

@@ -115,7 +115,9 @@ def test_narrower_heads_that_lose_nothing_are_the_same_function(attention, head_
     torch.testing.assert_close(found, expected)
 
 
-def test_brain_surgeon_drops_what_a_loop_of_least_squares_drops():
+@pytest.mark.parametrize("panel", [1, 4, 64])
+def test_brain_surgeon_drops_what_a_loop_of_least_squares_drops(panel, monkeypatch):
+    monkeypatch.setattr(narrow, "PANEL", panel)
     n, C = 9, 4
     W, G, F = random_matrix(n, C, 1), positive(n, 2), positive(C, 3)
     ridged = G + narrow.RIDGE * G.diagonal().mean() * torch.eye(n)
