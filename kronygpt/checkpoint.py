@@ -12,7 +12,8 @@ optimizer's state, both sides are whole. load() also takes
 - older ones, with each factor by itself: c_fc_{f}_{k} and c_proj_{f}_{k} for side k of factor f, perhaps no MLP biases;
 - dense checkpoints of nanoGPT and other programs, whose weights may lie deeper in the file, under prefixes of wrappers;
 - transformers' GPT-2: a directory, or a .safetensors or .bin file of it;
-- the directories of kron_to_gpt.py --compressed=True, whose factors are `<name>.A` and `<name>.B`.
+- the directories of kron_to_gpt.py --compressed=True, whose low-rank matrices are nn.Linear, `<name>.down` and `<name>.up`,
+  or `<name>.A` and `<name>.B` in older ones, and whose Kronecker shapes are `<name>.A` and `<name>.B`.
 
 A model is data, and loading it never runs code: .pt and .bin files are read with torch.load(weights_only=True), and
 config.json and safetensors directly, without transformers.
@@ -44,6 +45,7 @@ WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_
 MATRIX = r"(transformer\.h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))"
 IN_MEMORY = re.compile(MATRIX + r"\.(A|B|bias|pivots)")
 IN_FILE = re.compile(MATRIX + r"(_0|_1|_bias|_pivots|\.weight|\.bias)")
+LINEAR = re.compile(MATRIX + r"\.(?:up\.weight|up\.bias|down\.weight)")  # of a compressed export
 UNSTACKED = re.compile(r"(.*\.mlp\.c_(?:fc|proj))_(\d+)_([01])")
 PIVOTS = ("_pivots", ".pivots", ".order")  # places of an identity in a low-rank matrix
 INDICES = (*PIVOTS, ".row", ".start", ".columns")  # tensors of whole numbers
@@ -322,8 +324,12 @@ def without_matrices(state_dict):
 
 
 def from_export(state_dict):
-    """Embeddings as with_identities() has them, from those of a compressed export, modeling_kronygpt.FactoredEmbedding."""
-    result = dict(state_dict)
+    """Matrices and embeddings as with_identities() has them, from those of a compressed export, modeling_kronygpt.py."""
+    result = {name: p for name, p in state_dict.items() if not LINEAR.fullmatch(name)}
+    for stem in {match[1] for name in state_dict if (match := LINEAR.fullmatch(name))}:
+        up, down = state_dict[f"{stem}.up.weight"], state_dict.get(f"{stem}.down.weight")
+        A, B = (up.T[None], up.new_ones(1, 1, 1)) if down is None else (down.unsqueeze(2), up.T.unsqueeze(1))
+        result |= {f"{stem}.A": A, f"{stem}.B": B, f"{stem}.bias": state_dict[f"{stem}.up.bias"]}
     for stem in EMBEDDINGS:
         if f"{stem}start" in state_dict:
             del result[f"{stem}start"]

@@ -38,22 +38,15 @@ def sizes(config):
 
 
 def state_dict_for_transformers(model, expand):
-    """A KronyGPT's state dict with W [in, out] in place of A and B: of each matrix, or of those that are dense. Low rank is
-    stored as in modeling_kronygpt.LowRankLinear."""
+    """A KronyGPT's state dict with the matrices W [in, out] expanded, or as modeling_kronygpt.py has them."""
     state_dict = model.state_dict()
     for layer, kind, matrix in model.matrices():
         name = f"transformer.h.{layer}.{kind}"
-        if expand or matrix.is_dense:
-            A, _ = state_dict.pop(f"{name}.A"), state_dict.pop(f"{name}.B")
-            state_dict[f"{name}.weight"] = A[0] if matrix.is_dense else matrix.weight.detach()
-        elif side := column_side(matrix.A.shape, matrix.B.shape):
-            column, row = (matrix.A, matrix.B) if side == "A" else (matrix.B, matrix.A)
-            if column.shape[0] < column.shape[1]:
-                pivots, rest, row = with_identity(column.detach().squeeze(2).T, row.detach().squeeze(1))
-                is_rest = torch.ones(column.shape[1], dtype=torch.bool)
-                is_rest[pivots] = False
-                state_dict |= {f"{name}.A": rest.T.unsqueeze(2).contiguous(), f"{name}.B": row.unsqueeze(1),
-                               f"{name}.order": torch.cat((pivots, is_rest.nonzero()[:, 0])).int()}
+        new = {"weight": matrix.A[0] if matrix.is_dense else matrix.weight} if expand else linear_modules(matrix)
+        if new:
+            bias, *_ = (state_dict.pop(f"{name}.{key}") for key in ("bias", "A", "B"))
+            state_dict |= {f"{name}.{key}": p.detach() for key, p in new.items()}
+            state_dict[f"{name}.bias" if expand else f"{name}.up.bias"] = bias
     for name in "wte", "wpe":
         embedding = model.transformer.get_submodule(name)
         if expand and not embedding.is_dense:
@@ -64,6 +57,21 @@ def state_dict_for_transformers(model, expand):
     if model.transformer.wte.is_dense or expand:
         state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
     return state_dict
+
+
+def linear_modules(matrix):
+    """The weights of a modeling_kronygpt.LowRankLinear from a dense or low-rank model.KronLinear; {} from another one."""
+    if matrix.is_dense:
+        return {"up.weight": matrix.A[0].T.contiguous()}
+    side = column_side(matrix.A.shape, matrix.B.shape)
+    column, row = (matrix.B, matrix.A) if side == "B" else (matrix.A, matrix.B)
+    if not side or column.shape[0] >= column.shape[1]:
+        return {}
+    pivots, rest, row = with_identity(column.detach().squeeze(2).T, row.detach().squeeze(1))
+    is_rest = torch.ones(column.shape[1], dtype=torch.bool)
+    is_rest[pivots] = False
+    return {"down.weight": rest.T.contiguous(), "up.weight": row.T.contiguous(),
+            "order": torch.cat((pivots, is_rest.nonzero()[:, 0])).int()}
 
 
 def factored_embedding(embedding):

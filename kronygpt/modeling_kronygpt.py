@@ -2,10 +2,10 @@
 
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 
-Each of attn.c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj of a block computes y = x W + bias with W [m, n] = Σ_f A_f ⊗ B_f,
-or is GPT-2's own Conv1D where its shape is (m, n, 1). A block may have narrower heads and fewer hidden units than GPT-2's,
-and embeddings may be of lower rank. Everything else is inherited. This file travels with each exported model, so it imports
-torch and transformers alone; it serves transformers 4.57 and 5.
+Each of attn.c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj of a block computes y = x W + bias with W [m, n] = Σ_f A_f ⊗ B_f:
+dense and low-rank ones as modules of nn.Linear, other shapes as KronLinear. A block may have narrower heads and fewer hidden
+units than GPT-2's, and embeddings may be of lower rank. Everything else is inherited. This file travels with each exported
+model, so it imports torch and transformers alone; it serves transformers 4.57 and 5.
 """
 import math
 from functools import partial
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
-from transformers.pytorch_utils import Conv1D
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block
 COPY = 64  # multiply-adds that take as long as writing one number to memory
@@ -100,26 +99,27 @@ class KronLinear(nn.Module):
         return y.reshape(*x.shape[:-1], n1 * n2) + self.bias.to(y.dtype)
 
 
-class LowRankLinear(KronLinear):
-    """y = x W + bias with W [m, n] of rank r < m, each rank stored once: r rows of the left side [m, r] are the identity.
-    `order` [m] tells which, and then the places of the others, A [r, m - r, 1]. B is the right side [r, 1, n]."""
+class LowRankLinear(nn.Module):
+    """y = up(x[first r of order] + down(x[rest of order])): W [m, n] of rank r, where r rows of the left side [m, r] are the
+    identity and not stored. `order` [m] has their places first. A dense W is `up` alone. Both are nn.Linear, which
+    quantizers, LoRA and compilers look for."""
 
     def __init__(self, m, n, rank, std):
-        super().__init__(m, n, (m, 1, rank), std)
-        self.A = nn.Parameter(torch.empty(rank, m - rank, 1))
-        self.register_buffer("order", torch.arange(m, dtype=torch.int32))
-
-    @torch.no_grad()
-    def init_weights(self):
-        nn.init.normal_(self.A, std=len(self.A)**-0.5)
-        nn.init.normal_(self.B, std=self.std)
-        nn.init.zeros_(self.bias)
+        super().__init__()
+        self.rank = rank
+        self.up = nn.Linear(rank, n)
+        # std of a new W, with `down` small beside the identity, or else high learning rates diverge
+        self.up.std = std / math.sqrt(rank * (1 + (m - rank) * std**2) / m)
+        if rank < m:
+            self.down = nn.Linear(m - rank, rank, bias=False)
+            self.down.std = std
+            self.register_buffer("order", torch.arange(m, dtype=torch.int32))
 
     def forward(self, x):
-        r, x = len(self.A), x.index_select(-1, self.order)
-        z = x[..., :r] + x[..., r:] @ self.A.squeeze(2).T  # (..., r)
-        y = z @ self.B.squeeze(1)
-        return y + self.bias.to(y.dtype)
+        if not hasattr(self, "down"):
+            return self.up(x)
+        x = x.index_select(-1, self.order)
+        return self.up(x[..., :self.rank] + self.down(x[..., self.rank:]))
 
 
 class FactoredEmbedding(nn.Module):
@@ -217,7 +217,11 @@ class InitFactors:
     def _init_weights(self, module):
         if isinstance(module, (KronLinear, FactoredEmbedding)):
             module.init_weights()
-        elif not isinstance(getattr(module, "c_proj", None), KronLinear):  # GPT-2's looks for the weight of a c_proj
+        elif hasattr(module, "std"):  # of a LowRankLinear
+            nn.init.normal_(module.weight, std=module.std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif not hasattr(module, "c_proj"):  # of which GPT-2's looks for the weight
             super()._init_weights(module)
 
 
@@ -241,7 +245,7 @@ class KronyGPTModel(InitFactors, GPT2Model):
                 is_residual = matrix == "c_proj"  # which writes to the residual stream, 2 n_layer times in all
                 std = config.initializer_range / (math.sqrt(2 * config.n_layer) if is_residual else 1)
                 if shape == (m, n, 1):
-                    new = Conv1D(n, m)
+                    new = LowRankLinear(m, n, m, std)
                 elif shape[:2] in ((m, 1), (1, n)) and shape[2] < m:
                     new = LowRankLinear(m, n, shape[2], std)
                 else:
