@@ -3,6 +3,7 @@
     python kron_to_gpt.py out/ckpt.pt               # → models/<name>/: of the file, or of its folder for ckpt.pt, best.pt
     python kron_to_gpt.py out/ckpt.pt my_model      # → my_model/
     python kron_to_gpt.py out/ckpt.pt my_model --compressed=True --dtype=bfloat16
+    python kron_to_gpt.py gpt2 my_model --compressed=True --dtype=int8         # of a dense GPT-2, too
 
 The Kronecker sums are expanded, so the result is a dense GPT-2 that computes the same function. Hidden units that prune.py
 dropped are left out of it. It is compared with the checkpoint's model before it is moved into place. Its tokenizer comes
@@ -10,6 +11,8 @@ along as data: GPT-2's, bytes, or the model's own.
 
 With --compressed=True the factors are kept, and the file is as small as the checkpoint's model. Code comes along,
 modeling_kronygpt.py, and transformers runs it where it is told to: from_pretrained(directory, trust_remote_code=True).
+--dtype=int8 then stores weights in a byte, with one float32 scale for each output column of a matrix or factor and each
+token of the embedding; biases and layer norms are float32. Weights are rounded, and computed in the model's floating type.
 
 --push=ORG/NAME uploads the finished directory, with whatever else lies in it, to the Hugging Face hub.
 """
@@ -19,7 +22,7 @@ from pathlib import Path
 from kronygpt.configurator import UserError, check_choice, run
 
 compressed = False  # keep the factors: a smaller model, which needs trust_remote_code=True
-dtype = "float32"  # type of the weights: float32, bfloat16 or float16
+dtype = "float32"  # type of the weights: float32, bfloat16 or float16; with --compressed=True also int8
 perplexities: str | None = None  # a file of perplexity.py --json_out, for the model card of --compressed=True
 push: str | None = None  # ORG/NAME on the Hugging Face hub, to which the finished directory is uploaded
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
@@ -59,7 +62,9 @@ def main(ckpt, out_dir=None):
     from kronygpt.tokenizer import TOKENIZER_FILES, BytesTokenizer, read_json
 
     # what can be refused before the work
-    check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
+    check_choice(globals(), "dtype", "float32", "bfloat16", "float16", "int8")
+    if dtype == "int8" and not compressed:
+        raise UserError("--dtype=int8 needs --compressed=True, whose code takes it, also for a model with no factors")
     scores = read_json(Path(perplexities)) if perplexities else {}
     out_dir = output_directory(out_dir or default_directory(ckpt, checkpoint.MODELS_DIR), is_replaced=True)
     if out_dir.exists() and not ((out_dir / "config.json").exists() and read_json(out_dir / "config.json").get("model_type")
@@ -74,7 +79,10 @@ def main(ckpt, out_dir=None):
     narrow = without_dropped_units(model)
     if narrow is not model:
         print(f"MLPs of {narrow.config.n_inner[0]} hidden units: B drops the others of {model.config.n_inner[0]}")
-    exported = (export.to_compressed if compressed else export.to_dense)(narrow).to(getattr(torch, dtype))
+    if dtype == "int8":
+        exported = export.to_compressed(narrow, int8=True)
+    else:
+        exported = (export.to_compressed if compressed else export.to_dense)(narrow).to(getattr(torch, dtype))
     # generation ends at GPT-2's <|endoftext|>, but not at the line end that ends a document of bytes
     end = None if found is None or found.name == BytesTokenizer.name else found.end_of_text
     for config in exported.config, exported.generation_config:

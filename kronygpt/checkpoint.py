@@ -13,7 +13,8 @@ optimizer's state, both sides are whole. load() also takes
 - dense checkpoints of nanoGPT and other programs, whose weights may lie deeper in the file, under prefixes of wrappers;
 - transformers' GPT-2: a directory, or a .safetensors or .bin file of it;
 - the directories of kron_to_gpt.py --compressed=True, whose low-rank matrices are nn.Linear, `<name>.down` and `<name>.up`,
-  or `<name>.A` and `<name>.B` in older ones, and whose Kronecker shapes are `<name>.A` and `<name>.B`.
+  or `<name>.A` and `<name>.B` in older ones, and whose Kronecker shapes are `<name>.A` and `<name>.B`. Weights in int8 have
+  their scales in `<name>_scale`.
 
 A model is data, and loading it never runs code: .pt and .bin files are read with torch.load(weights_only=True), and
 config.json and safetensors directly, without transformers.
@@ -147,7 +148,8 @@ def read(path):
         for file in weight_files(path):
             tensors |= read_file(file)
         tensors = find_weights(tensors)
-        if not config["tie_word_embeddings"] and not any(name.endswith((HEAD, FACTORED)) for name in tensors):
+        is_tied = config["tie_word_embeddings"] or config["model_type"] == COMPRESSED_TYPE
+        if not is_tied and not any(name.endswith(HEAD) for name in tensors):
             raise ValueError(f"its config.json says tie_word_embeddings=false, and it lacks {HEAD}")
         return tensors, dict(model_args=dict(config, tokenizer=tokenizer_record(directory)))
     content = read_file(path)
@@ -236,7 +238,7 @@ def warn_of_exact_gelu(content, tensors, path):
 def upgrade(tensors):
     """Convert the state dict of any file to that of a KronyGPT: stacked factors, all biases, one matrix for embedding and
     output, contiguous float32 in memory of its own."""
-    state_dict = plain_names(tensors)
+    state_dict = plain_names(from_int8(tensors))
     tie(state_dict)
     state_dict = without_identities(from_export(from_file_names(stack_factors(state_dict))))
     for name, p in list(state_dict.items()):  # biases that an old file lacks were zero
@@ -249,6 +251,22 @@ def upgrade(tensors):
             state_dict.setdefault(name.replace("weight", "bias"), torch.zeros_like(p))
     return {name: p.to(torch.long if name.endswith(INDICES) else torch.float32, memory_format=torch.contiguous_format,
                        copy=True) for name, p in without_matrices(state_dict).items()}
+
+
+def from_int8(tensors):
+    """Tensors with weights in int8 times their scales."""
+    result = dict(tensors)
+    for name, p in tensors.items():
+        if p.dtype == torch.int8 and f"{name}_scale" in tensors:
+            scale = result.pop(f"{name}_scale")
+            result[name] = p * (scale if p.dim() > 1 else scale[owners(tensors, name), 0])
+    return result
+
+
+def owners(tensors, name):
+    """The token to which each number belongs in A of a modeling_kronygpt.FactoredEmbedding."""
+    row, columns = (tensors[name[:-1] + key] for key in ("row", "columns"))
+    return (tokens := row.argsort()).repeat_interleave(columns[tokens])
 
 
 def plain_names(tensors):

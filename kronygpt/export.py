@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch.nn import functional as F
 
 from kronygpt import checkpoint
+from kronygpt.compress import without_dropped_units
 from kronygpt.configurator import UserError
 from kronygpt.kron import column_side, with_identity
 from kronygpt.tokenizer import END_OF_TEXT, READABLE, GPT2Tokenizer, bytes_to_unicode, special_token
@@ -19,6 +20,7 @@ MARK = "<!-- Written by kron_to_gpt.py, which replaces this file; without this l
 TRAINING = ("dataset", "learning_rate", "max_iters", "batch_size", "gradient_accumulation_steps", "block_size", "teacher")
 UNSAID = ("init_from", "tokenizer", "out")  # options that the card says otherwise, or not at all
 TOKENS_COMPARED = 256
+ROUNDING = 0.2  # share of a matrix's norm; int8 takes about 0.01, and at most sqrt(m) / 254 where a column is one number
 GPT2_FILES = {  # as tiktoken names them, with their sha256
     "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
     "merges.txt": ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")}
@@ -115,8 +117,9 @@ def to_dense(model):
                         pad_widths(state_dict_for_transformers(model, expand=True), model.config))
 
 
-def to_compressed(model):
-    """The KronyGPTForCausalLM of modeling_kronygpt.py with the tensors of a KronyGPT: factors stay factors."""
+def to_compressed(model, int8=False):
+    """The KronyGPTForCausalLM of modeling_kronygpt.py with the tensors of a KronyGPT, perhaps rounded: factors stay
+    factors."""
     from kronygpt.modeling_kronygpt import KronyGPTConfig, KronyGPTForCausalLM, head_places
 
     classes = dict(AutoConfig="KronyGPTConfig", AutoModel="KronyGPTModel", AutoModelForCausalLM="KronyGPTForCausalLM")
@@ -124,14 +127,32 @@ def to_compressed(model):
     widths |= {name: [list(band) for band in getattr(model.config, name)] for name in ("wte", "wpe")
                if not model.transformer.get_submodule(name).is_dense}
     config = KronyGPTConfig(
-        widths=widths,
+        widths=widths, int8=int8,
         shapes={kind: [list(shape) for shape in of_blocks] for kind, of_blocks in model.config.shapes.items()},
         auto_map={auto: f"{CODE.stem}.{name}" for auto, name in classes.items()}, **sizes(model.config))
     state_dict = state_dict_for_transformers(model, expand=False)
     for layer, (qk, v) in enumerate(zip(model.config.head_qk, model.config.head_v)):
         if {*qk, *v} != {model.config.head_dim}:
             state_dict |= {f"transformer.h.{layer}.attn.{name}": places for name, places in head_places(qk, v).items()}
-    return with_weights(KronyGPTForCausalLM, config, state_dict)
+    return with_weights(KronyGPTForCausalLM, config, rounded(state_dict) if int8 else state_dict)
+
+
+def rounded(state_dict):
+    """The state dict of a KronyGPTForCausalLM with weights in int8: multiples of a scale that is 1/127 of the largest number
+    in an output column of a matrix or a factor, or in a token of an embedding."""
+    result = {name: p for name, p in state_dict.items() if name != checkpoint.HEAD}
+    for name, p in result.copy().items():
+        if p.dim() > 1:
+            largest = p.abs().amax(-1 if p.dim() == 2 else 1, keepdim=True)
+        elif name.endswith(".A"):
+            tokens = checkpoint.owners(state_dict, name)
+            largest = torch.zeros(len(state_dict[f"{name[:-1]}row"])).scatter_reduce(0, tokens, p.abs(), "amax")[:, None]
+        else:
+            continue
+        scale = torch.where(largest > 0, largest / 127, 1.0)
+        each = scale if p.dim() > 1 else scale[tokens, 0]
+        result |= {name: (p / each).round().to(torch.int8), f"{name}_scale": scale}
+    return result
 
 
 def with_weights(cls, config, state_dict):
@@ -146,7 +167,8 @@ def with_weights(cls, config, state_dict):
 @torch.no_grad()
 def verify(model, directory, compressed, dtype, tolerance):
     """The largest absolute difference of a logit between a KronyGPT and the transformers model in a directory, whose code
-    does not run, but our own; UserError where it is too large."""
+    does not run, but our own; UserError where it is too large. In int8, matrices are compared with the KronyGPT's, and
+    logits with the rounded matrices' own."""
     from transformers import GPT2LMHeadModel
 
     from kronygpt.modeling_kronygpt import KronyGPTForCausalLM
@@ -155,21 +177,36 @@ def verify(model, directory, compressed, dtype, tolerance):
     exported = cls.from_pretrained(directory, dtype=torch.float32).eval()
     size = 2, min(TOKENS_COMPARED, model.config.block_size)
     idx = torch.randint(model.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
-    logits = model.eval()(idx)
-    difference = (logits - exported(idx).logits).abs().max().item()
+    logits, found = model.eval()(idx), exported(idx).logits
+    expected = check_rounded(without_dropped_units(model), directory).eval()(idx) if dtype == "int8" else logits
+    difference = (expected - found).abs().max().item()
     limit = largest_allowed(logits, compressed, dtype) if tolerance is None else tolerance
     if not difference < limit:
         raise UserError(f"the converted model differs by {difference:.1e} in a logit, more than --tolerance={limit:.1e}; "
                         "nothing was written", status=1)
-    return difference
+    return (logits - found).abs().max().item()
+
+
+def check_rounded(model, directory):
+    """The KronyGPT of an export in int8; UserError where one of its matrices is off by more than a share of ROUNDING of the
+    norm: by another scale, or transposed."""
+    found, _ = checkpoint.load(directory)
+    pairs = [(kind, p.weight, q.weight) for (_, kind, p), (_, _, q) in zip(model.matrices(), found.matrices())]
+    pairs += [(name, getattr(model.transformer, name).dense(), getattr(found.transformer, name).dense())
+              for name in ("wte", "wpe")]
+    for name, W, other in pairs:
+        if not (W - other).norm() <= ROUNDING * W.norm():
+            raise UserError(f"{name} in int8 is off by {(W - other).norm() / W.norm():.0%} of its norm; nothing was written",
+                            status=1)
+    return found
 
 
 def largest_allowed(logits, compressed, dtype):
     """The difference that counts as rounding beside the logits of the checkpoint's model: 1e-3, or 1e-4 where no sum is
-    expanded (and no logit is above 10, as float32 is relative), or four units of the last place in half precision."""
+    expanded (and no logit is above 10, as float32 is relative), or eight units of the last place in half precision."""
     largest = logits.abs().max().item()
     exact = 1e-4 * max(1.0, largest / 10) if compressed else 1e-3
-    return exact if dtype == "float32" else max(exact, 4 * torch.finfo(getattr(torch, dtype)).eps * largest)
+    return exact if dtype in ("float32", "int8") else max(exact, 8 * torch.finfo(getattr(torch, dtype)).eps * largest)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

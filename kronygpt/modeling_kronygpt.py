@@ -4,8 +4,8 @@
 
 Each of attn.c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj of a block computes y = x W + bias with W [m, n] = Σ_f A_f ⊗ B_f:
 dense and low-rank ones as modules of nn.Linear, other shapes as KronLinear. A block may have narrower heads and fewer hidden
-units than GPT-2's, and embeddings may be of lower rank. Everything else is inherited. This file travels with each exported
-model, so it imports torch and transformers alone; it serves transformers 4.57 and 5.
+units than GPT-2's, and embeddings may be of lower rank. Weights may be int8. Everything else is inherited. This file travels
+with each exported model, so it imports torch and transformers alone; it serves transformers 4.57 and 5.
 """
 import math
 from functools import partial
@@ -20,18 +20,20 @@ COPY = 64  # multiply-adds that take as long as writing one number to memory
 
 
 class KronyGPTConfig(GPT2Config):
-    """GPT-2's config, with two fields more.
+    """GPT-2's config, with three fields more.
 
     shapes: {"attn.c_attn": [[dim_1, dim_2, r] of each block], ...}. A matrix that is not there is dense.
     widths: {"n_inner": [...], "head_qk": [[...], ...], "head_v": [[...], ...], "wte": [[rows, columns], ...], "wpe": ...}:
         of each block the hidden units, and of each of its heads the width of queries and keys, and that of values; of each
         embedding the bands of a FactoredEmbedding. What is not there is as in GPT-2.
+    int8: weights are as hold_int8() has them.
     """
 
     model_type = "kronygpt"
 
-    def __init__(self, shapes=None, widths=None, **kwargs):
+    def __init__(self, shapes=None, widths=None, int8=False, **kwargs):
         super().__init__(**kwargs)
+        self.int8 = int8
         self.shapes = shapes or {}
         self.widths = widths or {}
 
@@ -79,7 +81,7 @@ class KronLinear(nn.Module):
 
     def forward(self, x):
         # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
-        A, B = self.A, self.B
+        A, B = whole(self, "A"), whole(self, "B")
         (r, m1, n1), (_, m2, n2) = A.shape, B.shape
         rows = x.reshape(-1, m1 * m2)  # (T, m1 m2)
         T = 1 if torch.compiler.is_compiling() else rows.shape[0]  # exported graphs take any number of tokens
@@ -147,20 +149,23 @@ class FactoredEmbedding(nn.Module):
         column = torch.arange(len(self.B), device=idx.device)
         at = (self.start[idx][..., None] + column).clamp(max=len(self.A) - 1)
         rows = torch.where(column < self.columns[idx][..., None], self.A[at], 0.0)
+        if hasattr(self, "A_scale"):
+            rows = rows * self.A_scale[idx]
         if self.n_units:
             rows = rows + (self.row[idx][..., None] == column)
-        return rows @ self.B
+        return rows @ whole(self, "B")
 
     def logits(self, x):
         """x Eᵀ."""
-        z = F.linear(x, self.B)
+        z = F.linear(x, whole(self, "B"))
         parts = [part.view(n, k) for part, (n, k) in zip(self.A.split([n * k for n, k in self.bands]), self.bands)]
-        logits = [z[..., :self.n_units]] + [z[..., :part.shape[1]] @ part.T for part in parts]
-        return torch.cat(logits, -1).index_select(-1, self.row)
+        logits = [z[..., :self.n_units]] + [z[..., :part.shape[1]] @ part.to(z.dtype).T for part in parts]
+        logits = torch.cat(logits, -1).index_select(-1, self.row)
+        return logits * self.A_scale.T.to(z.dtype) if hasattr(self, "A_scale") else logits
 
 
 class TiedOutput(nn.Module):
-    """The output layer of a FactoredEmbedding, which holds the weights."""
+    """The output layer of an embedding, which holds the weights."""
 
     def __init__(self, embedding):
         super().__init__()
@@ -168,6 +173,36 @@ class TiedOutput(nn.Module):
 
     def forward(self, x):
         return self.tied[0].logits(x)
+
+
+class Int8Linear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, whole(self, "weight"), self.bias)
+
+
+class Int8Embedding(nn.Embedding):
+    def forward(self, idx):
+        return F.embedding(idx, self.weight) * F.embedding(idx, self.weight_scale)
+
+    def logits(self, x):
+        return F.linear(x, whole(self, "weight"))
+
+
+def hold_int8(module):
+    """Let a module hold weights in int8, with scales in `<name>_scale`: one for each output column of a matrix or a factor,
+    and each token of an embedding."""
+    module.__class__ = {nn.Linear: Int8Linear, nn.Embedding: Int8Embedding}.get(type(module), type(module))
+    for name, p in [*module.named_parameters(recurse=False)]:
+        if p.dim() > 1 or isinstance(module, FactoredEmbedding):  # no bias or layer norm
+            rows = len(module.row) if p.dim() == 1 else len(p)
+            setattr(module, name, nn.Parameter(p.new_zeros(p.shape, dtype=torch.int8), requires_grad=False))
+            module.register_buffer(f"{name}_scale", p.new_ones(rows, 1, *p.shape[2:]))
+
+
+def whole(module, name):
+    """A weight of a module, times its scale where it is int8."""
+    weight, scale = getattr(module, name), getattr(module, f"{name}_scale", None)
+    return weight if scale is None else weight * scale
 
 
 def from_left(L, X):
@@ -215,6 +250,8 @@ class InitFactors:
     """Initialise factored matrices. transformers asks each sub-model for its own modules, so both classes have this."""
 
     def _init_weights(self, module):
+        if self.config.int8:  # only a file has them
+            return
         if isinstance(module, (KronLinear, FactoredEmbedding)):
             module.init_weights()
         elif hasattr(module, "std"):  # of a LowRankLinear
@@ -256,6 +293,8 @@ class KronyGPTModel(InitFactors, GPT2Model):
         for name, rows in dict(wte=config.vocab_size, wpe=config.n_positions).items():
             if name in config.widths:
                 setattr(self, name, FactoredEmbedding(rows, config.n_embd, config.widths[name], config.initializer_range))
+        for module in self.modules() if config.int8 else ():
+            hold_int8(module)
         self.post_init()
 
 
@@ -265,7 +304,7 @@ class KronyGPTForCausalLM(InitFactors, GPT2LMHeadModel):
     def __init__(self, config):
         super().__init__(config)
         self.transformer = KronyGPTModel(config)
-        if "wte" in config.widths:
+        if "wte" in config.widths or config.int8:
             config.tie_word_embeddings = False  # by transformers, which knows one tensor for both
             self.lm_head = TiedOutput(self.transformer.wte)
         self.post_init()

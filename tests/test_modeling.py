@@ -209,9 +209,65 @@ def test_weights_in_half_precision(dtype, compressed, mixed_model, workdir):
     assert checkpoint.load("made")[0].transformer.wte.weight.dtype == torch.float32
 
 
-def test_a_wrong_type_is_one_line(mixed_model, workdir):
+@pytest.mark.parametrize("options, message", [
+    (["--dtype=int4"], "--dtype is float32, bfloat16, float16 or int8, not int4"),
+    (["--dtype=int8", "--compressed=False"], "--dtype=int8 needs --compressed=True, whose code takes it, also for a model "
+                                             "with no factors")])
+def test_a_wrong_type_is_one_line(options, message, mixed_model, workdir):
+    said = export_to(mixed_model, *options)
+    assert said.returncode == 2 and said.stderr == f"error: {message}\n"
+    assert not Path("made").exists()
+
+
+INT8_WITH_TRANSFORMERS_ALONE = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+
+def load(directory, **options):
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options).eval()
+
+idx, model = torch.tensor(json.loads(sys.argv[1])), load("made")
+model.save_pretrained("again")
+again, half = load("again"), load("made", dtype=torch.bfloat16)
+with torch.no_grad():
+    logits = model(idx).logits
+    found = dict(logits=logits.tolist(), same=torch.equal(again(idx).logits, logits),
+                 half=(half(idx).logits - logits).abs().max().item(), n=model.num_parameters(),
+                 types=[sorted({str(p.dtype) for p in m.state_dict().values()}) for m in (model, again, half)])
+print(json.dumps(found))
+"""
+
+
+def test_transformers_alone_computes_in_int8(mixed_model, workdir):
+    assert export_to(mixed_model, "--dtype=int8").returncode == 0
+    command = [sys.executable, "-I", "-c", INT8_WITH_TRANSFORMERS_ALONE, json.dumps(IDX.tolist())]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+                          env=dict(os.environ, HF_HOME=str(workdir / "home"), HF_MODULES_CACHE=str(workdir / "code")))
+    assert said.returncode == 0, said.stderr
+    found = json.loads(said.stdout)
+    with torch.no_grad():
+        np.testing.assert_allclose(found["logits"], checkpoint.load("made")[0](IDX).numpy(), rtol=0, atol=1e-5)
+    assert found["same"] and found["n"] == mixed_model.count_parameters()["total"]
+    assert 0 < found["half"] < 8 * torch.finfo(torch.bfloat16).eps * np.abs(found["logits"]).max()
+    whole, half = ["torch.float32", "torch.int32", "torch.int8"], ["torch.bfloat16", "torch.int32", "torch.int8"]
+    assert found["types"] == [whole, whole, half]
+
+
+@pytest.mark.parametrize("name, change", [
+    ("transformer.h.3.attn.c_proj.up.weight", lambda p: p.T.contiguous()), ("transformer.wpe.weight_scale", lambda p: p / 2),
+    ("transformer.h.0.attn.c_attn.A_scale", lambda p: p.flip(2)), ("transformer.h.2.attn.c_attn.order", lambda p: p.flip(0))])
+def test_int8_that_is_no_rounding_is_found(name, change, mixed_model, workdir, monkeypatch):
+    def broken(state_dict, whole=export.rounded):
+        result = whole(state_dict)
+        return result | {name: change(result[name])}
+
+    with torch.no_grad():  # flat columns would hide an exchange of their scales
+        A = mixed_model.transformer.h[0].attn.c_attn.A
+        A.mul_(torch.arange(A.shape[2]))
+    monkeypatch.setattr(export, "rounded", broken)
     said = export_to(mixed_model, "--dtype=int8")
-    assert said.returncode == 2 and said.stderr == "error: --dtype is float32, bfloat16 or float16, not int8\n"
+    assert said.returncode == 1 and "in int8 is off by" in said.stderr and "nothing was written" in said.stderr
     assert not Path("made").exists()
 
 

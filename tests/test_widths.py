@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from conftest import continuation, named_matrices, random_tokens, randomize_vectors, run_here
+from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
 from kronygpt import checkpoint, narrow
@@ -161,6 +162,35 @@ def test_exports_compute_the_same(model, compressed, workdir):
         for name in "head_qk", "head_v", "wte", "wpe":
             assert getattr(again.config, name) == getattr(model.config, name)
         assert sum(p.numel() for p in exported.parameters()) == model.count_parameters()["total"]
+
+
+@torch.no_grad()
+def test_an_export_in_int8(model, workdir):
+    checkpoint.save("a.pt", model)
+    said = run_here("kron_to_gpt.py", "a.pt", "made", "--compressed=True", "--dtype=int8")
+    assert said.returncode == 0, said.stderr
+    tensors = load_file("made/model.safetensors")
+    for name, p in tensors.items():
+        is_vector = name.endswith(("_scale", "bias")) or ".ln_" in name
+        indices = (".order", ".row", ".start", ".columns", "places")
+        assert p.dtype == (torch.float32 if is_vector else torch.int32 if name.endswith(indices) else torch.int8), name
+
+    again, _ = checkpoint.load("made")
+    pairs = [(p.is_dense, p.weight, q.weight.T) for (*_, p), (*_, q) in zip(model.matrices(), again.matrices())]
+    pairs = [(is_dense, p.T, q) for is_dense, p, q in pairs]  # a row for each output
+    for name in "wte", "wpe":
+        p, q = (m.transformer.get_submodule(name) for m in (model, again))
+        pairs.append((p.is_dense, p.dense(), q.dense()))
+    for is_dense, p, q in pairs:
+        step = p.abs().amax(1, keepdim=True) / 127
+        if is_dense:
+            torch.testing.assert_close(q, (p / step).round() * step)
+        assert 0.001 < (p - q).norm() / p.norm() < 0.05
+
+    exported = KronyGPTForCausalLM.from_pretrained("made").eval()
+    torch.testing.assert_close(exported(IDX).logits, plain_logits(again, IDX), rtol=0, atol=2e-5)
+    found = exported.generate(IDX[:, :4], do_sample=False, max_new_tokens=12, pad_token_id=0)
+    assert torch.equal(found, greedy(again))
 
 
 @pytest.fixture
