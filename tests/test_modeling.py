@@ -255,12 +255,12 @@ def test_transformers_alone_computes_in_int8(mixed_model, workdir):
 
 
 @pytest.mark.parametrize("name, change", [
-    ("transformer.h.3.attn.c_proj.up.weight", lambda p: p.T.contiguous()), ("transformer.wpe.weight_scale", lambda p: p / 2),
-    ("transformer.h.0.attn.c_attn.A_scale", lambda p: p.flip(2)), ("transformer.h.2.attn.c_attn.order", lambda p: p.flip(0))])
+    ("h.3.attn.c_proj.up.weight", lambda p: p.T.contiguous()), ("wpe.weight_scale", lambda p: p / 2),
+    ("h.0.attn.c_attn.A_scale", lambda p: p.flip(2)), ("h.2.attn.c_attn.order", lambda p: p.flip(0))])
 def test_int8_that_is_no_rounding_is_found(name, change, mixed_model, workdir, monkeypatch):
     def broken(state_dict, whole=export.rounded):
         result = whole(state_dict)
-        return result | {name: change(result[name])}
+        return result | {f"transformer.{name}": change(result[f"transformer.{name}"])}
 
     with torch.no_grad():  # flat columns would hide an exchange of their scales
         A = mixed_model.transformer.h[0].attn.c_attn.A
@@ -355,6 +355,38 @@ def test_torch_export_takes_it(small_model):
         with torch.no_grad():
             exported = program.module()(input_ids=idx, use_cache=False).logits
             torch.testing.assert_close(exported, small_model(idx), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantizers_find_the_linear_modules(mixed_model):
+    """Two of each low-rank matrix, one of each dense one, and the output."""
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+    model = quantize_dynamic(export.to_compressed(mixed_model), {torch.nn.Linear: per_channel_dynamic_qconfig})
+    assert sum("quantized.dynamic" in type(module).__module__ for module in model.modules()) == 4 * (2 + 2 + 1) + 1
+    with torch.no_grad():
+        expected = mixed_model(IDX)
+        assert (model(IDX).logits - expected).square().mean() < 0.1**2 * expected.square().mean()
+
+
+def test_lora_trains_merges_and_is_read_back(made):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(load(made), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    trained = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert len(trained) == 2 * 4 * (2 + 2 + 1)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=IDX, labels=IDX).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    with torch.no_grad():
+        expected = model(input_ids=IDX).logits
+        model.merge_and_unload().save_pretrained("merged")
+        torch.testing.assert_close(checkpoint.load("merged")[0](IDX), expected, rtol=0, atol=1e-4)
 
 
 # the model card
