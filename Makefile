@@ -19,8 +19,8 @@ demo: $(VENV)/runtime
 	$(VENV)/bin/python -m experiments.prepare_pydocs
 	$(VENV)/bin/python train.py config/demo_base.py
 	$(VENV)/bin/python -m experiments.compare config/compare_demo.py
-	$(VENV)/bin/python kron_to_gpt.py out/demo/all_matrices_ranks_by_loss/seed_1337/best.pt out/demo/small --compressed=True \
-	  --perplexities=out/demo/all_matrices_ranks_by_loss/seed_1337/after.json
+	$(VENV)/bin/python kron_to_gpt.py out/demo/whole_model_by_budget/seed_1337/best.pt out/demo/small --compressed=True \
+	  --perplexities=out/demo/whole_model_by_budget/seed_1337/after.json
 	@echo "to play with it beside the dense model, trained as long:" \
 	  "$(VENV)/bin/python play.py out/demo/dense_trained_further_128_512_1/seed_1337/best.pt out/demo/small"
 

@@ -1,4 +1,4 @@
-"""Budgets: the ranks of all matrices that cost a model least, and the table of shapes that fit a number of parameters."""
+"""Budgets: the widths and ranks that cost a model least, and the table of shapes that fit a number of parameters."""
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -130,7 +130,7 @@ def shapes_within(config, limit, largest=None):
     if not fitting:
         nearest = min((min(shape.parameters, total) for shape in shapes), key=lambda size: abs(size - limit))
         raise UserError(f"no shape of the MLPs makes a model of {limit:,} parameters: the nearest size is {nearest:,}, and "
-                        f"{rest:,} are outside of the MLP matrices. With --calibrate=DATASET all matrices share the budget")
+                        f"{rest:,} are outside of the MLP matrices. With --calibrate=DATASET the whole model shares the budget")
 
     def interest(shape):
         is_krony_pt, is_low_rank = shape.dim_1 == C and shape.n_factors == 1, (shape.dim_1, shape.dim_2) == (C, 1)
@@ -162,7 +162,7 @@ def room(config, kinds, limit, narrows=()):
     """
     total, least = count_parameters(config, kinds), smallest(config, kinds, narrows)
     if not least <= limit < total:
-        raise UserError(f"a budget of {limit:,} parameters is not between {least:,}, with rank 1 in all matrices, and "
+        raise UserError(f"a budget of {limit:,} parameters is not between {least:,}, where all is as narrow as can be, and "
                         f"{total:,}, which the dense model has")
     embeddings = (config.vocab_size + config.block_size) * config.n_embd if "embedding" in narrows else 0
     return limit - total + embeddings + sum(m * n for layer in range(config.n_layer)
