@@ -95,7 +95,7 @@ def main():
 
     from kronygpt import checkpoint
     from kronygpt.data import batch_starts, load_tokens, step_seed, windows
-    from kronygpt.device import Processes, Speed, autocast_to, default_dtype, gradient_scaler
+    from kronygpt.device import Clock, Processes, autocast_to, default_dtype, gradient_scaler
     from kronygpt.run_dir import RunDir
 
     # the machine, the model, the data and the optimizer
@@ -121,16 +121,15 @@ def main():
 
     # one process writes
     options = {name: globals()[name] for name in option_types(globals())}
-    speed = Speed(torch_device, dtype_name, world_size)
     if processes.is_main:
         run_dir.start_wandb(options, rest.get("config", {}).get("wandb_run_id"))
         run_dir.claim(overwrite, rest)
-        print_plan(model, len(tokens["train"]), tokens_per_step, speed, rest.get("config", {}))
+        print_plan(model, len(tokens["train"]), tokens_per_step, rest.get("config", {}))
 
     processes.catch_signals()
     saved_at, skipped = time.monotonic(), torch.zeros((), device=torch_device)
     most_skipped = MOST_SKIPPED if scaler.is_enabled() else 0
-    speed.restart(step)
+    clock = Clock(step)
     while True:  # `step` counts the optimizer steps done
         # evaluate, save, stop; a resume repeats the evaluation of its step
         stop, losses = processes.stop_signal(), {}
@@ -147,7 +146,7 @@ def main():
             if processes.is_main and losses:
                 print(f"step {step:>6} | train loss {losses['train_loss']:.4f} | val loss {losses['val_loss']:.4f}")
             saved_at = time.monotonic()
-            speed.restart(step)
+            clock.restart(step)
         if stop or step >= max_iters:
             break
 
@@ -180,13 +179,13 @@ def main():
             check_finite(skipped <= most_skipped, step, run_dir)
             loss, norm = processes.mean(total, 1), grad_norm.item()
             if processes.is_main:
-                seconds = speed.read(step)
-                mfu = speed.mfu(tokens_per_step / seconds * model.flops_per_token(context))
-                left = timedelta(seconds=round((max_iters - step) * seconds))
+                seconds = clock.read(step)
+                speed, left = tokens_per_step / seconds, timedelta(seconds=round((max_iters - step) * seconds))
+                tflops = speed * model.flops_per_token(context) / 1e12  # of all devices
                 print(f"step {step:>6}/{max_iters} | loss {loss:.4f} | lr {rate:.2e} | norm {norm:.2f} | "
-                      f"{tokens_per_step / seconds:,.0f} tokens/s{f' | mfu {mfu:.0%}' if mfu else ''} | {left} left")
+                      f"{speed:,.0f} tokens/s | {tflops:.3g} TFLOP/s | {left} left")
                 run_dir.log(step=step, loss=loss, lr=rate, grad_norm=norm if norm < math.inf else None,  # no inf in JSON
-                            tokens_per_second=tokens_per_step / seconds, **({"mfu": mfu} if mfu else {}))
+                            tokens_per_second=speed, tflops=tflops)
 
     if processes.is_main:
         if stop:
@@ -286,13 +285,13 @@ def wrap(model, torch_device, world_size):
     return DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
 
 
-def print_plan(model, n_tokens, tokens_per_step, speed, resumed_options):
-    """Print what will be trained on how much, what mfu means, and what differs from the run that is resumed."""
+def print_plan(model, n_tokens, tokens_per_step, resumed_options):
+    """Print what will be trained on how much, and what differs from the run that is resumed."""
     counts = model.count_parameters()
     print(f"parameters: {counts['total']:,} = Kronecker factors {counts['factors']:,} + other matrices "
           f"{counts['matrices']:,} + biases and layer norms {counts['vectors']:,}")
     print(f"seed: {seed}; data: {dataset}, {n_tokens:,} tokens; a step takes {tokens_per_step:,}, the run "
-          f"{tokens_per_step * max_iters / n_tokens:.2f} times the data{f'; mfu: share of {speed}' if speed.peak else ''}")
+          f"{tokens_per_step * max_iters / n_tokens:.2f} times the data")
     for name, value in resumed_options.items():
         if name in option_types(globals()) and name not in RUN_BY_RUN and value != globals()[name]:
             print(f"resumed with --{name}={globals()[name]}, where it was {value}")

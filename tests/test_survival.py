@@ -206,7 +206,7 @@ def test_a_second_signal_ends_a_run_at_once(tokens, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return 1.0
 
-    monkeypatch.setattr("kronygpt.device.Speed.read", twice)
+    monkeypatch.setattr("kronygpt.device.Clock.read", twice)
     assert in_child(lambda: run_here("train.py", *RUN)) == -signal.SIGTERM
     assert load("out/ckpt.pt")["iter_num"] == 0
 

@@ -120,7 +120,7 @@ def uninterrupted(tokens):
 
 def timeless(out_dir):
     """The log without what depends on the machine."""
-    return [{key: value for key, value in entry.items() if key not in ("tokens_per_second", "mfu")}
+    return [{key: value for key, value in entry.items() if key not in ("tokens_per_second", "tflops")}
             for entry in log_of(out_dir)]
 
 
@@ -206,7 +206,7 @@ def signal_at(monkeypatch):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_a_signal_saves_and_the_run_goes_on_from_there(name, tokens, signal_at):
     number = getattr(signal, name)
-    signal_at(number, device.Speed, "read", 3)
+    signal_at(number, device.Clock, "read", 3)
     said = run_here("train.py", *RUN)
     assert said.returncode == 128 + number, said.stderr
     assert f"stopped by {name} after step 3; --init_from=resume continues\n" in said.stdout
@@ -217,7 +217,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(name, tokens, signal_at):
 
 def test_a_signal_that_nohup_ignores_stays_ignored(tokens, signal_at):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal_at(signal.SIGHUP, device.Speed, "read", 3)
+    signal_at(signal.SIGHUP, device.Clock, "read", 3)
     assert "done: " in run_train("--max_iters=5").stdout
 
 
@@ -251,7 +251,7 @@ def test_a_run_stopped_anywhere_ends_as_the_uninterrupted_one(patience, tokens, 
 
 
 def test_the_time_left_counts_days(tokens, monkeypatch):
-    monkeypatch.setattr(device.Speed, "read", lambda self, step: 100_000.0)
+    monkeypatch.setattr(device.Clock, "read", lambda self, step: 100_000.0)
     lines = run_train("--max_iters=3").stdout.splitlines()
     assert [line.split(" | ")[-1] for line in lines if " left" in line] == [
         "2 days, 7:33:20 left", "1 day, 3:46:40 left", "0:00:00 left"]
