@@ -39,7 +39,7 @@ seed = 2357  # seed for the split
 threads = os.cpu_count() or 1  # tokenizer threads
 
 OPENWEBTEXT = "Skylion007/openwebtext"
-PARQUET = "refs/convert/parquet"  # the hub's own copy of a data set
+SEPARATORS = {"line": "\n", "paragraph": "\n\n", "document": None}  # by the value of sample_by
 DOCUMENTS_PER_TASK = 100  # in a thread's task: with one each, several threads are no faster than one
 TASKS_AT_ONCE = 100  # before their tokens are written: bounds the memory
 
@@ -61,34 +61,18 @@ def read_documents(file):
 
     if kind_of(file) in ROWS:
         yield from read_rows(file, column)
-    elif separator:
-        yield from filter(None, (piece.strip("\n") for piece in read_pieces(file, separator)))
-    elif sample_by == "document":
-        yield "".join(read_pieces(file))
     else:
-        yield from filter(None, read_pieces(file, "\n" if sample_by == "line" else "\n\n"))
-
-
-def load_hub(name, streaming):
-    """A data set of the hub: its rows as they are downloaded, or downloaded as a whole."""
-    from kronygpt.hub import reach_hub
-
-    reach_hub()
-    from datasets import load_dataset
-
-    options = dict(name=hub_config, split="train", streaming=streaming)
-    try:
-        return load_dataset(name, **options)
-    except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
-        return load_dataset(name, revision=PARQUET, **options)
+        pieces = read_pieces(file, separator or SEPARATORS[sample_by])
+        yield from filter(None, (piece.strip("\n") for piece in pieces))
 
 
 def hub_texts(name):
     """Yield the texts of a data set of the hub while it is downloaded, None for a null."""
     from kronygpt.data import text_of
+    from kronygpt.hub import hub_dataset
 
     try:
-        for row in load_hub(name, streaming=True):
+        for row in hub_dataset(name, hub_config, streaming=True):
             yield text_of(row, column, name)
     finally:
         gc.collect()  # ends pyarrow's threads: they read ahead, and at the interpreter's end would abort it
@@ -142,9 +126,10 @@ def encode_all(parts, ours):
 
 def main():
     from kronygpt.data import DATA_DIR, scratch_folder, write_documents
+    from kronygpt.hub import hub_dataset
     from kronygpt.tokenizer import GPT2Tokenizer, read_tokenizer
 
-    check_choice(globals(), "sample_by", "line", "paragraph", "document")
+    check_choice(globals(), "sample_by", *SEPARATORS)
     if hub and (data_files or documents is None):
         raise UserError("--hub goes with --documents=N, the number to stream, and without --data_files")
     ours = read_tokenizer(tokenizer) if tokenizer else GPT2Tokenizer()
@@ -160,7 +145,7 @@ def main():
             texts = (text for file in files for text in read_documents(file)) if files else hub_texts(name)
             dataset, remark = gather(texts, str(scratch / "documents.arrow"))
         else:
-            dataset, remark = load_hub(name, streaming=False), ""
+            dataset, remark = hub_dataset(name, hub_config), ""
         if len(dataset) < 2:
             raise UserError(f"{len(dataset)} documents are too few to split: --sample_by=line makes more of a .txt")
         start = time.perf_counter()

@@ -318,25 +318,24 @@ def reading(place):
         raise UserError(f"cannot read {place}: {type(error).__name__}: {error}") from None
 
 
+@contextmanager
 def open_text(path, newline=None):
-    """Open a text, which may be compressed, as UTF-8 without its byte order mark."""
+    """Open a text, which may be compressed, as UTF-8 without its byte order mark; newline is that of open(). Errors in the
+    block name the file."""
     check_no_pointer(path)
     compression = "infer" if Path(path).suffix.lower() in COMPRESSED else None
-    file = LocalFileSystem().open(str(path), "rb", compression=compression)
-    return io.TextIOWrapper(file, "utf-8-sig", newline=newline)
+    with reading(path), LocalFileSystem().open(str(path), "rb", compression=compression) as file:
+        yield io.TextIOWrapper(file, "utf-8-sig", newline=newline)
 
 
-def read_pieces(path, separator=None, newline=None):
-    """Yield the pieces of a UTF-8 text between separators, or of any size without one.
-
-    newline is that of open(): None reads every line end as "\\n", "" leaves all as they are.
-    """
+def read_pieces(path, separator=None):
+    """Yield the pieces of a UTF-8 text between separators, or the whole text without one; any line end is read as "\\n"."""
     rest = ""
-    with reading(path), open_text(path, newline) as file:
-        while chunk := file.read(CHARACTERS_AT_ONCE):
-            *pieces, rest = (rest + chunk).split(separator) if separator else (chunk, "")
+    with open_text(path) as file:
+        while separator and (chunk := file.read(CHARACTERS_AT_ONCE)):
+            *pieces, rest = (rest + chunk).split(separator)
             yield from pieces
-    yield rest
+        yield rest + file.read()
 
 
 def read_rows(path, column="text"):
@@ -351,7 +350,8 @@ def read_rows(path, column="text"):
     """
     kind = kind_of(path)
     if kind not in ROWS:
-        yield "".join(read_pieces(path, newline=""))
+        with open_text(path, newline="") as file:
+            yield file.read()
         return
     with reading(path):
         rows = table_rows(path, kind, column) if kind in TABLES else json_rows(path, kind, column)
@@ -371,11 +371,11 @@ def json_rows(path, kind, column):
     """Yield the rows of JSON lines, or of a .json: a list of objects or strings, one object, or JSON lines."""
     if kind == ".json":
         with suppress(json.JSONDecodeError):
-            content = json.loads("".join(read_pieces(path)))
+            content = json.loads(*read_pieces(path))
             rows = content if isinstance(content, list) else [content]
             yield from ({column: row} if isinstance(row, str) else row for row in rows)
             return
-    for number, line in enumerate(read_pieces(path, "\n", newline="\n"), 1):
+    for number, line in enumerate(read_pieces(path, "\n"), 1):
         if line.strip():
             with reading(f"{path}, line {number}"):
                 yield json.loads(line)
@@ -386,12 +386,13 @@ def table_rows(path, kind, column):
     check_no_pointer(path)
     if kind in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(open_text(path, newline=""), dialect="excel" if kind == ".csv" else "excel-tab")
-        for row in rows:
-            if None in row:  # a comma in a text without quotes cuts it
-                raise UserError(f"{path}, line {rows.line_num} has more fields than the first line names: is a text with a "
-                                "comma or a tab not in quotes?")
-            yield row
+        with open_text(path, newline="") as file:
+            rows = csv.DictReader(file, dialect="excel" if kind == ".csv" else "excel-tab")
+            for row in rows:
+                if None in row:  # a comma in a text without quotes cuts it
+                    raise UserError(f"{path}, line {rows.line_num} has more fields than the first line names: is a text "
+                                    "with a comma or a tab not in quotes?")
+                yield row
     elif kind == ".parquet":
         from pyarrow.parquet import ParquetFile
 

@@ -168,7 +168,7 @@ def test_pieces_do_not_depend_on_how_much_is_read_at_once(at_once, separator, wo
     text = "\n\n\na\n\n\n\nb <|endoftext|>\n<|endoftext|><|endoftext|c\n\n"
     workdir.joinpath("a.txt").write_text(text)
     assert list(read_pieces("a.txt", separator)) == text.split(separator)
-    assert "".join(read_pieces("a.txt")) == text
+    assert list(read_pieces("a.txt")) == [text]
 
 
 @pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
@@ -176,4 +176,5 @@ def test_documents_of_a_txt_are_those_of_datasets(sample_by, prepare, workdir):
     for name, text in ("a", "a\n\n\nb\n\n\n\nc\nd\n"), ("b", "\ne\r\nf\r\n\r\ng\rh\r\r\n"):
         workdir.joinpath(f"{name}.txt").write_bytes(text.encode())
     theirs = load_dataset("text", data_files=["a.txt", "b.txt"], sample_by=sample_by, split="train", cache_dir="theirs")
-    assert prepare("*.txt", f"--sample_by={sample_by}")[1] == sorted(filter(None, theirs["text"]))
+    stripped = [text.strip("\n") for text in theirs["text"]]
+    assert prepare("*.txt", f"--sample_by={sample_by}")[1] == sorted(filter(None, stripped))
