@@ -36,28 +36,28 @@ device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
 dtype = "float32"  # bfloat16 or float16, by autocast
 json_out: str | None = None  # file for the results as JSON
 
-PUBLISHED = ("wiki103", "wiki2", "lambada")
+PUBLISHED = {"wiki103": "wikitext-103-v1", "wiki2": "wikitext-2-v1", "lambada": None}  # {name: configuration on the hub}
 OWT_BATCHES = 200
 
 
 def is_text(name):
     """Whether a data set is text, and no .bin of tokens: a published one or a file."""
-    return (name in PUBLISHED or data.kind_of(name) in (".txt", *data.ROWS)
-            or (Path(name).exists() and not Path(name).is_dir() and not (data.DATA_DIR / name).is_dir()))
+    if name in PUBLISHED or data.kind_of(name) in (".txt", *data.ROWS):
+        return True
+    return Path(name).is_file() and not (data.DATA_DIR / name).is_dir()
 
 
 def load_rows(name):
     """The texts of a data set, None for a row without one: wiki103, wiki2, lambada, or the path of a file."""
-    path, config = {"wiki103": (wikitext, "wikitext-103-v1"), "wiki2": (wikitext, "wikitext-2-v1"),
-                    "lambada": (lambada, None)}.get(name, (name, None))
-    if name not in PUBLISHED or Path(path).is_file() or data.kind_of(path) in (".txt", *data.ROWS):
-        return list(data.read_rows(path))
-    if Path(path).is_dir() and (files := sorted(Path(path, config or "").glob("test-*.parquet"))):
+    if name not in PUBLISHED:
+        return list(data.read_rows(name))
+    path, config = lambada if name == "lambada" else wikitext, PUBLISHED[name]
+    if files := [path] if Path(path).is_file() else sorted(Path(path, config or "").glob("test-*.parquet")):
         return [row for file in files for row in data.read_rows(file)]
     try:
         return hub_dataset(path, config, split="test")["text"]
     except (OSError, ValueError) as error:
-        local = "--wikitext=DIRECTORY" if name != "lambada" else "--lambada=FILE.jsonl"
+        local = "--wikitext=DIRECTORY" if path == wikitext else "--lambada=FILE.jsonl"
         raise OSError(f"cannot load {name} from {path} ({type(error).__name__}); "
                       f"with no network, {local} reads a local copy") from None
 

@@ -21,8 +21,8 @@ from kronygpt.device import pick_device
 from kronygpt.files import atomic_write, lock
 from kronygpt.tokenizer import (
     GPT2_VOCAB_SIZE,
+    KNOWN,
     TOKEN_TYPE,
-    BytesTokenizer,
     GPT2Tokenizer,
     UnknownTokenizer,
     check_no_pointer,
@@ -76,9 +76,7 @@ def data_tokenizer(name):
     """The record of a data set's tokenizer, for a model that is trained on it from scratch, or None where the size of
     the vocabulary tells it."""
     meta = load_meta(name)
-    if meta["tokenizer"] in (GPT2Tokenizer.name, BytesTokenizer.name):
-        return None
-    return dict(name=meta["tokenizer"], path=meta.get("tokenizer_path"))
+    return None if meta["tokenizer"] in KNOWN else dict(name=meta["tokenizer"], path=meta.get("tokenizer_path"))
 
 
 def load_tokens(name, split, config, block_size=1):

@@ -153,7 +153,7 @@ def test_a_value_of_another_type_is_refused(argument):
     assert len(str(caught.value)) < 120
 
 
-@pytest.mark.parametrize("text", ["batch_size = 2.5", "batch_size = '2'", "name = 3", "fast = 1", "learning_rate = None"])
+@pytest.mark.parametrize("text", ["batch_size = 2.5", "name = 3", "fast = 1", "learning_rate = None"])
 def test_a_config_value_of_another_type_is_refused(text, workdir):
     Path("wrong.py").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=rf"^--{text.split()[0]} takes .*wrong\.py"):
