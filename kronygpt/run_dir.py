@@ -4,6 +4,7 @@ import math
 import os
 import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from kronygpt import checkpoint
@@ -85,9 +86,9 @@ class RunDir:
     def open_log(self, step):
         """Open log.jsonl for appending, once ckpt.pt is there, which has done `step` steps. What is newer goes: lines of the
         log, an evaluation of this very step included, which is repeated, and older checkpoints that another run left."""
-        lines = self.log_path.read_text("utf-8", "replace").splitlines(keepends=True) if self.log_path.exists() else []
+        entries = read_log(self.log_path) if self.log_path.exists() else []
         with atomic_write(self.log_path, "w") as file:
-            file.writelines(line for line in lines if is_done(line, step))
+            file.writelines(json.dumps(e) + "\n" for e in entries if e["step"] <= step - ("val_loss" in e))
         newer = [path for older_step, path in self.older().items() if older_step >= step]
         for path in newer if step else (*newer, self.best, self.picture):
             path.unlink(missing_ok=True)
@@ -138,42 +139,26 @@ class RunDir:
         except OSError as error:  # the new checkpoint is worth more than the old one
             warnings.warn(f"{self.last} is not kept as {path}: {error.strerror}", stacklevel=2)
 
-    def draw(self):
-        """Draw the log, which a resume has continued, as loss.png; a warning where that fails, as without matplotlib or on a
-        full disk: the run is saved."""
+    def close(self):
+        """Release it after a run that ended well, and draw the log, which a resume has continued, as loss.png; a warning
+        where that fails, as without matplotlib or on a full disk: the run is saved."""
         try:
-            if log := read_log(self.log_path):
-                draw_run(log, self.picture, self.path.name)
+            draw_run(read_log(self.log_path), self.picture, self.path.name)
         except Exception as error:
             warnings.warn(f"no {self.picture}: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2)
-
-    def close(self):
-        """Draw and release it, after a run that ended well."""
-        self.draw()
         if self.wandb_run:
             self.wandb_run.finish()
         self.log_file.close()
         self.lock.release()
 
 
-def entry_of(line):
-    """The entry of a line of log.jsonl, or None where it is none: a killed run may leave half a line."""
-    try:
-        entry = json.loads(line)
-        return entry if isinstance(entry["step"], int) else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def read_log(path):
-    """The entries of a log.jsonl."""
-    return [entry for line in Path(path).read_text("utf-8", "replace").splitlines() if (entry := entry_of(line))]
-
-
-def is_done(line, first_step):
-    """Whether a line of log.jsonl is of a step up to first_step, and of no evaluation behind it, which a resume repeats."""
-    entry = entry_of(line)
-    return entry is not None and line.endswith("\n") and entry["step"] <= first_step - ("val_loss" in entry)
+    """The entries of a log.jsonl. A killed run may leave half a line, which is none."""
+    entries = []
+    for line in Path(path).read_text("utf-8", "replace").splitlines():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 # ----------------------------------------------------------------------------------------------------------------------
