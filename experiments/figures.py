@@ -64,7 +64,8 @@ RECORDS = Path("docs/runs.json")
 records_lock = threading.Lock()
 LOGS = Path("out/figures")  # of the runs side by side
 MADE_HERE = (":!*.md", ":!docs/*.png", f":!{RECORDS}")  # as git's patterns
-TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?=<!-- (end|table: \w+) -->|\Z)", re.DOTALL)
+MARKER = re.compile(r"<!-- table: (\w+) -->")
+TABLE = re.compile(MARKER.pattern + ".*?<!-- end -->", re.DOTALL)
 HEADLINE_SIZE = "1.7M"  # of the starts in the README's first table
 GPT2_BUDGET = 82_000_000, 82_999_999  # parameters: what kron_decompose.py --budget=82M means
 GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (768, 1, 153), (256, 64, 36), (128, 32, 100),
@@ -78,36 +79,27 @@ BATCH_SIZE = 8  # windows that are scored together
 
 # ---- documents and runs
 
-def rewrite(text, tables, path="the text"):
-    """A document with new tables between its markers.
-
-    Args:
-        text: the document.
-        tables: {name: Markdown, or None to leave the table as it is}.
-        path: of the document, for errors.
-
-    Raises:
-        UserError: a marker without its end, or with a name that is not in tables.
-    """
+def rewrite(text, tables):
+    """A document with new tables between its markers; tables: {name: Markdown, or None to leave the table as it is}."""
     def replacement(match):
-        name, end = match[1], match[3]
-        if end != "end":
-            raise UserError(f"{path}: <!-- table: {name} --> has no <!-- end --> behind it")
-        if name not in tables:
-            raise UserError(f"{path}: there is no table {name}: experiments/figures.py makes {', '.join(tables)}")
-        return match[0] if tables[name] is None else f"<!-- table: {name} -->\n\n{tables[name].strip()}\n\n"
+        table = tables[match[1]]
+        return match[0] if table is None else f"<!-- table: {match[1]} -->\n\n{table.strip()}\n\n<!-- end -->"
 
     return TABLE.sub(replacement, text)
 
 
 def rewrite_documents(paths, tables):
-    """Rewrite the tables of some files. UserError, before anything is written, where no file has the marker of a table."""
+    """Rewrite the tables of some files. UserError, before anything is written, where a table, its marker or its end is
+    missing."""
     texts = {path: Path(path).read_text(encoding="utf-8") for path in paths}
-    found = {match[1] for text in texts.values() for match in TABLE.finditer(text)}
-    if missing := [name for name in tables if name not in found]:
-        raise UserError(f"no marker <!-- table: {missing[0]} --> in {' or '.join(paths)}: add it, and <!-- end -->")
-    for path, new in {path: rewrite(text, tables, path) for path, text in texts.items()}.items():
-        if new != texts[path]:
+    markers = {name for text in texts.values() for name in MARKER.findall(text)}
+    if odd := markers ^ tables.keys():
+        raise UserError(f"{' and '.join(paths)} differ from main() of experiments/figures.py in the tables {sorted(odd)}")
+    for path, text in texts.items():
+        if len(MARKER.findall(text)) != text.count("<!-- end -->"):
+            raise UserError(f"{path} has a marker of a table without its <!-- end -->")
+    for path, text in texts.items():
+        if (new := rewrite(text, tables)) != text:
             with atomic_write(path, "w") as file:
                 file.write(new)
 
