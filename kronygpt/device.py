@@ -64,13 +64,8 @@ def float64(tensor):
 
 
 def gradient_scaler(device, dtype, state=None):
-    """The GradScaler of a run, which keeps small gradients from vanishing in float16; in another dtype it does nothing.
-
-    Args:
-        device: a torch.device.
-        dtype: name of the dtype of the autocast.
-        state: its state dict from a checkpoint; None or {} for a new one.
-    """
+    """The GradScaler of a run on a torch.device, which keeps small gradients from vanishing in float16, and in another dtype
+    does nothing; state: its state dict from a checkpoint, None or {} for a new one."""
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if state and scaler.is_enabled():
         scaler.load_state_dict(state)

@@ -153,16 +153,6 @@ def atomic_directory(path, is_ours):
         os.replace(aside, path)
 
 
-def link_or_copy(source, target):
-    """Give a file a second name, which replaces what has it, or where the file system has no hard links, a complete copy."""
-    Path(target).unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except (OSError, AttributeError):  # whatever the reason, a copy serves: if it fails, it says why
-        with open(source, "rb") as original, atomic_write(target) as file:
-            shutil.copyfileobj(original, file)
-
-
 def lock(directory):
     """Claim a directory, which is made, for this process: the result's release(), or the end of the process, frees it.
     Where the file system has no locks (Lustre, some NFS, FUSE), it warns and claims nothing.

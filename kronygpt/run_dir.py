@@ -3,13 +3,14 @@ import json
 import math
 import os
 import re
+import shutil
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
 from kronygpt import checkpoint
 from kronygpt.configurator import UserError
-from kronygpt.files import atomic_write, link_or_copy, lock, remove_leftovers
+from kronygpt.files import atomic_write, lock, remove_leftovers
 
 DPI = 120
 TICKS = 8  # of an axis of losses, about
@@ -132,10 +133,11 @@ class RunDir:
             self.log(step=step, **losses)
 
     def keep_last(self):
-        """Give ckpt.pt, which is going to be replaced, its second name."""
+        """Copy ckpt.pt, which is going to be replaced."""
         path = self.path / f"ckpt_{self.saved_step:07d}.pt"
         try:
-            link_or_copy(self.last, path)
+            with self.last.open("rb") as last, atomic_write(path) as file:
+                shutil.copyfileobj(last, file)
         except OSError as error:  # the new checkpoint is worth more than the old one
             warnings.warn(f"{self.last} is not kept as {path}: {error.strerror}", stacklevel=2)
 

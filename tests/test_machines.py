@@ -27,13 +27,13 @@ def failing(number):
     return call
 
 
-# a file system without locks, hard links and a way to flush a folder, as a network's may be
+# a file system without locks and a way to flush a folder, as a network's may be
 
 def test_a_run_on_a_poor_file_system_gets_one_warning(workdir, monkeypatch):
     write_dataset("tiny", 5000)
     is_folder = {True: failing(errno.EINVAL), False: os.fsync}
     monkeypatch.setattr(flock_module, "fcntl", StandIn(fcntl, flock=failing(errno.ENOLCK)))
-    monkeypatch.setattr(files, "os", StandIn(os, link=failing(errno.EPERM), fsync=lambda descriptor: is_folder[
+    monkeypatch.setattr(files, "os", StandIn(os, fsync=lambda descriptor: is_folder[
         stat.S_ISDIR(os.fstat(descriptor).st_mode)](descriptor)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
