@@ -179,11 +179,6 @@ def test_the_page_says_how_much_of_the_prompt_the_model_sees(served):
         assert (event["prompt"], event["seen"]) == (n, min(n, 32))
 
 
-def test_lone_surrogates_are_replaced(served):
-    assert ask(served, "/loss", model=0, text="a\ud83d")[-1]["tokens"] == 3  # U+FFFD is three bytes
-    assert len(ask(served, "/generate", model=0, prompt="\ud83d", max_new_tokens=2)) == 2
-
-
 @pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Host": "127.0.0.1.evil.example:80"}, {"Host": ""},
                                      {"Origin": "http://evil.example"}, {"Origin": "null"}])
 def test_only_the_page_itself_is_answered(headers, served):
