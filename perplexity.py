@@ -6,10 +6,10 @@
     python perplexity.py ckpt book.txt          # a file: UTF-8 text, or rows with a `text`: .jsonl, .csv, .parquet, ...
 
 ckpt is a .pt file, a Hugging Face directory, a name under models/ or a hub name; a .pt is scored as it is. Rows of a
-data set are joined by blank lines. The text is cut into windows of the model's context, one every --stride tokens
-(default: no overlap), and each window scores the tokens that no earlier window has scored. The first token of a window has
-no context and is not scored in that window. Perplexity is exp of the mean loss over the tokens scored; bits per byte
-divides the same loss by the text's bytes. A text is tokenized with the model's own tokenizer.
+data set, except nulls, are joined by blank lines. The text is cut into windows of the model's context, one every --stride
+tokens (default: no overlap), and each window scores the tokens that no earlier window has scored. The first token of a
+window has no context and is not scored in that window. Perplexity is exp of the mean loss over the tokens scored; bits per
+byte divides the same loss by the text's bytes. A text is tokenized with the model's own tokenizer.
 
 Figures of lm_eval (EleutherAI's evaluation harness) are not comparable: its wikitext detokenizes WikiText-2's pages, scores
 each page by itself and divides by words or original bytes; its lambada_openai scores the last word of each passage only.
@@ -48,14 +48,14 @@ def is_text(name):
 
 
 def load_rows(name):
-    """The texts of a data set, None for a row without one: wiki103, wiki2, lambada, or the path of a file."""
+    """The texts of a data set: wiki103, wiki2, lambada, or the path of a file."""
     if name not in PUBLISHED:
         return list(data.read_rows(name))
     path, config = lambada if name == "lambada" else wikitext, PUBLISHED[name]
     if files := [path] if Path(path).is_file() else sorted(Path(path, config or "").glob("test-*.parquet")):
         return [row for file in files for row in data.read_rows(file)]
     try:
-        return hub_dataset(path, config, split="test")["text"]
+        return list(data.texts_of(hub_dataset(path, config, split="test"), "text", path))
     except (OSError, ValueError) as error:
         local = "--wikitext=DIRECTORY" if path == wikitext else "--lambada=FILE.jsonl"
         raise OSError(f"cannot load {name} from {path} ({type(error).__name__}); "
@@ -64,11 +64,7 @@ def load_rows(name):
 
 def load_text_tokens(name, config, directory=None):
     """The tokens of a text data set, by the tokenizer of a KronyGPTConfig or that in a directory, and its bytes."""
-    rows = load_rows(name)
-    texts = [row for row in rows if row is not None]
-    if len(texts) < len(rows):
-        print(f"{name}: {len(rows) - len(texts):,} rows with a null for a text are skipped")
-    text = well_formed("\n\n".join(texts))
+    text = well_formed("\n\n".join(load_rows(name)))
     return open_tokenizer(config, directory).encode(text), len(text.encode())
 
 

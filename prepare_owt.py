@@ -11,7 +11,7 @@ The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one
 end-of-text token after each document. With --documents=N nothing but the first N is downloaded, into data/<out>/.scratch
 while they are tokenized: a billion tokens of English take about 7 GB for a while, and 2 GB in the end. All of OpenWebText
 is first downloaded to the cache of `datasets`, HF_HOME. Local rows are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow
-or a folder of save_to_disk; any other file is one UTF-8 text; .gz, .bz2, .xz and .zst are unpacked.
+or a folder of save_to_disk, and nulls are skipped; any other file is one UTF-8 text; .gz, .bz2, .xz and .zst are unpacked.
 """
 import gc
 import glob
@@ -56,7 +56,7 @@ def find_files():
 
 
 def read_documents(file):
-    """Yield the documents of a local file, None for a row whose text is null."""
+    """Yield the documents of a local file."""
     from kronygpt.data import ROWS, kind_of, read_pieces, read_rows
 
     if kind_of(file) in ROWS:
@@ -67,22 +67,21 @@ def read_documents(file):
 
 
 def hub_texts(name):
-    """Yield the texts of a data set of the hub while it is downloaded, None for a null."""
-    from kronygpt.data import text_of
+    """Yield the texts of a data set of the hub while it is downloaded."""
+    from kronygpt.data import texts_of
     from kronygpt.hub import hub_dataset
 
     try:
-        for row in hub_dataset(name, hub_config, streaming=True):
-            yield text_of(row, column, name)
+        yield from texts_of(hub_dataset(name, hub_config, streaming=True), column, name)
     finally:
         gc.collect()  # ends pyarrow's threads: they read ahead, and at the interpreter's end would abort it
 
 
 def gather(texts, path):
-    """Write texts, None for a null, to an Arrow file: order and split need their number.
+    """Write texts to an Arrow file: order and split need their number.
 
     Returns:
-        A datasets.Dataset with a column `text`, and a remark on what was left out.
+        A datasets.Dataset with a column `text`, and a remark on texts that look like several.
     """
     from datasets import Dataset, Features, Value
     from datasets.arrow_writer import ArrowWriter
@@ -90,21 +89,16 @@ def gather(texts, path):
     from kronygpt.data import progress
     from kronygpt.tokenizer import END_OF_TEXT, well_formed
 
-    n_nulls = n_marked = 0
-    features = Features(text=Value("large_string"))
+    n_marked, features = 0, Features(text=Value("large_string"))
     with closing(texts), ArrowWriter(path=path, features=features, writer_batch_size=DOCUMENTS_PER_TASK) as writer, \
             progress(desc="reading", total=documents, unit="documents") as bar:
         for text in islice(texts, documents):
             bar.update()
-            n_nulls += text is None
-            if text is not None:
-                n_marked += END_OF_TEXT in text
-                writer.write(dict(text=well_formed(text)))
+            n_marked += END_OF_TEXT in text
+            writer.write(dict(text=well_formed(text)))
         writer.finalize()
-    remark = f"; {n_nulls:,} rows with a null for a text are skipped" if n_nulls else ""
-    if n_marked:
-        remark += f"; {n_marked:,} have {END_OF_TEXT} as plain text: --separator='{END_OF_TEXT}' splits a .txt there"
-    return Dataset.from_file(path), remark
+    remark = f"; {n_marked:,} have {END_OF_TEXT} as plain text: --separator='{END_OF_TEXT}' splits a .txt there"
+    return Dataset.from_file(path), remark if n_marked else ""
 
 
 def encode_all(parts, ours):

@@ -249,8 +249,6 @@ def adopt_sizes(model):
     """Set the options of sizes to those of a model that was loaded; UserError where one that was given contradicts it."""
     config, c_fc = model.config, model.config.shapes["mlp.c_fc"]
     numbers = [shape.factors for shape in c_fc]
-    if "factors" in configurator.given and factors_of_blocks(len(c_fc)) == numbers:
-        configurator.given.remove("factors")  # another way to say it
 
     def common(values):
         return values[0] if len(set(values)) == 1 else None

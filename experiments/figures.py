@@ -3,13 +3,10 @@
     python -m experiments.figures                  # the runs that are missing, then all pictures and tables
     python -m experiments.figures compare_small    # ... and this run of the list below, again
 
-Runs are the commands that a person would give; one whose output is there is not repeated. Those that take long are made side
-by side, one core each, and their outputs go to out/figures/NAME.log. The pictures go to docs/*.png. A table stands in the
-documents between `<!-- table: NAME -->` and `<!-- end -->`, and what is between is replaced; without its run it stays as it
-is. docs/runs.json keeps the commit, the machine and the minutes of each run.
+Runs are the commands that a person would give, one after the other; one whose output is there is not repeated. The pictures
+go to docs/*.png. A table stands in the documents between `<!-- table: NAME -->` and `<!-- end -->`, and what is between is
+replaced; without its run it stays as it is. docs/runs.json keeps the commit, the machine and the minutes of each run.
 """
-import contextlib
-import itertools
 import json
 import math
 import os
@@ -19,10 +16,8 @@ import shlex
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.compare import markdown, mean_loss, spread, table
@@ -37,9 +32,9 @@ dataset = "pydocs"  # data/<dataset>, for calibration and losses
 calibration_tokens = 131072  # number of its tokens
 documents = "docs/report.md,README.md"  # comma list of the files with tables
 
-# In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `one_core`: it
-# has one thread, and other runs beside it. `reads`: what no run makes; without it, the run is left out.
-Run = namedtuple("Run", "command output feeds one_core reads", defaults=(False, None))
+# In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `reads`: what
+# no run makes; without it, the run is left out.
+Run = namedtuple("Run", "command output feeds reads", defaults=(None,))
 BYTES_BASE = "../shared/data/gpt2-bytes"  # as in config/compare_bytes.py
 RUNS = {
     "pydocs": Run("-m experiments.prepare_pydocs", "data/pydocs/meta.json", "the text of all runs below"),
@@ -47,22 +42,20 @@ RUNS = {
     "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json",
                 "README and report: the demo's table"),
     "compare_bytes": Run("-m experiments.compare config/compare_bytes.py", "out/compare_bytes/results.json",
-                         "README and report: results at width 256, ranks of each matrix", one_core=True, reads=BYTES_BASE),
+                         "README and report: results at width 256, ranks of each matrix", reads=BYTES_BASE),
     "compare_small": Run("-m experiments.compare config/compare_small.py", "out/compare_small/results.json",
-                         "report: results at width 128, ranks of each matrix", one_core=True),
+                         "report: results at width 128, ranks of each matrix"),
     "predict": Run(f"-m experiments.predict --init_from={base} --calibrate=pydocs --out_dir=out/predict_small",
-                   "out/predict_small/table.md", "report: predicted and measured loss", one_core=True),
+                   "out/predict_small/table.md", "report: predicted and measured loss"),
     "predict_bytes": Run(f"-m experiments.predict --init_from={BYTES_BASE} --calibrate=pydocs --shares=0.5,0.25 "
                          "--calibration_tokens=32768 --out_dir=out/predict_bytes", "out/predict_bytes/table.md",
-                         "report: predicted and measured loss at width 256", one_core=True, reads=BYTES_BASE),
+                         "report: predicted and measured loss at width 256", reads=BYTES_BASE),
     "bench": Run("-m experiments.bench --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
                  "README and report: speed at GPT-2's sizes"),
 }
 COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_bytes", "predicted.png", "docs/predicted.png")]
 PARETO = {"demo": "docs/pareto.png", "compare_small": "docs/pareto_small.png", "compare_bytes": "docs/pareto_bytes.png"}
 RECORDS = Path("docs/runs.json")
-records_lock = threading.Lock()
-LOGS = Path("out/figures")  # of the runs side by side
 MADE_HERE = (":!*.md", ":!docs/*.png", f":!{RECORDS}")  # as git's patterns
 MARKER = re.compile(r"<!-- table: (\w+) -->")
 TABLE = re.compile(MARKER.pattern + ".*?<!-- end -->", re.DOTALL)
@@ -104,32 +97,16 @@ def rewrite_documents(paths, tables):
                 file.write(new)
 
 
-def make(names):
-    """Make runs: side by side, as many as there are cores, where neighbours in the list have one core each."""
-    for one_core, group in itertools.groupby(names, key=lambda name: RUNS[name].one_core):
-        with ThreadPoolExecutor(os.cpu_count() if one_core else 1) as pool:
-            for _ in pool.map(call, group):
-                pass  # its error, if it failed; what runs beside it goes on to its end
-
-
-def call(name):
+def make(name):
     """Make a run of the list, and record the commit, the machine and the minutes that it took."""
-    entry, begin = RUNS[name], time.perf_counter()
-    command, log = [sys.executable, *shlex.split(entry.command)], LOGS / f"{name}.log"
-    print(f"\n$ python {entry.command}{f'  > {log}' * entry.one_core}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = dict(os.environ, OMP_NUM_THREADS="1") if entry.one_core else None
-    with open(log, "wb") if entry.one_core else contextlib.nullcontext() as file:
-        made = subprocess.run(command, stdout=file, stderr=file, env=env)
-    if made.returncode:
-        raise UserError(f"the run {name} failed; see {log if entry.one_core else 'above'}", status=1)
-    minutes = round((time.perf_counter() - begin) / 60, 1)
-    print(f"\n{name}: {minutes} minutes", flush=True)
-    with records_lock:
-        records = read_records()
-        records[name] = dict(commit=commit(), machine="one core of " * entry.one_core + machine(), minutes=minutes)
-        with atomic_write(RECORDS, "w") as file:
-            file.write(json.dumps({n: records[n] for n in RUNS if n in records}, indent=2, ensure_ascii=False) + "\n")
+    command, begin = RUNS[name].command, time.perf_counter()
+    print(f"\n$ python {command}", flush=True)
+    if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
+        raise UserError(f"the run {name} failed; see above", status=1)
+    records = read_records()
+    records[name] = dict(commit=commit(), machine=machine(), minutes=round((time.perf_counter() - begin) / 60, 1))
+    with atomic_write(RECORDS, "w") as file:
+        file.write(json.dumps({n: records[n] for n in RUNS if n in records}, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_records():
@@ -460,7 +437,8 @@ def missing_runs(name=None):
 
 def main(name=None):
     os.chdir(ROOT)
-    make(missing_runs(name))
+    for missing in missing_runs(name):
+        make(missing)
 
     from kronygpt import checkpoint, data
     from kronygpt.budget import shapes_within

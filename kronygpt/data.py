@@ -332,7 +332,7 @@ def read_pieces(path, separator=None):
 
 
 def read_rows(path, column="text"):
-    """Yield the texts of a file, None for a row whose text is null.
+    """Yield the texts of a file; a row whose text is null has none.
 
     Args:
         path: of the file; one that is neither a table nor JSON is one text.
@@ -348,16 +348,17 @@ def read_rows(path, column="text"):
         return
     with reading(path):
         rows = table_rows(path, kind, column) if kind in TABLES else json_rows(path, kind, column)
-        for number, row in enumerate(rows, 1):
-            yield text_of(row, column, f"{path}, row {number}")
+        yield from texts_of(rows, column, path)
 
 
-def text_of(row, column, where):
-    """The string in a column of a row, or None."""
-    if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
-        names = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
-        raise UserError(f"{where} has no text in a column `{column}` (columns: {names})")
-    return row[column]
+def texts_of(rows, column, source):
+    """Yield the strings in a column of rows, without nulls; UserError where a row has no such column of strings."""
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
+            names = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
+            raise UserError(f"{source}, row {number} has no text in a column `{column}` (columns: {names})")
+        if row[column] is not None:
+            yield row[column]
 
 
 def json_rows(path, kind, column):
