@@ -119,7 +119,6 @@ def main():
     tokens_per_step = batch_size * gradient_accumulation_steps * context
     step = rest.get("iter_num", 0)
 
-    # one process writes
     options = {name: globals()[name] for name in option_types(globals())}
     if processes.is_main:
         run_dir.start_wandb(options, rest.get("config", {}).get("wandb_run_id"))

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from experiments.compare import markdown, mean_loss, spread, table
-from experiments.pictures import dense_start, draw_pareto
+from experiments.pictures import dense_start
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
 from kronygpt.run_dir import new_figure, save_figure
@@ -53,8 +54,9 @@ RUNS = {
     "bench": Run("-m experiments.bench --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
                  "README and report: speed at GPT-2's sizes"),
 }
-COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_bytes", "predicted.png", "docs/predicted.png")]
-PARETO = {"demo": "docs/pareto.png", "compare_small": "docs/pareto_small.png", "compare_bytes": "docs/pareto_bytes.png"}
+COPIED = {"docs/pareto.png": "out/demo/pareto.png", "docs/pareto_small.png": "out/compare_small/pareto.png",
+          "docs/pareto_bytes.png": "out/compare_bytes/pareto.png", "docs/predicted.png": "out/predict_bytes/predicted.png",
+          "docs/predicted_small.png": "out/predict_small/predicted.png"}  # pictures that runs have made
 RECORDS = Path("docs/runs.json")
 MADE_HERE = (":!*.md", ":!docs/*.png", f":!{RECORDS}")  # as git's patterns
 MARKER = re.compile(r"<!-- table: (\w+) -->")
@@ -460,14 +462,10 @@ def main(name=None):
     draw_parameters(gpt2, "docs/parameters.png")
     draw_spectrum(spectra, "docs/spectrum.png")
     draw_cost(shapes_within(gpt2, *GPT2_BUDGET), "docs/cost.png")
-    for run_name, picture, copy in COPIED:
-        if (path := Path(RUNS[run_name].output).with_name(picture)).exists():
-            with atomic_write(copy) as file:
-                file.write(path.read_bytes())
     draw_ranks(results["compare_small"], "docs/ranks.png")
-    for run_name, picture in PARETO.items():
-        if rows := results[run_name]:
-            draw_pareto(rows, picture, dataset)
+    for copy, picture in COPIED.items():
+        if Path(picture).exists():
+            shutil.copyfile(picture, copy)
 
     tables = dict(
         parameters=parameters_table(gpt2),

@@ -109,8 +109,6 @@ class Processes:
                             "or unset RANK and WORLD_SIZE for one")
         self.device = pick_device(name)
         if self.world_size > 1:
-            if self.device.type == "mps" and not name:
-                self.device = pick_device("cpu")
             if self.device.type not in ("cuda", "cpu"):
                 raise UserError(f"{self.world_size} processes train on CUDA or the CPU, not on {self.device.type}: "
                                 "start one process, or give --device=cpu")

@@ -169,18 +169,12 @@ def test_bits_per_byte_spreads_the_loss_over_bytes(shared, workdir):
 @pytest.mark.parametrize("args, message", [
     (["text.txt", "--stride=33"], "--stride is from 1 to the model's context of 32, not 33"),
     (["nothing.txt"], "cannot read nothing.txt: FileNotFoundError"),
-    (["wiki4"], "no data set in data/wiki4"),
     (["text.txt", "2"], "for a data set under data/ only, not for text.txt"),
-    (["owt"], "make it with: python prepare_owt.py"),
     (["empty.txt"], "empty.txt has 0 tokens"),
-    (["one.txt"], "one.txt has 1 tokens"),
-    (["latin.txt"], "cannot read latin.txt: UnicodeDecodeError"),
 ])
 def test_wrong_arguments_get_one_line(args, message, gpt2_dir, workdir):
     workdir.joinpath("text.txt").write_bytes(some_bytes(100))
     workdir.joinpath("empty.txt").touch()
-    workdir.joinpath("one.txt").write_text("1")
-    workdir.joinpath("latin.txt").write_bytes("naïve".encode("latin-1"))
     said = run_here("perplexity.py", gpt2_dir, *args, "--json_out=results.json")
     assert said.returncode == 2
     assert message in said.stderr and said.stderr.count("\n") == 1
@@ -202,29 +196,20 @@ def test_a_hub_that_does_not_answer_is_tried_once_and_quietly(script, args, word
     assert not Path("data").exists()
 
 
-def test_a_hub_that_keeps_silent_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(hub, "HUB_SECONDS", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+@pytest.mark.parametrize("answer, is_offline", [("200 OK", False), ("404 Not found", False), ("503 Busy", True), ("", True)])
+def test_a_hub_that_answers_is_used_and_one_that_keeps_silent_is_not_waited_for(answer, is_offline, monkeypatch):
+    def serve():
+        with server.accept()[0] as connection:
+            connection.recv(10_000)
+            connection.sendall(f"HTTP/1.1 {answer}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if answer:
+            threading.Thread(target=serve, daemon=True).start()
+        else:
+            monkeypatch.setattr(hub, "HUB_SECONDS", 0.2)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         start = time.monotonic()
         hub.reach_hub()
-        assert huggingface_hub.constants.HF_HUB_OFFLINE and 0.1 < time.monotonic() - start < 5
-
-
-@pytest.mark.parametrize("answer, is_offline", [(b"200 OK", False), (b"404 Not Found", False), (b"503 Busy", True)])
-def test_a_hub_that_answers_is_used(answer, is_offline, monkeypatch):
-    def serve():
-        connection, _ = server.accept()
-        with connection:
-            connection.recv(10_000)
-            connection.sendall(b"HTTP/1.1 " + answer + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        hub.reach_hub()
-        assert huggingface_hub.constants.HF_HUB_OFFLINE == is_offline
-        thread.join()
+        assert huggingface_hub.constants.HF_HUB_OFFLINE == is_offline and time.monotonic() - start < 4

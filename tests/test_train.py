@@ -383,17 +383,12 @@ def test_a_resume_takes_the_moments_from_the_file_and_the_options_from_the_comma
     (["--dataset=mine"], "make it with: python prepare_owt.py --data_files='*.txt' --out=mine"),
     (["--block_size=5000"], "train.bin has 5000 tokens, and a block takes 5001"),
     (["--init_from=resume"], "nothing to resume: no out/ckpt.pt"),
-    (["--init_from=nothing.pt"], "no checkpoint nothing.pt"),
     (["--factors=1,1,1"], "mlp.c_fc has 3 shapes for 2 blocks"),
-    (["--dim_1=5"], "cannot have the shape (5, 64, 2)"),
     (["--dtype=float8"], "--dtype is float32, bfloat16 or float16"),
-    (["--device=abacus"], "no device 'abacus'"),
     (["--decay=exponential"], "--decay is cosine or linear"),
     (["--distill=50"], "--distill is a share"),
     (["--eval_iters=0"], "--eval_iters is at least 1"),
     (["--factors_only", "--dim_1=32", "--dim_2=128", "--factors=1"], "nothing to train"),
-    (["--bath_size=4"], "did you mean --batch_size?"),
-    (["nothing"], "nothing.py"),
 ])
 def test_wrong_options_get_one_line_and_write_nothing(options, message, tokens):
     said = run_here("train.py", *RUN, *options)
