@@ -131,7 +131,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / and /models, POST /generate and /loss; the answer to a POST is a line of JSON for each event."""
+    """GET / and /models, POST /generate and /loss; the answer to a POST is a line of JSON for each event or error."""
 
     timeout = PATIENCE
 
@@ -167,21 +167,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         if self.path not in ACTIONS:
             return self.reply(404, f"no {self.path} here")
+        self.reply(200, "", "application/x-ndjson")
         try:
             player, request = self.read_request()
             events = ACTIONS[self.path](player, request)
-            event = self.server.next_event(events)
+            while (event := self.server.next_event(events)) and not self.server.closed:
+                self.wfile.write(json.dumps(event).encode() + b"\n")
         except (ConnectionError, TimeoutError):  # the client has gone
             raise
         except BaseException as error:  # a tokenizer's panic is no Exception
-            return self.reply(400, in_one_line(error))
-        self.reply(200, "", "application/x-ndjson")
-        while event and not self.server.closed:
-            self.wfile.write(json.dumps(event).encode() + b"\n")
-            try:
-                event = self.server.next_event(events)
-            except BaseException as error:
-                event, events = dict(error=in_one_line(error)), iter(())
+            self.wfile.write(json.dumps(dict(error=in_one_line(error))).encode() + b"\n")
 
     def read_request(self):
         """The Player and the options that a request names."""

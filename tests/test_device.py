@@ -53,7 +53,7 @@ def test_several_processes_on_an_apple_are_told_to_use_its_cpu(monkeypatch):
     machine(monkeypatch, mps=True)
     for name in "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT":
         monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
-    with pytest.raises(UserError, match="2 processes train on CUDA or the CPU, not on mps: .* --device=cpu"):
+    with pytest.raises(UserError, match=r"2 processes train on CUDA or the CPU, not on mps: .* --device=cpu"):
         device.Processes("")
 
 
