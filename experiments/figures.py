@@ -428,13 +428,8 @@ def missing_runs(name=None):
     """The runs to make: those whose output is not there, and the one with this name, though it be there."""
     if name and name not in RUNS:
         raise UserError(f"there is no run {name}: the runs are {', '.join(RUNS)}")
-    wanted = [n for n, entry in RUNS.items() if n == name or not Path(entry.output).exists()]
-    left_out = [n for n in wanted if RUNS[n].reads and not Path(RUNS[n].reads).exists()]
-    if name in left_out:
-        raise UserError(f"the run {name} needs {RUNS[name].reads}, which is not there")
-    for n in left_out:
-        print(f"{n}: left out, as {RUNS[n].reads} is not there; its tables stay as they are")
-    return [n for n in wanted if n not in left_out]
+    return [n for n, entry in RUNS.items()
+            if n == name or not (Path(entry.output).exists() or (entry.reads and not Path(entry.reads).exists()))]
 
 
 def main(name=None):

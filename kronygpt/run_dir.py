@@ -65,23 +65,16 @@ class RunDir:
         Args:
             options: {option: value} of train.py; the id of the wandb run is added as wandb_run_id.
             run_id: of the run to continue, or None.
-
-        Raises:
-            UserError: wandb does not start.
         """
         if run_id:
             options["wandb_run_id"] = run_id  # kept where wandb is off this time
         if options["wandb_mode"] == "off":
             return
-        try:
-            import wandb
+        import wandb
 
-            self.wandb_run = wandb.init(
-                project=options["wandb_project"], name=options["wandb_run_name"] or self.path.name, config=options,
-                mode=os.environ.get("WANDB_MODE") or options["wandb_mode"], id=run_id, resume="allow", allow_val_change=True)
-        except Exception as error:  # no package, login or network, a bad name
-            raise UserError(f"wandb does not start ({type(error).__name__}: {error}): `wandb login` logs in, "
-                            "--wandb_mode=offline needs no login, off none of it", status=1) from None
+        self.wandb_run = wandb.init(
+            project=options["wandb_project"], name=options["wandb_run_name"] or self.path.name, config=options,
+            mode=os.environ.get("WANDB_MODE") or options["wandb_mode"], id=run_id, resume="allow", allow_val_change=True)
         options["wandb_run_id"] = self.wandb_run.id
 
     def open_log(self, step):

