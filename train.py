@@ -29,7 +29,7 @@ max_iters = 5000  # optimizer steps
 overwrite = False  # start over if out_dir already holds a run
 eval_interval = 500  # steps between evaluations, which also save
 checkpoint_minutes = 0.0  # also save every N minutes; 0 for never
-keep = 0  # number of older checkpoints, of evaluations, to keep beside ckpt.pt as ckpt_{step}.pt
+keep = 0  # keep the checkpoints of the last N evaluations, as ckpt_{step}.pt
 eval_iters = 50  # batches of each split in an evaluation
 log_interval = 10  # steps between lines of progress
 # the model from scratch; a checkpoint has its own sizes
@@ -187,10 +187,8 @@ def main():
                             tokens_per_second=speed, tflops=tflops)
 
     if processes.is_main:
-        if stop:
-            print(f"stopped by {signal.Signals(stop).name} after step {step}; --init_from=resume continues")
-        else:
-            print(f"done: best validation loss {run_dir.best_val_loss:.4f}, in {run_dir.best}")
+        print(f"stopped by {signal.Signals(stop).name} after step {step}; --init_from=resume continues" if stop else
+              f"done: best validation loss {run_dir.best_val_loss:.4f}, in {run_dir.best}")
         run_dir.close()
     processes.leave(stop)
 

@@ -17,19 +17,19 @@ TICKS = 8  # of an axis of losses, about
 
 
 class RunDir:
-    """The directory of a run: ckpt.pt (the latest), best.pt, older checkpoints, log.jsonl and loss.png. Other files in it
-    are left alone."""
+    """The directory of a run: ckpt.pt (the latest), best.pt, checkpoints that are kept, log.jsonl and loss.png. Other files
+    in it are left alone."""
 
-    OLDER = re.compile(r"ckpt_(\d{7,})\.pt")
+    KEPT = re.compile(r"ckpt_(\d{7,})\.pt")
 
     def __init__(self, path):
         self.path, self.wandb_run, self.log_file = Path(path), None, None
         self.last, self.best, self.log_path, self.picture = (
             self.path / name for name in ("ckpt.pt", "best.pt", "log.jsonl", "loss.png"))
 
-    def older(self):
-        """The older checkpoints, {step: path} in the order of their steps."""
-        found = {int(match[1]): path for path in self.path.iterdir() if (match := self.OLDER.fullmatch(path.name))}
+    def kept(self):
+        """The checkpoints that are kept, {step: path} in the order of their steps."""
+        found = {int(match[1]): path for path in self.path.iterdir() if (match := self.KEPT.fullmatch(path.name))}
         return dict(sorted(found.items()))
 
     def check(self, is_resume, overwrite):
@@ -54,7 +54,7 @@ class RunDir:
         self.lock = lock(self.path)
         self.check(bool(rest), overwrite)  # again: another run may have ended here since the first time
         names = [re.escape(path.name) for path in (self.last, self.best, self.log_path, self.picture)]
-        remove_leftovers(self.path, "|".join([*names, self.OLDER.pattern]))
+        remove_leftovers(self.path, "|".join([*names, self.KEPT.pattern]))
         if rest:
             self.open_log(rest["iter_num"])
         self.best_val_loss = rest["best_val_loss"] if rest and self.best.exists() else math.inf
@@ -79,14 +79,14 @@ class RunDir:
 
     def open_log(self, step):
         """Open log.jsonl for appending, once ckpt.pt is there, which has done `step` steps. What is newer goes: lines of the
-        log, an evaluation of this very step included, which is repeated, and older checkpoints that another run left."""
+        log, an evaluation of this very step included, which is repeated, and checkpoints that another run left."""
         entries = read_log(self.log_path) if self.log_path.exists() else []
         with atomic_write(self.log_path, "w") as file:
             file.writelines(json.dumps(e) + "\n" for e in entries if e["step"] <= step - ("val_loss" in e))
-        newer = [path for older_step, path in self.older().items() if older_step >= step]
-        for path in newer if step else (*newer, self.best, self.picture):
+        newer = [path for kept_step, path in self.kept().items() if kept_step > step]
+        for path in newer if step else (*self.kept().values(), self.best, self.picture):
             path.unlink(missing_ok=True)
-        self.log_file, self.saved_step = self.log_path.open("a", buffering=1, encoding="utf-8"), step
+        self.log_file = self.log_path.open("a", buffering=1, encoding="utf-8")
 
     def log(self, **entry):
         """Append a line to log.jsonl."""
@@ -102,14 +102,11 @@ class RunDir:
             step: number of steps done.
             model: a KronyGPT.
             losses: {"train_loss", "val_loss"}, or {} without an evaluation.
-            options: {option: value} of train.py. `keep` is the number of older checkpoints to keep. They are of multiples of
-                `eval_interval`, so that a run that was stopped and resumed keeps those that an uninterrupted one keeps.
+            options: {option: value} of train.py.
             states: the optimizer and the scaler, as in checkpoint.save.
         """
         if self.log_file:
             os.fsync(self.log_file.fileno())  # a resume from the new checkpoint does not write these lines again
-            if options["keep"] > 0 and self.saved_step != step and self.saved_step % options["eval_interval"] == 0:
-                self.keep_last()
         is_best = bool(losses) and losses["val_loss"] <= self.best_val_loss  # equal where a resume repeats the evaluation
         if is_best:
             self.best_val_loss = losses["val_loss"]
@@ -117,22 +114,23 @@ class RunDir:
         checkpoint.save(self.last, model, **content, **states)
         if not self.log_file:
             self.open_log(step)
-        self.saved_step = step
-        for path in list(self.older().values())[:-options["keep"]] if options["keep"] > 0 else ():
-            path.unlink()
         if is_best:
             checkpoint.save(self.best, model, **content)
+        if losses and options["keep"] > 0 and step % options["eval_interval"] == 0:  # as where a run was stopped in between
+            self.keep_last(step, options["keep"])
         if losses:
             self.log(step=step, **losses)
 
-    def keep_last(self):
-        """Copy ckpt.pt, which is going to be replaced."""
-        path = self.path / f"ckpt_{self.saved_step:07d}.pt"
+    def keep_last(self, step, n):
+        """Copy ckpt.pt as that of a step, of which the last n stay."""
+        path = self.path / f"ckpt_{step:07d}.pt"
         try:
             with self.last.open("rb") as last, atomic_write(path) as file:
                 shutil.copyfileobj(last, file)
-        except OSError as error:  # the new checkpoint is worth more than the old one
+        except OSError as error:  # the run goes on without it
             warnings.warn(f"{self.last} is not kept as {path}: {error.strerror}", stacklevel=2)
+        for old in list(self.kept().values())[:-n]:
+            old.unlink()
 
     def close(self):
         """Release it after a run that ended well, and draw the log, which a resume has continued, as loss.png; a warning

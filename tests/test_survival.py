@@ -278,7 +278,7 @@ def test_a_run_is_not_started_over_unless_told(tokens):
     run_train("--max_iters=3", "--eval_interval=1", "--keep=2")
     Path("out/loss.png").write_text("of the old run", encoding="utf-8")
     before = contents()
-    for kept in (["ckpt.pt"], ["best.pt"], ["log.jsonl"], ["loss.png"], ["ckpt_0000001.pt"], list(before)):
+    for kept in (["ckpt.pt"], ["best.pt"], ["log.jsonl"], ["loss.png"], ["ckpt_0000002.pt"], list(before)):
         shutil.rmtree("out")
         Path("out").mkdir()
         for name in kept:
@@ -306,7 +306,7 @@ def test_a_checkpoint_of_another_name_is_never_removed(tokens):
     assert said.returncode == 2 and "out holds a run already" in said.stderr
     run_train("--init_from=out/ckpt-mine.pt", "--overwrite=True", "--eval_interval=2", "--max_iters=10", "--keep=1")
     assert all(Path("out", name).read_bytes() == before for name in mine)
-    assert [path.name for path in Path("out").glob("ckpt_0*.pt")] == ["ckpt_0000008.pt"]
+    assert [path.name for path in Path("out").glob("ckpt_0*.pt")] == ["ckpt_0000010.pt"]
 
 
 def test_a_resume_says_which_options_changed(tokens):
@@ -321,14 +321,14 @@ def steps_kept():
     return {path.name: load(path)["iter_num"] for path in Path("out").glob("ckpt*.pt")}
 
 
-def test_older_checkpoints_stay_and_their_names_are_replaced(tokens):
+def test_checkpoints_that_are_kept_and_replaced(tokens):
     Path("out").mkdir()
     Path("out/ckpt_0000006.pt").write_bytes(b"of an older run")
     run_train("--max_iters=10", "--eval_interval=2", "--keep=3", "--overwrite=True")
-    assert steps_kept() == {"ckpt_0000004.pt": 4, "ckpt_0000006.pt": 6, "ckpt_0000008.pt": 8, "ckpt.pt": 10}
-    shutil.copy("out/ckpt_0000004.pt", "out/ckpt.pt")  # go back: what is newer than step 4 is of the abandoned run
-    run_train("--max_iters=5", "--eval_interval=2", "--keep=3", "--init_from=resume")
-    assert steps_kept() == {"ckpt_0000004.pt": 4, "ckpt.pt": 5}
+    assert steps_kept() == {"ckpt_0000006.pt": 6, "ckpt_0000008.pt": 8, "ckpt_0000010.pt": 10, "ckpt.pt": 10}
+    shutil.copy("out/ckpt_0000006.pt", "out/ckpt.pt")  # go back: what is newer than step 6 is of the abandoned run
+    run_train("--max_iters=7", "--eval_interval=2", "--keep=3", "--init_from=resume")
+    assert steps_kept() == {"ckpt_0000006.pt": 6, "ckpt.pt": 7}
 
 
 def test_checkpoints_by_the_clock(tokens, monkeypatch):
