@@ -107,7 +107,7 @@ class Server(ThreadingHTTPServer):
     machine in turns; the others wait for it and talk to the clients."""
 
     def __init__(self, players):
-        self.players, self.closed = players, False
+        self.players = players
         self.autocast = autocast_to(pick_device(device), dtype)
         self.worker = ThreadPoolExecutor(max_workers=1)
         super().__init__((HOST, port), Handler)
@@ -121,12 +121,11 @@ class Server(ThreadingHTTPServer):
         return self.worker.submit(step).result()
 
     def server_close(self):
-        self.closed = True
         super().server_close()
         self.worker.shutdown(cancel_futures=True)
 
     def handle_error(self, request, client_address):
-        if not self.closed and not isinstance(sys.exc_info()[1], OSError):  # else the client has gone
+        if not isinstance(sys.exc_info()[1], OSError):  # else the client has gone
             super().handle_error(request, client_address)
 
 
@@ -171,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             player, request = self.read_request()
             events = ACTIONS[self.path](player, request)
-            while (event := self.server.next_event(events)) and not self.server.closed:
+            while event := self.server.next_event(events):
                 self.wfile.write(json.dumps(event).encode() + b"\n")
         except (ConnectionError, TimeoutError):  # the client has gone
             raise
