@@ -1,17 +1,21 @@
 """Compress a GPT-2: its matrices as low rank or as sums of Kronecker products.
 
     python kron_decompose.py --budget=82M --calibrate=openwebtext  # the whole model in 82M → checkpoints/best_82M.pt
-    python kron_decompose.py --budget=82M --calibrate=openwebtext --matrices=mlp   # ... attention stays dense
-    python kron_decompose.py --budget=82M --calibrate=openwebtext --keep=heads     # ... heads keep their width
+    python kron_decompose.py --budget=96M,82M,67M --calibrate=openwebtext --plan_only=True     # what each would cost, first
+    python kron_decompose.py --budget=82M --calibrate=openwebtext --keep=embedding # ... the embeddings stay as they are
+    python kron_decompose.py --budget=82M --calibrate=openwebtext --matrices=mlp   # ... ranks of the MLPs alone
     python kron_decompose.py --budget=96M               # prints the shapes of the MLPs that make a 96M model
     python kron_decompose.py dim_1 dim_2 n_factors      # Van Loan's sum → checkpoints/VL_{dim_1}_{dim_2}_{n_factors}.pt
     python kron_decompose.py 256 64 16,16,10,10,10,10,10,10,10,10,10,10     # a number of factors for each block
     python kron_decompose.py 768 768 1 --calibrate=openwebtext     # → checkpoints/calibrated_....pt
 
-With --budget and --calibrate, each block gets its own widths of heads, number of hidden units, and ranks: those with the
-smallest predicted rise of the loss on the text. A rank counts once: a matrix [m, n] of rank r has r (m + n - r) numbers in
-the file. dim_1, dim_2 and n_factors instead are one shape for all MLPs: dim_1 divides n_embd, dim_2
-divides 4 n_embd, and they are the sides of A in c_fc. c_proj has the mirror image.
+With --budget and --calibrate, each head gets its own widths, each MLP a number of hidden units, each matrix and embedding a
+rank, and rare tokens fewer numbers than frequent ones: those with the smallest predicted rise of the loss on the text. A
+rank counts once: a matrix [m, n] of rank r has r (m + n - r) numbers in the file. Several budgets share the work, and
+checkpoints/plan.png shows what they are predicted to cost.
+
+dim_1, dim_2 and n_factors instead are one shape for all MLPs: dim_1 divides n_embd, dim_2 divides 4 n_embd, and they are
+the sides of A in c_fc. c_proj has the mirror image.
 
 Van Loan's decomposition is the nearest to the weights. With --calibrate the factors are then fitted to what the weights do
 to the text of a data set, one matrix after the other, and errors that raise the loss more count more. This keeps far more
@@ -19,21 +23,26 @@ of what the model has learnt. It takes minutes, and a GPU helps.
 """
 import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from kronygpt import configurator
 from kronygpt.configurator import UserError, check_choice, run
 
 init_from = "gpt2"  # the model to compress: a hub name, a Hugging Face directory or a checkpoint
 out: str | None = None  # file to write; default: checkpoints/best_....pt, VL_....pt or calibrated_....pt
-budget = "82M"  # total number of parameters, of the whole model or for the table of shapes
+budget = "82M"  # total number of parameters, such as 82M or 66%, or a comma list of them
+plan_only = False  # show what the budgets are predicted to cost, and compress nothing
 matrices = "all"  # matrices that share the budget: all, or mlp for those of the MLPs
-keep = ""  # comma list of widths that stay as they are under --budget: heads, hidden
+keep = ""  # comma list of what stays as it is under --budget: embedding, heads, hidden
 calibrate: str | None = None  # data set under data/: its training split is calibrated on, its validation split scored
 calibration_tokens = 131072  # number of tokens to calibrate on
 device = ""  # where to calibrate; default: CUDA if available, else the CPU
 
 GPT2_SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
 SHOWN = 20  # rows that are printed
+CURVE = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the parameters in the picture of several budgets
+PICTURE = "checkpoints/plan.png"
 
 
 def parse_shapes(dim_1, dim_2, n_factors, config):
@@ -65,10 +74,14 @@ def print_table(shapes):
 def print_plan(plan):
     """Print the widths and ranks of a budget.Plan, block by block, and the loss that they are predicted to add."""
     ranks = {kind: [s.factors if s.dim_2 == 1 else "dense" for s in shapes] for kind, shapes in plan.shapes.items()}
-    columns = plan.widths | ranks
-    print(f"{plan.how}\n{'block':>5}  " + "  ".join(f"{name:>11}" for name in columns))
+    columns = {name: [" ".join(map(str, width)) if isinstance(width, list) else width for width in widths]
+               for name, widths in plan.widths.items()} | ranks
+    space = {name: max(len(str(text)) for text in (name, *column)) for name, column in columns.items()}
+    print(f"{plan.how}\nblock  " + "  ".join(f"{name:>{width}}" for name, width in space.items()))
     for layer, row in enumerate(zip(*columns.values())):
-        print(f"{layer:>5}  " + "  ".join(f"{number:>11}" for number in row))
+        print(f"{layer:>5}  " + "  ".join(f"{text:>{width}}" for text, width in zip(row, space.values())))
+    for name, bands in plan.bands.items():
+        print(f"{name}: " + ", ".join(f"{rows} × {columns}" for rows, columns in bands))
     parts = ", ".join(f"{name} {sum(losses):.4f}" for name, losses in plan.losses.items())
     print("each rank counts once: r (m + n - r) numbers are in the file for a matrix [m, n] of rank r\n"
           f"predicted loss added (order only): {plan.loss:.4f} nats per token: {parts}")
@@ -85,34 +98,84 @@ def sizes_of(source):
     return KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // checkpoint.GPT2_HEAD_DIM)
 
 
+def print_choice(names, plans, path, total):
+    """Print what some budgets are predicted to cost, and draw it beside other shares of a model's parameters.
+
+    Args:
+        names: of the budgets.
+        plans: {number of parameters: Plan}, of these budgets and others.
+        path: of the picture.
+        total: parameters of the dense model.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    from kronygpt.run_dir import new_figure, save_figure
+
+    parts = list(next(iter(plans.values())).losses)
+    print("predicted loss added (order only), nats per token\n" + "  ".join(
+        f"{text:>11}" for text in ("budget", "of all", "in all", *parts)))
+    for name, limit in names.items():
+        losses = (plans[limit].loss, *(sum(plans[limit].losses[part]) for part in parts))
+        print("  ".join((f"{name:>11}", f"{limit / total:>11.1%}", *(f"{loss:>11.4f}" for loss in losses))))
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    axes.plot(sorted(plans), [plans[limit].loss for limit in sorted(plans)], color="0.6")
+    for name, limit in names.items():
+        axes.plot(limit, plans[limit].loss, "C0o")
+        axes.annotate(name, (limit, plans[limit].loss), (6, 6), textcoords="offset points")
+    axes.set(xlabel="parameters", ylabel="predicted loss added (order only; nats per token)", yscale="log",
+             title=Path(init_from).name)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.grid(alpha=0.3, which="both")
+    save_figure(figure, path)
+    print(f"drawn in {path}")
+
+
 def main(dim_1=None, dim_2=None, n_factors=None):
     from kronygpt import calibration, checkpoint, compress, data
-    from kronygpt.budget import Plan, is_dense, parse_budget, plan_ranks, plan_widths, room, shapes_within
+    from kronygpt.budget import (
+        NARROWS,
+        Plan,
+        count_parameters,
+        is_dense,
+        parse_budget,
+        plan_ranks,
+        plan_widths,
+        room,
+        shapes_within,
+        smallest,
+    )
     from kronygpt.files import output_file
     from model import KINDS
 
-    limit, largest = parse_budget(budget)
     check_choice(globals(), "matrices", "all", "mlp")
-    kept = keep.split(",") if keep else []
-    if unknown := set(kept) - {"heads", "hidden"}:
-        raise UserError(f"--keep is a comma list of heads and hidden, not {min(unknown)}")
+    kept, texts = keep.split(",") if keep else [], budget.split(",")
+    if unknown := set(kept) - set(NARROWS):
+        raise UserError(f"--keep is a comma list of {', '.join(NARROWS)}, not {min(unknown)}")
     if dim_1 and (not n_factors or "budget" in configurator.given):
         raise UserError("give all three of dim_1 dim_2 n_factors, or a --budget without them")
+    if out and len(texts) > 1:
+        raise UserError("--out is for one budget; several go to checkpoints/best_....pt")
     if not (dim_1 or calibrate):
-        return print_table(shapes_within(sizes_of(init_from), limit, largest))
+        config = sizes_of(init_from)
+        total = count_parameters(config, KINDS)
+        return [print_table(shapes_within(config, *parse_budget(text, total))) for text in texts]
 
     dense, _ = checkpoint.load(init_from)
     config, options, start = dense.config, dict(init_from=init_from), time.perf_counter()
+    total = dense.count_parameters()["total"]
     if dim_1:
         name = f"{'calibrated' if calibrate else 'VL'}_{dim_1}_{dim_2}_{n_factors.replace(',', '-')}"
-        plan = Plan("one shape for all MLPs", parse_shapes(dim_1, dim_2, n_factors, config))
+        names, plans = {name: 0}, {0: Plan("one shape for all MLPs", parse_shapes(dim_1, dim_2, n_factors, config))}
     else:
-        name, kinds = f"best_{budget}", [kind for kind in KINDS if matrices == "all" or kind.startswith("mlp.")]
+        kinds = [kind for kind in KINDS if matrices == "all" or kind.startswith("mlp.")]
         is_whole = matrices == "all" and is_dense(dense)  # else ranks alone are chosen
-        narrows = [width for width in ("heads", "hidden") if is_whole and width not in kept]
-        room(config, kinds, limit, narrows)  # an error comes before the work
+        narrows = [part for part in NARROWS if is_whole and part not in kept]
+        names = {f"best_{text}": parse_budget(text, total)[0] for text in texts}
+        for limit in names.values():
+            room(config, kinds, limit, narrows)  # an error comes before the work
         options |= dict(budget=budget, matrices=matrices, keep=keep)
-    path = output_file(out or f"checkpoints/{name}.pt")
+    paths = [output_file(out or f"checkpoints/{name}.pt") for name in names]
     text = None
     if calibrate:
         text = data.calibration_text(calibrate, calibration_tokens, config, device)
@@ -120,15 +183,24 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         dense.to(text.device)
         options |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens)
     if not dim_1:
-        found = calibration.statistics(dense, text)
-        plan = plan_widths(dense, [limit], found, narrows)[0] if is_whole else plan_ranks(dense, kinds, limit, found)
-        print_plan(plan)
-    new, fits = compress.apply(dense, plan, text)
-    compress.report(dense, new, fits)
-    print(f"compressed in {time.perf_counter() - start:.1f} s")
-    if calibrate:
-        compress.report_loss(dense, new, held_out, plan)
-    compress.write(path, dense, new, options, "config/train_gpt2.py" if dim_1 else "config/train_gpt2_budget.py")
+        found, limits, shown = calibration.statistics(dense, text), list(names.values()), plan_only or len(names) > 1
+        if shown:
+            least = smallest(config, kinds, narrows)
+            limits += [limit for share in CURVE if (limit := int(share * total)) >= least]
+        plan = partial(plan_widths, narrows=narrows) if is_whole else partial(plan_ranks, kinds=kinds)
+        plans = dict(zip(limits, plan(dense, limits=limits, statistics=found)))
+        if shown:
+            print_choice(dict(zip(texts, names.values())), plans, output_file(PICTURE), total)
+    for path, limit in zip(paths, names.values()):
+        if not dim_1:
+            print_plan(plans[limit])
+        if not plan_only:
+            new, fits = compress.apply(dense, plans[limit], text)
+            compress.report(dense, new, fits)
+            if calibrate:
+                compress.report_loss(dense, new, held_out, plans[limit])
+            compress.write(path, dense, new, options, "config/train_gpt2.py" if dim_1 else "config/train_gpt2_budget.py")
+    print(f"took {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

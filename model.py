@@ -59,22 +59,41 @@ class KronLinear(nn.Module):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        qk, v, self.scale = config.head_qk[layer], config.head_v[layer], 1 / math.sqrt(config.head_dim)
-        self.widths = [config.n_head * width for width in (qk, qk, v)]
+        self.layer, self.n_head, self.dropout, self.scale = layer, config.n_head, config.dropout, config.head_dim**-0.5
+        qk, v = config.head_qk[layer], config.head_v[layer]
+        self.widths = [config.n_head * max(widths) for widths in (qk, qk, v)]
+        for name, parts in ("columns", (qk, qk, v)), ("v_columns", (v,)):  # where the heads' columns are among equal ones
+            self.register_buffer(name, padded_columns(parts), persistent=False)
         self.c_attn = KronLinear(*config.size_and_shape("attn.c_attn", layer))
         self.c_proj = KronLinear(*config.size_and_shape("attn.c_proj", layer))
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
+        qkv = self.c_attn(x)
+        if self.columns is not None:  # zeros make the heads equally wide
+            qkv = qkv.new_zeros(*x.shape[:-1], sum(self.widths)).index_copy(-1, self.columns, qkv)
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, head_qk or head_v)
-                   for part in self.c_attn(x).split(self.widths, dim=-1))
+                   for part in qkv.split(self.widths, dim=-1))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         is_causal = cache is None or q.shape[2] > 1  # a single token sees all of the cache; several come when it is empty
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(-2)))  # (B, T, C)
+        y = y.transpose(1, 2).flatten(-2)
+        if self.v_columns is not None:
+            y = y.index_select(-1, self.v_columns)
+        return self.resid_dropout(self.c_proj(y))  # (B, T, C)
+
+
+def padded_columns(parts):
+    """Where the columns of heads of the widths in `parts`, lists of one number for each head, are when zeros pad all heads
+    of a part to the widest: a tensor on the CPU, even for a meta model. None where no head needs it."""
+    places, start = [], 0
+    for widths in parts:
+        for width in widths:
+            places += range(start, start + width)
+            start += max(widths)
+    return torch.tensor(places, device="cpu") if start > len(places) else None
 
 
 class MLP(nn.Module):
@@ -108,6 +127,68 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Embedding(nn.Module):
+    """Vectors E [V, C] of tokens or positions: dense, or A B of low rank. Bands [(rows, columns), ...] make A a staircase:
+    the rows of a band are zero beyond its first columns, so that rare tokens have fewer numbers. A is stored as one vector,
+    row after row. Dense is [(V, C)]."""
+
+    def __init__(self, V, C, bands):
+        super().__init__()
+        self.bands, self.is_dense = bands, bands == [(V, C)]
+        self.register_buffer("row", torch.arange(V) if len(bands) > 1 else None)  # of each token in A
+        if self.is_dense:
+            self.weight = nn.Parameter(torch.empty(V, C))
+            return
+        self.A = nn.Parameter(torch.empty(sum(n * k for n, k in bands)))
+        self.B = nn.Parameter(torch.empty(max(k for _, k in bands), C))
+        columns = torch.tensor([k for n, k in bands for _ in range(n)], device="cpu")
+        self.register_buffer("columns", columns, persistent=False)  # of each row, and where they begin
+        self.register_buffer("starts", columns.cumsum(0) - columns, persistent=False)
+
+    def forward(self, idx):
+        if self.is_dense:
+            return F.embedding(idx, self.weight)
+        row = idx if self.row is None else self.row[idx]
+        column = torch.arange(len(self.B), device=idx.device)
+        at = (self.starts[row][..., None] + column).clamp(max=len(self.A) - 1)
+        A = torch.where(column < self.columns[row][..., None], self.A[at], 0.0)
+        return (A @ self.B).to(self.B.dtype)  # which autocast would leave in half precision, and the residual stream with it
+
+    def parts(self):
+        """A, or E where it is dense, as [rows, columns] of each band."""
+        if self.is_dense:
+            return [self.weight]
+        return [part.view(n, k) for part, (n, k) in zip(self.A.split([n * k for n, k in self.bands]), self.bands)]
+
+    def as_output(self, x, targets):
+        """The arguments of linear_cross_entropy for the tied output, from hidden states x (T, C) and targets (T,)."""
+        if self.row is not None:
+            targets = torch.where(targets == IGNORE_INDEX, targets, self.row[targets.clamp(min=0)])
+        return x if self.is_dense else F.linear(x, self.B), self.parts(), targets
+
+    def logits(self, x):
+        """x Eᵀ (..., V) of hidden states x (..., C)."""
+        logits = product_of_bands(x if self.is_dense else F.linear(x, self.B), self.parts())
+        return logits if self.row is None else logits.index_select(-1, self.row)
+
+    def dense(self):
+        """E [V, C]."""
+        if self.is_dense:
+            return self.weight
+        E = torch.cat([part @ self.B[:part.shape[1]] for part in self.parts()])
+        return E if self.row is None else E[self.row]
+
+    def count_parameters(self):
+        """Numbers in a file, where the rank of a single band counts once."""
+        saved = len(self.B)**2 if not self.is_dense and len(self.bands) == 1 and len(self.B) < self.bands[0][0] else 0
+        return sum(p.numel() for p in self.parameters()) - saved
+
+    def init_weights(self, std):
+        """Draw normal weights so that an element of E has the standard deviation std."""
+        for p in self.parameters():
+            nn.init.normal_(p, std=std if self.is_dense else math.sqrt(std / math.sqrt(len(self.B))))
+
+
 class Shape(NamedTuple):
     """A matrix [m, n] as the sum of `factors` products A ⊗ B: A is [dim_1, dim_2], B is [m/dim_1, n/dim_2]."""
 
@@ -127,7 +208,7 @@ def mlp_shapes(dim_1, dim_2, factors):
 @dataclass
 class KronyGPTConfig:
     """Sizes of a KronyGPT; ValueError where they do not fit each other. A width is given as one number, or one for each
-    block, and kept as a list."""
+    block, and kept as a list; the widths of heads may also be one for each head of each block, and are kept so."""
 
     block_size: int = 1024
     vocab_size: int = 50257
@@ -135,12 +216,14 @@ class KronyGPTConfig:
     n_head: int = 12
     n_embd: int = 768
     n_inner: int | list[int] | None = None  # hidden units of an MLP; default: 4 n_embd
-    head_qk: int | list[int] | None = None  # width of a head's queries and keys; default: head_dim
-    head_v: int | list[int] | None = None  # width of a head's values; default: head_dim
+    head_qk: int | list | None = None  # width of a head's queries and keys; default: head_dim
+    head_v: int | list | None = None  # width of a head's values; default: head_dim
     head_dim: int | None = None  # scores are divided by its root: the width of a head before narrowing; default: C / n_head
     dropout: float = 0.0
     recompute: bool = False  # compute the MLP's activation again in backward: less memory, more time
     shapes: dict[str, list[Shape]] = field(default_factory=dict)  # {"mlp.c_fc": [Shape of each block]}; default: dense
+    wte: list[tuple[int, int]] | None = None  # bands of an Embedding of the tokens; default: dense
+    wpe: list[tuple[int, int]] | None = None  # of the positions
     tokenizer: dict | None = None  # record of the model's tokenizer, as in tokenizer.py; default: vocab_size tells it
 
     def __post_init__(self):
@@ -149,7 +232,15 @@ class KronyGPTConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         for name, usual in dict(n_inner=4 * self.n_embd, head_qk=self.head_dim, head_v=self.head_dim).items():
             widths = usual if getattr(self, name) is None else getattr(self, name)
-            setattr(self, name, [widths] * self.n_layer if isinstance(widths, int) else list(widths))
+            widths = [widths] * self.n_layer if isinstance(widths, int) else list(widths)
+            if name != "n_inner":
+                widths = [[width] * self.n_head if isinstance(width, int) else list(width) for width in widths]
+            setattr(self, name, widths)
+        for name, rows in dict(wte=self.vocab_size, wpe=self.block_size).items():
+            bands = [tuple(band) for band in getattr(self, name) or [(rows, self.n_embd)]]
+            if sum(n for n, _ in bands) != rows:
+                raise ValueError(f"the bands of {name} have {sum(n for n, _ in bands)} rows, not {rows}")
+            setattr(self, name, bands)
         if unknown := self.shapes.keys() - set(KINDS):
             raise ValueError(f"a block has no matrix {min(unknown)}")
         sizes = [self.sizes(layer) for layer in range(self.n_layer)]
@@ -166,8 +257,8 @@ class KronyGPTConfig:
 
     def sizes(self, layer):
         """{kind: (m, n)} of the four matrices of a block."""
-        C, hidden, qk, v = self.n_embd, self.n_inner[layer], self.head_qk[layer], self.head_v[layer]
-        return dict(zip(KINDS, ((C, self.n_head * (2 * qk + v)), (self.n_head * v, C), (C, hidden), (hidden, C))))
+        C, hidden, qk, v = self.n_embd, self.n_inner[layer], sum(self.head_qk[layer]), sum(self.head_v[layer])
+        return dict(zip(KINDS, ((C, 2 * qk + v), (v, C), (C, hidden), (hidden, C))))
 
     def size_and_shape(self, kind, layer):  # m, n and Shape of a matrix of a block
         return *self.sizes(layer)[kind], self.shapes[kind][layer]
@@ -184,22 +275,20 @@ class KronyGPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            wte=Embedding(config.vocab_size, config.n_embd, config.wte),  # and the output: the two are tied
+            wpe=Embedding(config.block_size, config.n_embd, config.wpe),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied
-        if self.lm_head.weight.device.type != "meta":  # a meta model waits for the weights of a checkpoint
+        if self.transformer.ln_f.weight.device.type != "meta":  # a meta model waits for the weights of a checkpoint
             self.init_weights()
 
     @torch.no_grad()
     def init_weights(self, std=0.02):
         """GPT-2's initialization; std / sqrt(2 n_layer) where a block writes to the residual stream."""
-        nn.init.normal_(self.transformer.wte.weight, std=std)
-        nn.init.normal_(self.transformer.wpe.weight, std=std)
+        self.transformer.wte.init_weights(std)
+        self.transformer.wpe.init_weights(std)
         for _, kind, matrix in self.matrices():
             matrix.init_weights(std / math.sqrt(2 * self.config.n_layer) if kind.endswith("c_proj") else std)
 
@@ -231,8 +320,8 @@ class KronyGPT(nn.Module):
         that are not IGNORE_INDEX."""
         x = self.hidden(idx)
         if targets is None:
-            return self.lm_head(x)
-        return linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return self.transformer.wte.logits(x)
+        return linear_cross_entropy(*self.transformer.wte.as_output(x.flatten(0, 1), targets.flatten()))
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
@@ -257,7 +346,7 @@ class KronyGPT(nn.Module):
         for _ in range(max_new_tokens):
             fits = idx.shape[1] <= block_size  # else the window slides, every token has a new position, nothing can be kept
             x = self.hidden(idx[:, cache.seen:], cache) if fits else self.hidden(idx[:, -block_size:])
-            logits = self.lm_head(x[:, -1]).float()  # (B, vocab_size)
+            logits = self.transformer.wte.logits(x[:, -1]).float()  # (B, vocab_size)
             if not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite")
             if top_k is not None:
@@ -271,21 +360,21 @@ class KronyGPT(nn.Module):
             idx = torch.cat((idx, token), dim=1)
 
     def parameters_by_kind(self):
-        """{kind: {name: parameter}}: "factors" (A and B of the matrices that are factored), other "matrices", and
+        """{kind: {name: parameter}}: "factors" (A and B of matrices and embeddings that are factored), other "matrices", and
         "vectors" (biases and layer norms)."""
-        factors = {id(p) for _, _, matrix in self.matrices() if not matrix.is_dense for p in (matrix.A, matrix.B)}
+        members = [self.transformer.wte, self.transformer.wpe, *(matrix for *_, matrix in self.matrices())]
+        factors = {id(p) for member in members if not member.is_dense for p in (member.A, member.B)}
         kinds = {"factors": {}, "matrices": {}, "vectors": {}}
-        for name, p in self.named_parameters():  # tied parameters come once
+        for name, p in self.named_parameters():
             kinds["factors" if id(p) in factors else "vectors" if p.dim() == 1 else "matrices"][name] = p
         return kinds
 
     def count_parameters(self):
-        """{"total", "mlp", "factors", "matrices", "vectors"}: numbers of parameters in a file, as KronLinear counts them."""
+        """{"total", "mlp", "factors", "matrices", "vectors"}: numbers in a file, where each rank counts once."""
         counts = {kind: sum(p.numel() for p in group.values()) for kind, group in self.parameters_by_kind().items()}
-        mlp = 0
-        for _, kind, matrix in self.matrices():
-            counts["factors"] -= sum(p.numel() for p in matrix.parameters()) - matrix.count_parameters()
-            mlp += matrix.count_parameters() * kind.startswith("mlp.")
+        for member in (self.transformer.wte, self.transformer.wpe, *(matrix for *_, matrix in self.matrices())):
+            counts["factors"] -= sum(p.numel() for p in member.parameters()) - member.count_parameters()
+        mlp = sum(matrix.count_parameters() for _, kind, matrix in self.matrices() if kind.startswith("mlp."))
         return {"total": sum(counts.values()), "mlp": mlp, **counts}
 
     def flops_per_token(self, context=None):
@@ -294,10 +383,9 @@ class KronyGPT(nn.Module):
         Two per multiply-add, and backward costs twice forward; attention is counted as in PaLM (arXiv 2204.02311,
         appendix B). A factored matrix counts its cheapest contraction, not the dense product.
         """
-        config = self.config
         matrices = sum(min(multiply_adds(matrix.A.shape, matrix.B.shape).values()) for _, _, matrix in self.matrices())
-        attention = config.n_head * sum(config.head_qk + config.head_v) * (context or config.block_size)
-        return 6 * (matrices + self.lm_head.weight.numel() + attention)
+        attention = sum(sum(block.attn.widths[1:]) for block in self.transformer.h) * (context or self.config.block_size)
+        return 6 * (matrices + sum(p.numel() for p in self.transformer.wte.parameters()) + attention)
 
     def freeze_all_but_factors(self):
         """Leave only the Kronecker factors trainable."""
@@ -333,7 +421,6 @@ class KronyGPT(nn.Module):
                 raise ValueError(f"weight {name} is {found.get(name, 'missing')}, where the model has "
                                  f"{expected.get(name, 'none')}")
         model.load_state_dict(state_dict, assign=True)
-        model.lm_head.weight = model.transformer.wte.weight
         return model
 
 
@@ -447,47 +534,57 @@ def kron_linear(x, A, B, bias, order=None):
 IGNORE_INDEX = -100  # a target with this value is not scored (the default of F.cross_entropy)
 
 
-def chunk_rows(W, dtype):
-    """Tokens in a chunk of logits x Wᵀ. In float32 on a CPU a chunk has 2^23 numbers: 32 MiB, which malloc reuses. In half
+def product_of_bands(z, parts):
+    """z (..., r) times the transpose of a staircase, given by its parts [rows, columns]: (..., rows of all parts)."""
+    products = [z[..., :W.shape[1]] @ W.to(z.dtype).T for W in parts]
+    return torch.cat(products, -1) if len(products) > 1 else products[0]
+
+
+def chunk_rows(parts, dtype):
+    """Tokens in a chunk of logits. In float32 on a CPU a chunk has 2^23 numbers: 32 MiB, which malloc reuses. In half
     precision each chunk adds its gradient of W to a float32 sum, and on a GPU it launches kernels: few chunks are faster."""
-    numbers = 2**27 if W.device.type == "cuda" else 2**23 if dtype == torch.float32 else 2**26
-    return max(1, numbers // W.shape[0])
+    numbers = 2**27 if parts[0].device.type == "cuda" else 2**23 if dtype == torch.float32 else 2**26
+    return max(1, numbers // sum(map(len, parts)))
 
 
 class ChunkedLinearLoss(torch.autograd.Function):
-    """The sum over chunks of tokens of chunk_loss(x Wᵀ, *per_token), which can be differentiated once.
+    """The sum over chunks of tokens of chunk_loss(product_of_bands(x, parts), *per_token), which can be differentiated once.
 
     Forward computes the gradients as well, while it has the logits of a chunk: autograd that of the loss with respect to
-    the logits, and two products those of x and W.
+    the logits, and two products for each part those of x and the part.
     """
 
     @staticmethod
-    def forward(ctx, chunk_loss, dtype, x, W, *per_token):
-        W_cast, total, grad_x = W.to(dtype), x.new_zeros((), dtype=torch.float32), torch.empty_like(x)
-        grad_W = torch.zeros_like(W) if ctx.needs_input_grad[3] else None
-        for begin in range(0, len(x), step := chunk_rows(W, dtype)):
+    def forward(ctx, chunk_loss, dtype, n_parts, x, *tensors):
+        parts, per_token = tensors[:n_parts], tensors[n_parts:]
+        cast = [W.to(dtype) for W in parts]
+        total, grad_x = x.new_zeros((), dtype=torch.float32), torch.zeros_like(x)
+        grads = [torch.zeros_like(W) if needed else None for W, needed in zip(parts, ctx.needs_input_grad[4:])]
+        for begin in range(0, len(x), step := chunk_rows(parts, dtype)):
             rows = x[begin:begin + step].to(dtype)
-            logits = (rows @ W_cast.T).requires_grad_()  # (step, vocab_size)
+            logits = product_of_bands(rows, cast).requires_grad_()  # (step, vocab_size)
             with torch.enable_grad():
                 loss = chunk_loss(logits, *(t[begin:begin + step] for t in per_token))
             grad, = torch.autograd.grad(loss, logits)
             total += loss.detach()
-            grad_x[begin:begin + step] = grad @ W_cast
-            if grad_W is not None and dtype == W.dtype:
-                grad_W.addmm_(grad.T, rows)
-            elif grad_W is not None:
-                grad_W += grad.T @ rows
-        ctx.save_for_backward(grad_x, grad_W)
+            for W, grad_W, g in zip(cast, grads, grad.split([len(W) for W in cast], 1)):
+                columns = W.shape[1]
+                grad_x[begin:begin + step, :columns] += g @ W
+                if grad_W is not None and dtype == grad_W.dtype:
+                    grad_W.addmm_(g.T, rows[:, :columns])
+                elif grad_W is not None:
+                    grad_W += g.T @ rows[:, :columns]
+        ctx.save_for_backward(grad_x, *grads)
         ctx.n_per_token = len(per_token)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         scaled = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)  # in place: they are as large as W
-        return None, None, *scaled, *[None] * ctx.n_per_token
+        return None, None, None, *scaled, *[None] * ctx.n_per_token
 
 
-def chunked_mean(chunk_loss, x, W, targets, *per_token):
+def chunked_mean(chunk_loss, x, parts, targets, *per_token):
     """The sum of chunk_loss(logits, targets, *per_token) over chunks, divided by the number of tokens scored.
 
     Under autocast the products are in its dtype; the loss is float32.
@@ -497,13 +594,13 @@ def chunked_mean(chunk_loss, x, W, targets, *per_token):
     per_token = (targets, *per_token)
     with torch.autocast(device, enabled=False):
         if torch.compiler.is_compiling():
-            total = chunk_loss(x.to(dtype) @ W.to(dtype).T, *per_token)
+            total = chunk_loss(product_of_bands(x.to(dtype), parts), *per_token)
         elif torch.is_grad_enabled():
-            total = ChunkedLinearLoss.apply(chunk_loss, dtype, x, W, *per_token)
+            total = ChunkedLinearLoss.apply(chunk_loss, dtype, len(parts), x, *parts, *per_token)
         else:
-            W = W.to(dtype)
-            chunks = zip(*(t.split(chunk_rows(W, dtype)) for t in (x, *per_token)))
-            total = sum(chunk_loss(rows.to(dtype) @ W.T, *rest) for rows, *rest in chunks)
+            parts = [W.to(dtype) for W in parts]
+            chunks = zip(*(t.split(chunk_rows(parts, dtype)) for t in (x, *per_token)))
+            total = sum(chunk_loss(product_of_bands(rows.to(dtype), parts), *rest) for rows, *rest in chunks)
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
@@ -511,8 +608,8 @@ def summed_cross_entropy(logits, targets):
     return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
-def linear_cross_entropy(x, W, targets):
-    """Mean cross entropy in nats of the logits x Wᵀ, for x (T, C), W [vocab_size, C] and targets (T,) that are IGNORE_INDEX
-    where not scored: a float32 scalar, 0 where nothing is scored."""
+def linear_cross_entropy(x, parts, targets):
+    """Mean cross entropy in nats of the logits x Wᵀ, for x (T, r), the parts of a staircase W, [W] where it is one matrix,
+    and targets (T,) that are IGNORE_INDEX where not scored: a float32 scalar, 0 where nothing is scored."""
     # F.cross_entropy(x @ W.T, targets)
-    return chunked_mean(summed_cross_entropy, x, W, targets)
+    return chunked_mean(summed_cross_entropy, x, parts, targets)

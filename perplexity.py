@@ -112,7 +112,7 @@ def main(ckpt, dataset=None, n_batches=None):
         if len(tokens) < 2:
             raise UserError(f"{name} has {len(tokens)} tokens, and one is scored by those before it: give more text")
 
-        start, autocast = time.perf_counter(), autocast_to(model.lm_head.weight.device, dtype)
+        start, autocast = time.perf_counter(), autocast_to(next(model.parameters()).device, dtype)
         with autocast, data.progress(desc=name, total=len(tokens), unit="tokens") as bar:
             for so_far in data.score(model, tokens, make_windows(len(tokens), context, step), batch_size):
                 bar.update(so_far[1] - bar.n)

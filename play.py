@@ -67,7 +67,7 @@ def generate(player, request):
     tokens, context = player.tokenizer.encode_prompt(text), player.model.config.block_size
     if not tokens:
         raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: type one")
-    idx = torch.tensor([tokens], device=player.model.lm_head.weight.device)
+    idx = torch.tensor([tokens], device=next(player.model.parameters()).device)
     new = (token.item() for token in player.model.generate(idx, n, divisor, k or None, number))
     texts, seconds = stream_text(player.tokenizer, new, tokens[-1]), 0.0
     for done in itertools.count(1):

@@ -51,7 +51,8 @@ def main(method, budget):
 
     path, start = output_file(out or f"checkpoints/{method}_{budget}.pt"), time.perf_counter()
     dense, _ = checkpoint.load(init_from)
-    new, fits = compress.factorize(dense, METHODS[method](dense.config, parse_budget(budget)[0])), []
+    limit, _ = parse_budget(budget, dense.count_parameters()["total"])
+    new, fits = compress.factorize(dense, METHODS[method](dense.config, limit)), []
     if calibrate:
         text = data.calibration_text(calibrate, calibration_tokens, dense.config, device)
         fits = calibration.calibrate(dense.to(text.device), new.to(text.device), text)

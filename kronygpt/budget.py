@@ -1,17 +1,21 @@
 """Budgets: the ranks of all matrices that cost a model least, and the table of shapes that fit a number of parameters."""
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from kronygpt.calibration import progress
 from kronygpt.configurator import UserError
-from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, Block, grid, narrowed, tails
+from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, N_BANDS, Block, Staircase, grid, narrowed, tails
 from model import KINDS, KronyGPT, Shape, multiply_adds
 
 SLACK = 0.99  # share of the budget that a shape in the table must use
+NARROWS = ("embedding", "heads", "hidden")  # parts of a model that can become narrower
+CAUTION = 2.0  # times the predicted loss of an embedding, which is the furthest below the measured one
 HALVINGS = 100  # of the interval in which the price of a parameter is searched
 
 
@@ -21,17 +25,20 @@ class Plan:
 
     how: how it was chosen, in words.
     shapes: {kind: [Shape of each block]}; matrices that it does not name stay as they are.
-    losses: {kind, "heads" or "hidden": [nats per token that are predicted to be lost in each block]}, or {}.
+    losses: {kind, "heads", "hidden", "wte" or "wpe": [nats per token that are predicted to be lost in each block]}, or {}.
     widths: {"head_qk", "head_v", "n_inner": [of each block]}, or {} where they stay as they are.
-    narrowed: the dense model in these widths, which takes the shapes; None where it is the dense model itself.
-    fisher: {name of a matrix: F [n, n]} at the outputs of that model, for the metric of the fit, or None.
+    bands: {"wte" or "wpe": bands of a model.Embedding}, or {} where they stay as they are.
+    narrow: makes the dense model in these widths and bands, which takes the shapes, and its fisher; None where it is the
+        dense model itself.
+    fisher: {name of a matrix: F [n, n]} at the outputs of the dense model, for the metric of the fit, or None.
     """
 
     how: str
     shapes: dict = field(default_factory=dict)
     losses: dict = field(default_factory=dict)
     widths: dict = field(default_factory=dict)
-    narrowed: KronyGPT | None = None
+    bands: dict = field(default_factory=dict)
+    narrow: Callable | None = None
     fisher: dict | None = None
 
     def add(self, choice, rows):
@@ -41,7 +48,10 @@ class Plan:
         for name, width in choice.widths.items():
             self.widths.setdefault(name, []).append(width)
         for (kind, table), row in zip(choice.tables.items(), rows):
-            self.shapes.setdefault(kind, []).append(table.shape(row))
+            if isinstance(table, BandTable):
+                self.bands[kind] = table.bands[row]
+            else:
+                self.shapes.setdefault(kind, []).append(table.shape(row))
             self.losses.setdefault(kind, []).append(table.losses[row].item())
 
     @property
@@ -49,18 +59,19 @@ class Plan:
         return sum(map(sum, self.losses.values()))
 
 
-def parse_budget(text):
-    """A number of parameters such as 82M, 1.5B or 82000000, and the largest that is written so: 82M is 82.x million."""
-    units = {"K": 10**3, "M": 10**6, "B": 10**9}
+def parse_budget(text, total):
+    """A number of parameters such as 82M, 1.5B, 82000000 or, of a model of `total` parameters, 66%, and the largest that is
+    written so: 82M is 82.x million."""
+    units = {"K": 10**3, "M": 10**6, "B": 10**9, "%": Decimal(total) / 100}
     unit = units.get(text[-1:].upper(), 1)
     try:
-        number = Decimal(text[:-1] if unit > 1 else text)
+        number = Decimal(text[:-1] if unit != 1 else text)
         if number <= 0:
             raise ValueError
         last_digit = Decimal(1).scaleb(number.as_tuple().exponent) * unit
         return int(number * unit), int(number * unit + last_digit) - 1
     except (ArithmeticError, ValueError, TypeError):
-        raise UserError(f"--budget takes a number of parameters such as 82M, not {text}") from None
+        raise UserError(f"--budget takes a number of parameters such as 82M or 66%, not {text}") from None
 
 
 def count_parameters(config, without=()):
@@ -129,8 +140,10 @@ def shapes_within(config, limit, largest=None):
 
 
 def smallest(config, kinds, narrows=()):
-    """Number of parameters of a KronyGPTConfig's model with rank 1 in the matrices of some kinds, and with the narrowest
-    heads, hidden units or both."""
+    """Number of parameters of a KronyGPTConfig's model with rank 1 in the matrices of some kinds, and with the least of
+    what `narrows` names: "embedding", "heads", "hidden"."""
+    if "embedding" in narrows:
+        config = replace(config, wte=[(config.vocab_size, 1)], wpe=[(config.block_size, 1)])
     if "heads" in narrows:
         config = replace(config, shapes={}, head_qk=grid(config.head_dim, HEAD_STEPS)[0],
                          head_v=grid(config.head_dim, HEAD_STEPS)[0])
@@ -141,7 +154,8 @@ def smallest(config, kinds, narrows=()):
 
 
 def room(config, kinds, limit, narrows=()):
-    """How many numbers a budget of parameters leaves for the matrices of some kinds in all blocks together.
+    """How many numbers a budget of parameters leaves for the matrices of some kinds in all blocks together, and for the
+    embeddings if "embedding" is in `narrows`.
 
     Raises:
         UserError: too few for rank 1 and the narrowest widths, or enough for the dense model.
@@ -150,54 +164,56 @@ def room(config, kinds, limit, narrows=()):
     if not least <= limit < total:
         raise UserError(f"a budget of {limit:,} parameters is not between {least:,}, with rank 1 in all matrices, and "
                         f"{total:,}, which the dense model has")
-    return limit - total + sum(m * n for layer in range(config.n_layer) for kind, (m, n) in config.sizes(layer).items()
-                               if kind in kinds)
+    embeddings = (config.vocab_size + config.block_size) * config.n_embd if "embedding" in narrows else 0
+    return limit - total + embeddings + sum(m * n for layer in range(config.n_layer)
+                                            for kind, (m, n) in config.sizes(layer).items() if kind in kinds)
 
 
 def is_dense(model):
-    """Whether a KronyGPT is a GPT-2: dense matrices, heads of the usual width. Others get ranks only."""
-    config = model.config
-    return (all(matrix.is_dense for *_, matrix in model.matrices())
-            and set(config.head_qk + config.head_v) == {config.head_dim})
+    """Whether a KronyGPT is a GPT-2: dense matrices and embeddings, heads of the usual width. Others get ranks only."""
+    members = [model.transformer.wte, model.transformer.wpe, *(matrix for *_, matrix in model.matrices())]
+    widths = {width for widths in model.config.head_qk + model.config.head_v for width in widths}
+    return all(member.is_dense for member in members) and widths == {model.config.head_dim}
 
 
-def plan_ranks(dense, kinds, limit, statistics):
-    """Ranks for a number of parameters by predicted loss; each matrix is free to stay dense.
+def plan_ranks(dense, kinds, limits, statistics):
+    """Ranks for some numbers of parameters by predicted loss; each matrix is free to stay dense.
 
     Args:
         dense: a KronyGPT.
         kinds: names of the matrices of a block to compress, such as "mlp.c_fc"; the shapes of the others stay.
-        limit: number of parameters in all, which is never exceeded.
+        limits: [number of parameters in all], which are never exceeded.
         statistics: calibration.Statistics of the model.
 
     Returns:
-        A Plan.
+        [Plan], one for each limit.
 
     Raises:
-        UserError: the budget is too small for any rank, or large enough for the dense model.
+        UserError: a limit is too small for any rank, or large enough for the dense model.
     """
-    spare, parts = room(dense.config, kinds, limit), []
+    spare, parts, plans = [room(dense.config, kinds, limit) for limit in limits], [], []
     for layer, kind, matrix in dense.matrices():
         if kind in kinds:
             squares = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)
             parts.append([Choice({}, 0, 0.0, {kind: rank_table(*matrix.weight.shape, squares)})])
-    plan = Plan(f"ranks for {limit:,} parameters, by predicted loss", fisher=statistics.fisher)
-    for choice, ranks in cheapest(parts, spare):
-        plan.add(choice, ranks)
-    return plan
+    for limit, numbers in zip(limits, spare):
+        plans.append(plan := Plan(f"ranks for {limit:,} parameters, by predicted loss", fisher=statistics.fisher))
+        for choice, ranks in cheapest(parts, numbers):
+            plan.add(choice, ranks)
+    return plans
 
 
-def plan_widths(dense, limits, statistics, narrows=("heads", "hidden")):
-    """Widths and ranks of all blocks for some numbers of parameters by predicted loss.
+def plan_widths(dense, limits, statistics, narrows=NARROWS):
+    """Widths and ranks of a model for some numbers of parameters by predicted loss.
 
-    The attention of each block chooses the widths of its heads and the ranks of its two matrices, and its MLP a number of
-    hidden units and two ranks. Each is free to stay as it is.
+    The attention of each block chooses the widths of its heads and the ranks of its two matrices, its MLP a number of
+    hidden units and two ranks, and each embedding a rank or a staircase. Each is free to stay as it is.
 
     Args:
         dense: a KronyGPT that is_dense().
         limits: [number of parameters in all], which are never exceeded.
         statistics: calibration.Statistics of the model.
-        narrows: the widths that may change.
+        narrows: what may change beside ranks.
 
     Returns:
         [Plan], one for each limit.
@@ -213,12 +229,20 @@ def plan_widths(dense, limits, statistics, narrows=("heads", "hidden")):
             parts.append([Choice(option.widths, option.n_biases, option.loss,
                                  {kind: rank_table(*matrix) for kind, matrix in option.matrices.items()}, name)
                           for option in options])
+    embeddings = {}
+    if "embedding" in narrows:
+        found = statistics
+        E, P = (getattr(dense.transformer, name).weight.detach().double() for name in ("wte", "wpe"))
+        embeddings["wte"] = Staircase(E, (found.frequencies + found.probabilities) / 2,
+                                      found.embedding_fisher + found.uncertainty * found.hidden, N_BANDS)
+        embeddings["wpe"] = Staircase(P, torch.full_like(P[:, 0], 1 / len(P)), found.embedding_fisher)
+        parts += [[Choice({}, 0, 0.0, {name: band_table(staircase)})] for name, staircase in embeddings.items()]
     biases = sum(n for layer in range(config.n_layer) for _, n in config.sizes(layer).values())  # which change with widths
     for limit, numbers in zip(limits, spare):
         plans.append(plan := Plan(f"widths and ranks for {limit:,} parameters, by predicted loss"))
         for choice, ranks in cheapest(parts, numbers + biases):
             plan.add(choice, ranks)
-        plan.narrowed, plan.fisher = narrowed(dense, blocks, plan.widths)
+        plan.narrow = partial(narrowed, dense, blocks, plan.widths, embeddings, plan.bands)
     return plans
 
 
@@ -228,7 +252,7 @@ class Choice:
 
     widths: {name: width}, such as {"n_inner": 512}, or {}.
     size, loss: parameters and predicted loss in nats per token that it has in any case.
-    tables: {kind: rank_table()} of each matrix whose rank is free.
+    tables: {kind: rank_table() of each matrix whose rank is free, or band_table() of an embedding}.
     name: of the part in Plan.losses, under which its own loss counts.
     """
 
@@ -305,3 +329,17 @@ def rank_table(m, n, squares):
     """The RankTable of a matrix [m, n] with the σ² of narrow.spectrum(). Each rank is stored once: r (m + n - r) numbers."""
     ranks = torch.arange(1, min(m, n))
     return RankTable(m, n, torch.cat((ranks * (m + n - ranks), torch.tensor([m * n]))), tails(squares.cpu())[1:])
+
+
+class BandTable(NamedTuple):
+    """An embedding in bands of a model.Embedding: sizes rise, losses fall."""
+
+    bands: list
+    sizes: torch.Tensor
+    losses: torch.Tensor
+
+
+def band_table(staircase):
+    """The BandTable of a narrow.Staircase."""
+    bands, sizes, losses = zip(*staircase.options())
+    return BandTable(bands, torch.tensor(sizes), CAUTION * torch.tensor(losses, dtype=torch.float64))

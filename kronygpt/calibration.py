@@ -98,11 +98,19 @@ class Statistics:
     of the output).
 
     For each matrix [m, n], by its name in the model: fisher F [n, n], and means [m] and covariances [m, m] of the inputs.
+    For the embeddings: embedding_fisher [C, C], of the gradient at their sum; hidden [C, C], second moments of the final
+    hidden states; frequencies and probabilities [vocab_size] of the tokens, in the text and in the predictions;
+    uncertainty, the mean of 1 - p of a token that is drawn from the predictions.
     """
 
     fisher: dict
     means: dict
     covariances: dict
+    embedding_fisher: torch.Tensor
+    hidden: torch.Tensor
+    frequencies: torch.Tensor
+    probabilities: torch.Tensor
+    uncertainty: float
 
     def spectrum(self, name, matrix):
         """spectrum() of a KronLinear of this name: rank r adds at least ½ Σ_{i>r} σ_i² nats per token."""
@@ -115,37 +123,44 @@ def statistics(model, tokens, seed=0):
     Memory for L blocks of width C with 4 C hidden units: 8 bytes for each of L 46 C² numbers (GPT-2 small: 2.6 GB, XL: 45
     GB), and what a backward pass of GRADIENT_TOKENS tokens, or one window, takes.
     """
-    device = float64_device(tokens.device)
+    device, wte = float64_device(tokens.device), model.transformer.wte
     tokens = tokens[::math.ceil(tokens.numel() / STATISTICS_TOKENS)]
     names = [f"transformer.h.{layer}.{kind}" for layer, kind, _ in model.matrices()]
-    moments, fisher = {name: Moments() for name in names}, dict.fromkeys(names, 0)
+    moments, grams, p_sum, p_squares = {name: Moments() for name in names}, {}, 0, 0
     generator = torch.Generator(tokens.device).manual_seed(seed)
 
-    def watch(name):
-        def add_gradient(g):
-            fisher[name] = fisher[name] + gram(g.flatten(0, -2)).to(device, torch.float64)
+    def add_gram(name, x):
+        grams[name] = grams.get(name, 0) + gram(x.detach().flatten(0, -2)).to(device, torch.float64)
 
+    def watch(name):
         def hook(module, inputs, output):
-            moments[name].add(inputs[0].detach().flatten(0, -2))
-            output.register_hook(add_gradient)
+            if name in moments:
+                moments[name].add(inputs[0].detach().flatten(0, -2))
+            output.register_hook(lambda g: add_gram(name, g))
 
         return model.get_submodule(name).register_forward_hook(hook)
 
-    def loss_of_samples(logits):
-        labels = torch.multinomial(F.softmax(logits.detach(), -1), 1, generator=generator)
-        return F.cross_entropy(logits, labels[:, 0], reduction="sum")
+    def loss_of_samples(logits, targets):
+        nonlocal p_sum, p_squares
+        p = F.softmax(logits.detach(), -1)
+        p_sum, p_squares = p_sum + float64(p.sum(0)), p_squares + p.square().sum().item()
+        return F.cross_entropy(logits, torch.multinomial(p, 1, generator=generator)[:, 0], reduction="sum")
 
     model.eval()
-    hooks = [watch(name) for name in names]
+    hooks = [watch(name) for name in (*names, "transformer.drop")]
     for rows in progress(batches(tokens, GRADIENT_TOKENS), "gradients", "batch"):
-        x, W = model.hidden(tokens[rows]).flatten(0, 1), model.transformer.wte.weight.detach()
-        loss = ChunkedLinearLoss.apply(loss_of_samples, x.dtype, x, W)
-        torch.autograd.grad(loss, model.transformer.wpe.weight)  # which goes back through all blocks
+        x = model.hidden(tokens[rows]).flatten(0, 1)
+        add_gram("hidden", x)
+        z, parts, targets = wte.as_output(x, tokens[rows].flatten())
+        loss = ChunkedLinearLoss.apply(loss_of_samples, x.dtype, len(parts), z, *(W.detach() for W in parts), targets)
+        torch.autograd.grad(loss, next(model.transformer.wpe.parameters()))  # which goes back through all blocks
     for hook in hooks:
         hook.remove()
-    centred = {name: moments[name].centred() for name in names}
-    return Statistics({name: total / tokens.numel() for name, total in fisher.items()},
-                      {name: centred[name][0] for name in names}, {name: centred[name][2] for name in names})
+    n, centred = tokens.numel(), {name: moments[name].centred() for name in names}
+    return Statistics(
+        {name: grams[name] / n for name in names}, {name: centred[name][0] for name in names},
+        {name: centred[name][2] for name in names}, grams["transformer.drop"] / n, grams["hidden"] / n,
+        float64(torch.bincount(tokens.flatten(), minlength=model.config.vocab_size)) / n, p_sum / n, 1 - p_squares / n)
 
 
 def interleave(contribution, n_groups):

@@ -3,8 +3,9 @@
 A checkpoint that we write is a dict of plain types and tensors: `model` (a state dict), `model_args` (the fields of
 KronyGPTConfig), `optimizer` (a state dict or None), `iter_num`, `best_val_loss` and `config` (the script's options).
 Its tensors have the published names of Krony-PT: a factored matrix is `<name>_0` (A), `<name>_1` (B) and `<name>_bias`,
-always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and `<name>.bias`. Each rank is stored once: in a
-side [m, r] of low rank, r rows are an identity, `<name>_pivots` [r] tells which, and the file holds the others. Beside an
+always so in the MLP; a dense attention matrix is `<name>.weight` [out, in] and `<name>.bias`. An embedding of low rank is
+`<name>.A` [r, rows, 1] and `<name>.B` [r, 1, C]; a staircase is as in model.Embedding. Each rank is stored once: in a side
+[m, r] of low rank, r rows are an identity, `<name>_pivots` [r] tells which, and the file holds the others. Beside an
 optimizer's state, both sides are whole. load() also takes
 
 - the published Krony-PT files: a bare state dict with the same names;
@@ -45,9 +46,12 @@ IN_MEMORY = re.compile(MATRIX + r"\.(A|B|bias|pivots)")
 IN_FILE = re.compile(MATRIX + r"(_0|_1|_bias|_pivots|\.weight|\.bias)")
 UNSTACKED = re.compile(r"(.*\.mlp\.c_(?:fc|proj))_(\d+)_([01])")
 PIVOTS = ("_pivots", ".pivots", ".order")  # places of an identity in a low-rank matrix
-MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which older files hold
+INDICES = (*PIVOTS, ".row", ".start", ".columns")  # tensors of whole numbers
+EMBEDDINGS = ("transformer.wte.", "transformer.wpe.")
+DERIVED = (".attn.bias", ".attn.masked_bias",  # the causal mask, which older files hold
+           ".attn.places", ".attn.v_places")  # of heads in a compressed export
 LAST_NORM = "ln_f.weight"  # in every GPT-2: where it is, the weights are
-EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
+EMBEDDING, FACTORED, HEAD = "transformer.wte.weight", "transformer.wte.A", "lm_head.weight"
 TIED_RTOL, TIED_ATOL = 2**-8, 1e-6  # the rounding of half precision: an output matrix nearer to the embedding is tied
 COMPRESSED_TYPE = "kronygpt"  # model_type of modeling_kronygpt.py: factors that are not expanded
 FUNCTION = {  # fields of a GPT-2's config.json that change its function: the default, and what computes the same
@@ -71,7 +75,9 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
         config: {option: value} of the script that writes it.
         scaler: a GradScaler whose state is kept for a resume, or None.
     """
-    state_dict = model.state_dict() if optimizer else with_identities(model.state_dict())
+    state_dict = with_matrices(model.state_dict())
+    if not optimizer:
+        state_dict = with_identities(state_dict)
     content = dict(model=to_file_names(state_dict), model_args=model.config.as_plain_types(),
                    optimizer=optimizer.state_dict() if optimizer else None, iter_num=iter_num, best_val_loss=best_val_loss,
                    config=config or {}, **({"scaler": scaler.state_dict()} if scaler else {}))
@@ -139,7 +145,7 @@ def read(path):
         for file in weight_files(path):
             tensors |= read_file(file)
         tensors = find_weights(tensors)
-        if not config["tie_word_embeddings"] and not any(name.endswith(HEAD) for name in tensors):
+        if not config["tie_word_embeddings"] and not any(name.endswith((HEAD, FACTORED)) for name in tensors):
             raise ValueError(f"its config.json says tie_word_embeddings=false, and it lacks {HEAD}")
         return tensors, dict(model_args=dict(config, tokenizer=tokenizer_record(directory)))
     content = read_file(path)
@@ -230,18 +236,17 @@ def upgrade(tensors):
     output, contiguous float32 in memory of its own."""
     state_dict = plain_names(tensors)
     tie(state_dict)
-    state_dict = without_identities(from_file_names(stack_factors(state_dict)))
+    state_dict = without_identities(from_export(from_file_names(stack_factors(state_dict))))
     for name, p in list(state_dict.items()):  # biases that an old file lacks were zero
-        if name.endswith(".B"):
+        if name.endswith(".B") and name.startswith("transformer.h."):
             stem, A = name[:-2], state_dict[f"{name[:-1]}A"]
             if p.shape == (1, 1, 1):  # A ⊗ [[b]] is b A
                 state_dict |= {f"{stem}.A": A.float() * p, name: torch.ones_like(p)}
             state_dict.setdefault(f"{stem}.bias", p.new_zeros(A.shape[2] * p.shape[2]))
         elif name.endswith((".ln_1.weight", ".ln_2.weight", ".ln_f.weight")):
             state_dict.setdefault(name.replace("weight", "bias"), torch.zeros_like(p))
-    state_dict = {name: p.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-                  for name, p in state_dict.items()}
-    return state_dict | {HEAD: state_dict[EMBEDDING]}
+    return {name: p.to(torch.long if name.endswith(INDICES) else torch.float32, memory_format=torch.contiguous_format,
+                       copy=True) for name, p in without_matrices(state_dict).items()}
 
 
 def plain_names(tensors):
@@ -258,8 +263,8 @@ def plain_names(tensors):
             plain = f"transformer.{plain}"
         if not name.startswith(root) or not plain.startswith(("transformer.", "lm_head.")):
             left_out.append(name)
-        elif not name.endswith(MASKS):
-            if not p.is_floating_point() and not name.endswith(PIVOTS):
+        elif not name.endswith(DERIVED):
+            if not p.is_floating_point() and not name.endswith(INDICES):
                 raise ValueError(f"{name} holds no real numbers but {p.dtype}")
             result[plain] = p
     if left_out:
@@ -271,6 +276,8 @@ def plain_names(tensors):
 def tie(state_dict):
     """Make one entry of embedding and output matrix, which may be there twice or under either name; ValueError where they
     differ."""
+    if FACTORED in state_dict:
+        return
     head = state_dict.pop(HEAD, state_dict.get(EMBEDDING))
     embedding = state_dict.setdefault(EMBEDDING, head)
     if head is None:
@@ -294,13 +301,46 @@ def stack_factors(state_dict):
     return result | {name: torch.stack([factors[f] for f in range(len(factors))]) for name, factors in sides.items()}
 
 
+def with_matrices(state_dict):
+    """A KronyGPT's state dict with embeddings of low rank as low-rank matrices, A [r, rows, 1] and B [r, 1, C]."""
+    result = dict(state_dict)
+    for stem in EMBEDDINGS:
+        if f"{stem}A" in state_dict and f"{stem}row" not in state_dict:
+            B = state_dict[f"{stem}B"]
+            result |= {f"{stem}A": state_dict[f"{stem}A"].view(-1, len(B)).T.unsqueeze(2), f"{stem}B": B.unsqueeze(1)}
+    return result
+
+
+def without_matrices(state_dict):
+    """A KronyGPT's state dict from one that with_matrices() made."""
+    result = dict(state_dict)
+    for stem in EMBEDDINGS:
+        if f"{stem}A" in state_dict and f"{stem}row" not in state_dict:
+            A, B = state_dict[f"{stem}A"], state_dict[f"{stem}B"]
+            result |= {f"{stem}A": A.squeeze(2).T.reshape(-1), f"{stem}B": B.squeeze(1)}
+    return result
+
+
+def from_export(state_dict):
+    """Embeddings as with_identities() has them, from those of a compressed export, modeling_kronygpt.FactoredEmbedding."""
+    result = dict(state_dict)
+    for stem in EMBEDDINGS:
+        if f"{stem}start" in state_dict:
+            del result[f"{stem}start"]
+            A, B, columns = result[f"{stem}A"], result[f"{stem}B"], result.pop(f"{stem}columns")
+            if not columns.min():  # rows of the identity
+                result |= {f"{stem}A": A.view(-1, len(B)).T.unsqueeze(2), f"{stem}B": B.unsqueeze(1),
+                           f"{stem}pivots": result.pop(f"{stem}row").argsort()[:len(B)]}
+    return result
+
+
 def with_identities(state_dict):
     """A KronyGPT's state dict with low-rank matrices as kron.with_identity makes them: [r, m - r, 1] of the side with the
     columns, and pivots [r]."""
     result = dict(state_dict)
     for stem in [name[:-1] for name in state_dict if name.endswith(".A")]:
         A, B = state_dict[f"{stem}A"], state_dict[f"{stem}B"]
-        side = column_side(A.shape, B.shape)
+        side = column_side(A.shape, B.shape) if A.dim() == 3 else None  # a staircase has no identity
         column, row = (B, A) if side == "B" else (A, B)
         if side and column.shape[0] < column.shape[1] and row.shape[2] > 1:  # the sides of a column look alike
             pivots, rest, row = with_identity(column.squeeze(2).T, row.squeeze(1))
@@ -341,6 +381,8 @@ def to_file_names(state_dict):
             renamed[f"{stem}.weight"] = p[0].T  # [out, in], as nn.Linear has it
         elif part != "B":
             renamed[name] = p
+    if EMBEDDING in renamed:
+        renamed[HEAD] = renamed[EMBEDDING]  # the same memory, so once in the file
     return {name: p.contiguous() for name, p in renamed.items()}
 
 
@@ -363,7 +405,7 @@ def from_file_names(state_dict):
 
 def is_conv1d(state_dict):
     """Whether dense weights are [in, out], as in transformers' GPT-2 and our class for it, and not those of an nn.Linear."""
-    if any(name.endswith(".A") for name in state_dict):
+    if any(IN_MEMORY.fullmatch(name) for name in state_dict if name.endswith(".A")):
         return True
     n_embd = next(len(p) for name, p in state_dict.items() if name.endswith(LAST_NORM))
     c_attn = next((p for name, p in state_dict.items() if name.endswith("h.0.attn.c_attn.weight")), None)
@@ -373,17 +415,23 @@ def is_conv1d(state_dict):
 def infer(state_dict, content):
     """The fields of KronyGPTConfig: sizes as the tensors have them, the number of heads and the tokenizer as the rest of the
     file says, or else heads of width 64, as in GPT-2."""
-    vocab_size, n_embd = state_dict[EMBEDDING].shape
+    n_embd = len(state_dict[f"transformer.{LAST_NORM}"])
     n_layer = len({name.split(".")[2] for name in state_dict if name.startswith("transformer.h.")})
     shapes, rows, columns = {}, {}, {}
     for kind in KINDS:
         A, B = ([state_dict[f"transformer.h.{layer}.{kind}.{side}"].shape for layer in range(n_layer)] for side in "AB")
         shapes[kind] = [(dim_1, dim_2, r) for r, dim_1, dim_2 in A]
         rows[kind], columns[kind] = ([a[side] * b[side] for a, b in zip(A, B)] for side in (1, 2))
-    sizes = dict(block_size=len(state_dict["transformer.wpe.weight"]), vocab_size=vocab_size, n_layer=n_layer,
-                 n_embd=n_embd, n_inner=columns["mlp.c_fc"])
     stated = content.get("model_args")
     stated = stated if isinstance(stated, dict) else {}
+    stated = stated | (stated.get("widths") or {})  # of a compressed export
+    bands = {name: stated[name] if f"transformer.{name}.row" in state_dict else
+             [E.shape] if (E := state_dict.get(f"transformer.{name}.weight")) is not None else
+             [(state_dict[f"transformer.{name}.A"].numel() // (r := len(state_dict[f"transformer.{name}.B"])), r)]
+             for name in ("wte", "wpe")}
+    vocab_size, block_size = (sum(n for n, _ in bands[name]) for name in ("wte", "wpe"))
+    sizes = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd,
+                 n_inner=columns["mlp.c_fc"])
     for name, size in sizes.items():
         if stated.get(name) not in (None, size) and [stated[name]] * n_layer != size:
             raise ValueError(f"it does not fit together: its config says {name}={stated[name]}, its weights {size}")
@@ -399,10 +447,10 @@ def infer(state_dict, content):
         if n_embd not in GPT2_WIDTHS:
             warnings.warn(f"the file does not say its number of heads: {n_head} of width {n_embd // n_head} taken",
                           stacklevel=3)
-    head_v = [width // n_head for width in rows["attn.c_proj"]]
-    head_qk = [(width // n_head - v) // 2 for width, v in zip(columns["attn.c_attn"], head_v)]
-    return dict(sizes, n_head=n_head, head_qk=head_qk, head_v=head_v, head_dim=stated.get("head_dim"), shapes=shapes,
-                tokenizer=stated.get("tokenizer", options.get("tokenizer")))
+    head_v = stated.get("head_v") or [width // n_head for width in rows["attn.c_proj"]]
+    head_qk = stated.get("head_qk") or [(width // n_head - v) // 2 for width, v in zip(columns["attn.c_attn"], head_v)]
+    return dict(sizes, **bands, n_head=n_head, head_qk=head_qk, head_v=head_v, head_dim=stated.get("head_dim"),
+                shapes=shapes, tokenizer=stated.get("tokenizer", options.get("tokenizer")))
 
 
 def check(model):

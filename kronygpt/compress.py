@@ -40,12 +40,12 @@ def apply(dense, plan, text=None):
     """
     if text is None:
         return factorize(dense, plan.shapes), []
-    fisher = plan.fisher
+    goal, fisher = plan.narrow() if plan.narrow else (None, plan.fisher)
     if fisher is None:
         dense = spread_units(dense, text, plan.shapes["mlp.c_fc"][0].dim_2)
         fisher = statistics(dense, text).fisher
-    new = factorize(plan.narrowed or dense, plan.shapes)
-    return new, calibrate(dense, new, text, fisher, goal=plan.narrowed)
+    new = factorize(goal or dense, plan.shapes)
+    return new, calibrate(dense, new, text, fisher, goal=goal)
 
 
 def factorize(model, shapes):
@@ -61,7 +61,6 @@ def with_factors(model, factors):
     for (layer, kind), (A, B) in factors.items():
         shapes[kind][layer] = Shape(A.shape[1], A.shape[2], len(A))
         state_dict |= {f"transformer.h.{layer}.{kind}.A": A, f"transformer.h.{layer}.{kind}.B": B}
-    state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
     return KronyGPT.from_state_dict(dict(model.config.as_plain_types(), shapes=shapes), state_dict)
 
 
@@ -142,9 +141,10 @@ def write(path, dense, new, options, recipe):
 def is_same(model, other):
     """Whether two KronyGPTs on the CPU are equal, matrices up to the rounding of a file, which stores each rank once."""
     p, q = ({name: t for name, t in m.state_dict().items() if not name.endswith((".A", ".B"))} for m in (model, other))
+    products = [[*(matrix.weight for *_, matrix in m.matrices()), m.transformer.wte.dense(), m.transformer.wpe.dense()]
+                for m in (model, other)]
     return model.config == other.config and all(torch.equal(t, q[name]) for name, t in p.items()) and all(
-        (a.weight - b.weight).norm() <= FILE_ROUNDING * a.weight.norm()
-        for (*_, a), (*_, b) in zip(model.matrices(), other.matrices()))
+        (W - V).norm() <= FILE_ROUNDING * W.norm() for W, V in zip(*products))
 
 
 @torch.no_grad()

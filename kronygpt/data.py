@@ -200,7 +200,7 @@ def score(model, tokens, windows, batch_size):
     Raises:
         UserError: a token that the vocabulary does not have.
     """
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     total, n_scored = 0.0, 0
     for i in range(0, len(windows), batch_size):
         batch = windows[i:i + batch_size]
@@ -213,7 +213,8 @@ def score(model, tokens, windows, batch_size):
             counts[row, first - begin:end - begin] = True
         idx, counts = idx.to(device), counts[:, 1:].to(device)
         x = model.hidden(idx[:, :-1])[counts]  # (tokens scored, C)
-        total += linear_cross_entropy(x, model.lm_head.weight, idx[:, 1:][counts]).item() * len(x)
+        loss = linear_cross_entropy(*model.transformer.wte.as_output(x, idx[:, 1:][counts]))
+        total += loss.item() * len(x)
         n_scored += len(x)
         yield total, n_scored
 

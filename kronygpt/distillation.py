@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import IGNORE_INDEX, chunked_mean, summed_cross_entropy
+from model import IGNORE_INDEX, chunked_mean, product_of_bands, summed_cross_entropy
 
 
 def divergence(logits, teacher_logits, temperature):
@@ -12,29 +12,33 @@ def divergence(logits, teacher_logits, temperature):
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
 
 
-def distillation_loss(x, W, targets, teacher_x, teacher_W, share, temperature):
+def distillation_loss(x, parts, targets, teacher_x, teacher_parts, share, temperature, order=None):
     """share temperature² KL(teacher ‖ student) + (1 - share) cross entropy, the mean over the tokens scored, in nats.
 
     Source: G. Hinton, O. Vinyals and J. Dean, Distilling the knowledge in a neural network, arXiv 1503.02531.
 
     Args:
-        x, W, targets: the student's, as in linear_cross_entropy.
-        teacher_x, teacher_W: (T, C') and [vocab_size, C'], the teacher's, without gradients.
+        x, parts, targets: the student's, as in linear_cross_entropy.
+        teacher_x, teacher_parts: the teacher's, without gradients.
         share: of the divergence, from 0 to 1.
         temperature: divides the logits of both in the divergence.
+        order: [vocab_size], the row of the teacher's parts for each of the student's; default: they are the same.
     """
     def chunk_loss(logits, targets, teacher_rows):
-        kl = divergence(logits, teacher_rows @ teacher_W.to(teacher_rows.dtype).T, temperature)
+        teacher_logits = product_of_bands(teacher_rows.to(logits.dtype), teacher_parts)
+        if order is not None:
+            teacher_logits = teacher_logits.index_select(1, order)
+        kl = divergence(logits, teacher_logits, temperature)
         return share * (kl * (targets != IGNORE_INDEX)).sum() + (1 - share) * summed_cross_entropy(logits, targets)
 
-    return chunked_mean(chunk_loss, x, W, targets, teacher_x)
+    return chunked_mean(chunk_loss, x, parts, targets, teacher_x)
 
 
 class Distillation(nn.Module):
     """A student whose training loss is the distillation_loss against a teacher, in the place of its own.
 
     Args:
-        student, teacher: models with hidden(idx) -> (B, T, C) and lm_head.weight [vocab_size, C].
+        student, teacher: KronyGPTs.
         share, temperature: as in distillation_loss.
     """
 
@@ -45,7 +49,11 @@ class Distillation(nn.Module):
         self.share, self.temperature = share, temperature
 
     def forward(self, idx, targets):
+        own, teachers, targets = self.student.transformer.wte, self.teacher.transformer.wte, targets.flatten()
         with torch.no_grad():
-            teacher_x = self.teacher.hidden(idx)
-        return distillation_loss(self.student.hidden(idx).flatten(0, 1), self.student.lm_head.weight, targets.flatten(),
-                                 teacher_x.flatten(0, 1), self.teacher.lm_head.weight, self.share, self.temperature)
+            teacher_x, teacher_parts, _ = teachers.as_output(self.teacher.hidden(idx).flatten(0, 1), targets)
+        order = None if own.row is None else own.row.argsort()
+        if teachers.row is not None:
+            order = teachers.row if order is None else teachers.row[order]
+        return distillation_loss(*own.as_output(self.student.hidden(idx).flatten(0, 1), targets), teacher_x, teacher_parts,
+                                 self.share, self.temperature, order)

@@ -54,21 +54,43 @@ def state_dict_for_transformers(model, expand):
                 is_rest[pivots] = False
                 state_dict |= {f"{name}.A": rest.T.unsqueeze(2).contiguous(), f"{name}.B": row.unsqueeze(1),
                                f"{name}.order": torch.cat((pivots, is_rest.nonzero()[:, 0])).int()}
+    for name in "wte", "wpe":
+        embedding = model.transformer.get_submodule(name)
+        if expand and not embedding.is_dense:
+            state_dict = {key: p for key, p in state_dict.items() if not key.startswith(f"transformer.{name}.")}
+            state_dict[f"transformer.{name}.weight"] = embedding.dense().detach()
+        elif not embedding.is_dense:
+            state_dict |= {f"transformer.{name}.{key}": p for key, p in factored_embedding(embedding).items()}
+    if model.transformer.wte.is_dense or expand:
+        state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
     return state_dict
+
+
+def factored_embedding(embedding):
+    """The tensors of a modeling_kronygpt.FactoredEmbedding from a model.Embedding that is not dense."""
+    A, B, row = embedding.A.detach(), embedding.B.detach(), embedding.row
+    columns, starts = embedding.columns, embedding.starts
+    if row is None:
+        V, rank = embedding.bands[0]
+        pivots, rest, B = with_identity(A.view(V, rank), B)
+        row = torch.full((V,), -1)
+        row[pivots] = torch.arange(rank)
+        row[row < 0] = torch.arange(rank, V)
+        A, columns = rest.flatten(), torch.where(torch.arange(V) < rank, 0, rank)
+        starts = columns.cumsum(0) - columns
+    return dict(A=A, B=B, row=row.int(), start=starts[row].int(), columns=columns[row].int())
 
 
 def pad_widths(state_dict, config):
     """The same function as an expanded state dict in which the heads of all blocks have the width head_dim, and all MLPs one
     number of hidden units: zeros fill them up."""
-    def heads(t, *widths):  # (..., n_head * sum of widths)
-        parts = t.split([config.n_head * width for width in widths], dim=-1)
-        return torch.cat([F.pad(part.unflatten(-1, (config.n_head, -1)), (0, config.head_dim - width)).flatten(-2)
-                          for part, width in zip(parts, widths)], dim=-1)
+    def heads(t, widths):  # (..., sum of widths), one for each head of each part
+        return torch.cat([F.pad(head, (0, config.head_dim - head.shape[-1])) for head in t.split(widths, dim=-1)], dim=-1)
 
     for layer in range(config.n_layer):
         name, qk, v = f"transformer.h.{layer}", config.head_qk[layer], config.head_v[layer]
         for end in "weight", "bias":
-            state_dict[f"{name}.attn.c_attn.{end}"] = heads(state_dict[f"{name}.attn.c_attn.{end}"], qk, qk, v)
+            state_dict[f"{name}.attn.c_attn.{end}"] = heads(state_dict[f"{name}.attn.c_attn.{end}"], [*qk, *qk, *v])
             units = 0, max(config.n_inner) - config.n_inner[layer]
             state_dict[f"{name}.mlp.c_fc.{end}"] = F.pad(state_dict[f"{name}.mlp.c_fc.{end}"], units)
         state_dict[f"{name}.attn.c_proj.weight"] = heads(state_dict[f"{name}.attn.c_proj.weight"].T, v).T
@@ -87,14 +109,21 @@ def to_dense(model):
 
 def to_compressed(model):
     """The KronyGPTForCausalLM of modeling_kronygpt.py with the tensors of a KronyGPT: factors stay factors."""
-    from kronygpt.modeling_kronygpt import KronyGPTConfig, KronyGPTForCausalLM
+    from kronygpt.modeling_kronygpt import KronyGPTConfig, KronyGPTForCausalLM, head_places
 
     classes = dict(AutoConfig="KronyGPTConfig", AutoModel="KronyGPTModel", AutoModelForCausalLM="KronyGPTForCausalLM")
+    widths = {name: getattr(model.config, name) for name in ("n_inner", "head_qk", "head_v")}
+    widths |= {name: [list(band) for band in getattr(model.config, name)] for name in ("wte", "wpe")
+               if not model.transformer.get_submodule(name).is_dense}
     config = KronyGPTConfig(
+        widths=widths,
         shapes={kind: [list(shape) for shape in of_blocks] for kind, of_blocks in model.config.shapes.items()},
-        widths={name: getattr(model.config, name) for name in ("n_inner", "head_qk", "head_v")},
         auto_map={auto: f"{CODE.stem}.{name}" for auto, name in classes.items()}, **sizes(model.config))
-    return with_weights(KronyGPTForCausalLM, config, state_dict_for_transformers(model, expand=False))
+    state_dict = state_dict_for_transformers(model, expand=False)
+    for layer, (qk, v) in enumerate(zip(model.config.head_qk, model.config.head_v)):
+        if {*qk, *v} != {model.config.head_dim}:
+            state_dict |= {f"transformer.h.{layer}.attn.{name}": places for name, places in head_places(qk, v).items()}
+    return with_weights(KronyGPTForCausalLM, config, state_dict)
 
 
 def with_weights(cls, config, state_dict):
@@ -276,6 +305,7 @@ def model_card(name, model, rest, perplexities, dtype):
     parameters = model.count_parameters()["total"]
     dense = parameters + sum(matrix.weight.numel() + matrix.bias.numel() - matrix.count_parameters()
                              for _, _, matrix in model.matrices())
+    dense += sum(E.dense().numel() - E.count_parameters() for E in (model.transformer.wte, model.transformer.wpe))
     data = ModelCardData(base_model=base_model(rest["config"]), library_name="transformers", pipeline_tag="text-generation",
                          tags=["gpt2", "kronecker", "compression"])
     rows = [f"| {dataset} | {result['perplexity']:.2f} |" for dataset, result in perplexities.items()]

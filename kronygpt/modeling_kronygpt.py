@@ -3,9 +3,9 @@
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 
 Each of attn.c_attn, attn.c_proj, mlp.c_fc and mlp.c_proj of a block computes y = x W + bias with W [m, n] = Σ_f A_f ⊗ B_f,
-or is GPT-2's own Conv1D where its shape is (m, n, 1). A block may have narrower heads and fewer hidden units than GPT-2's.
-Everything else is inherited. This file travels with each exported
-model, so it imports torch and transformers alone; it serves transformers 4.57 and 5.
+or is GPT-2's own Conv1D where its shape is (m, n, 1). A block may have narrower heads and fewer hidden units than GPT-2's,
+and embeddings may be of lower rank. Everything else is inherited. This file travels with each exported model, so it imports
+torch and transformers alone; it serves transformers 4.57 and 5.
 """
 import math
 from functools import partial
@@ -24,8 +24,9 @@ class KronyGPTConfig(GPT2Config):
     """GPT-2's config, with two fields more.
 
     shapes: {"attn.c_attn": [[dim_1, dim_2, r] of each block], ...}. A matrix that is not there is dense.
-    widths: {"n_inner": [...], "head_qk": [...], "head_v": [...]}, of each block: hidden units, the width of a head's queries
-        and keys, and that of its values. One that is not there is GPT-2's.
+    widths: {"n_inner": [...], "head_qk": [[...], ...], "head_v": [[...], ...], "wte": [[rows, columns], ...], "wpe": ...}:
+        of each block the hidden units, and of each of its heads the width of queries and keys, and that of values; of each
+        embedding the bands of a FactoredEmbedding. What is not there is as in GPT-2.
     """
 
     model_type = "kronygpt"
@@ -121,36 +122,100 @@ class LowRankLinear(KronLinear):
         return y + self.bias.to(y.dtype)
 
 
+class FactoredEmbedding(nn.Module):
+    """Vectors E = A B of tokens or positions, with B [r, C]. Bands [(rows, columns), ...] give A [V, r] rows that are zero
+    beyond their first columns. Where there is one band only, the first r rows of A are the identity and not stored. A is one
+    vector, row after row; `row`, `start` and `columns` [V] tell where each token's numbers are."""
+
+    def __init__(self, V, C, bands, std):
+        super().__init__()
+        rank = max(k for _, k in bands)
+        self.n_units = rank if len(bands) == 1 else 0
+        self.bands, self.std = [(V - rank, rank)] if self.n_units else [tuple(band) for band in bands], std
+        self.A = nn.Parameter(torch.empty(sum(n * k for n, k in self.bands)))
+        self.B = nn.Parameter(torch.empty(rank, C))
+        columns = torch.tensor([0] * self.n_units + [k for n, k in self.bands for _ in range(n)], dtype=torch.int32)
+        for name, values in dict(row=torch.arange(V), start=columns.cumsum(0) - columns, columns=columns).items():
+            self.register_buffer(name, values.int())
+
+    @torch.no_grad()
+    def init_weights(self):
+        for p in self.A, self.B:
+            nn.init.normal_(p, std=math.sqrt(self.std / math.sqrt(len(self.B))))
+
+    def forward(self, idx):
+        column = torch.arange(len(self.B), device=idx.device)
+        at = (self.start[idx][..., None] + column).clamp(max=len(self.A) - 1)
+        rows = torch.where(column < self.columns[idx][..., None], self.A[at], 0.0)
+        if self.n_units:
+            rows = rows + (self.row[idx][..., None] == column)
+        return rows @ self.B
+
+    def logits(self, x):
+        """x Eᵀ."""
+        z = F.linear(x, self.B)
+        parts = [part.view(n, k) for part, (n, k) in zip(self.A.split([n * k for n, k in self.bands]), self.bands)]
+        logits = [z[..., :self.n_units]] + [z[..., :part.shape[1]] @ part.T for part in parts]
+        return torch.cat(logits, -1).index_select(-1, self.row)
+
+
+class TiedOutput(nn.Module):
+    """The output layer of a FactoredEmbedding, which holds the weights."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.tied = (embedding,)  # a tuple, so that its parameters are not counted twice
+
+    def forward(self, x):
+        return self.tied[0].logits(x)
+
+
 def from_left(L, X):
     """L [p, q] @ X [T, q, s] -> (T, p, s), as one large product on a transposed copy; where s = 1 nothing is copied."""
     T, q, s = X.shape
     return (X.transpose(1, 2).reshape(T * s, q) @ L.T).view(T, s, -1).transpose(1, 2)
 
 
-def narrow_heads(attention, n_head, qk, v, head_dim):
-    """Let GPT-2's attention work with queries and keys of width qk and values of width v. It has one width for all three and
-    the cache: the larger one, to which c_attn's output is padded with zeros. Scores stay divided by the root of head_dim."""
-    width = max(qk, v)
-    attention.head_dim, attention.split_size, attention.scaling = width, n_head * width, width**-0.5
-    attention.c_attn.register_forward_hook(partial(pad_heads, n_head, (qk, qk, v), width, (width / head_dim)**0.5))
-    attention.c_proj.register_forward_pre_hook(partial(cut_heads, n_head, v))
+def narrow_heads(attention, qk, v, head_dim):
+    """Let GPT-2's attention work with heads of some widths of queries and keys, and of values. It has one width for all of
+    them and the cache: the largest, to which c_attn's output is padded with zeros. Scores stay divided by the root of
+    head_dim."""
+    width = max(*qk, *v)
+    attention.head_dim, attention.split_size, attention.scaling = width, len(qk) * width, width**-0.5
+    for name, places in head_places(qk, v).items():
+        attention.register_buffer(name, places)
+    attention.c_attn.register_forward_hook(partial(pad_heads, attention, (width / head_dim)**0.5))
+    attention.c_proj.register_forward_pre_hook(partial(cut_heads, attention))
 
 
-def pad_heads(n_head, widths, width, scale, c_attn, inputs, output):
-    q, k, v = (F.pad(part.unflatten(-1, (n_head, -1)), (0, width - part.shape[-1] // n_head)).flatten(-2)
-               for part in output.split([n_head * w for w in widths], dim=-1))
-    return torch.cat((q * scale, k, v), dim=-1)
+def head_places(qk, v):
+    """Where the columns of heads of equal width are among those of heads of some widths, with a zero at the end, and where
+    the values of heads of some widths are among those of equal width."""
+    width, places, v_places, n = max(*qk, *v), [], [], 0
+    for widths in qk, qk, v:
+        for w in widths:
+            places += [*range(n, n + w), *[-1] * (width - w)]
+            n += w
+    for head, w in enumerate(v):
+        v_places += range(head * width, head * width + w)
+    places = [n if place < 0 else place for place in places]
+    return dict(places=torch.tensor(places, dtype=torch.int32), v_places=torch.tensor(v_places, dtype=torch.int32))
 
 
-def cut_heads(n_head, v, c_proj, inputs):
-    return inputs[0].unflatten(-1, (n_head, -1))[..., :v].flatten(-2),
+def pad_heads(attention, scale, c_attn, inputs, output):
+    q, k_and_v = F.pad(output, (0, 1)).index_select(-1, attention.places).tensor_split([attention.split_size], -1)
+    return torch.cat((q * scale, k_and_v), dim=-1)
+
+
+def cut_heads(attention, c_proj, inputs):
+    return inputs[0].index_select(-1, attention.v_places),
 
 
 class InitFactors:
     """Initialise factored matrices. transformers asks each sub-model for its own modules, so both classes have this."""
 
     def _init_weights(self, module):
-        if isinstance(module, KronLinear):
+        if isinstance(module, (KronLinear, FactoredEmbedding)):
             module.init_weights()
         elif not isinstance(getattr(module, "c_proj", None), KronLinear):  # GPT-2's looks for the weight of a c_proj
             super()._init_weights(module)
@@ -166,9 +231,10 @@ class KronyGPTModel(InitFactors, GPT2Model):
                 raise ValueError(f"shapes has {len(shapes)} shapes of {name} for {len(self.h)} blocks")
         for i, block in enumerate(self.h):
             C, H, head_dim = config.n_embd, config.n_head, config.n_embd // config.n_head
-            usual = dict(n_inner=config.n_inner or 4 * C, head_qk=head_dim, head_v=head_dim)
+            usual = dict(n_inner=config.n_inner or 4 * C, head_qk=[head_dim] * H, head_v=[head_dim] * H)
             hidden, qk, v = (config.widths[name][i] if name in config.widths else width for name, width in usual.items())
-            sizes = (C, H * (2 * qk + v)), (H * v, C), (C, hidden), (hidden, C)
+            qk, v = ([widths] * H if isinstance(widths, int) else widths for widths in (qk, v))
+            sizes = (C, 2 * sum(qk) + sum(v)), (sum(v), C), (C, hidden), (hidden, C)
             for name, (m, n) in zip(MATRICES, sizes):
                 part, matrix = name.split(".")
                 shape = tuple(config.shapes[name][i]) if name in config.shapes else (m, n, 1)
@@ -181,8 +247,11 @@ class KronyGPTModel(InitFactors, GPT2Model):
                 else:
                     new = KronLinear(m, n, shape, std)
                 setattr(getattr(block, part), matrix, new)
-            if (qk, v) != (head_dim, head_dim):
-                narrow_heads(block.attn, H, qk, v, head_dim)
+            if {*qk, *v} != {head_dim}:
+                narrow_heads(block.attn, qk, v, head_dim)
+        for name, rows in dict(wte=config.vocab_size, wpe=config.n_positions).items():
+            if name in config.widths:
+                setattr(self, name, FactoredEmbedding(rows, config.n_embd, config.widths[name], config.initializer_range))
         self.post_init()
 
 
@@ -192,4 +261,7 @@ class KronyGPTForCausalLM(InitFactors, GPT2LMHeadModel):
     def __init__(self, config):
         super().__init__(config)
         self.transformer = KronyGPTModel(config)
+        if "wte" in config.widths:
+            config.tie_word_embeddings = False  # by transformers, which knows one tensor for both
+            self.lm_head = TiedOutput(self.transformer.wte)
         self.post_init()

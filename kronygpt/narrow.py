@@ -1,5 +1,5 @@
-"""Narrower models: heads of fewer columns, MLPs of fewer hidden units. For each, what every width costs and the weights that
-go with it.
+"""Narrower models: heads of fewer columns, MLPs of fewer hidden units, embeddings of lower rank. For each, what every width
+costs and the weights that go with it.
 
 All costs are second-order: an error e in an activation at one token adds about ½ e F eᵀ to the loss, where F holds second
 moments of the loss's gradient there (calibration.statistics). Everything is float64.
@@ -12,6 +12,8 @@ from model import KronyGPT
 
 RIDGE = 1e-3  # added to the covariance of hidden units, as a share of its mean diagonal
 HEAD_STEPS, HIDDEN_STEPS = 8, 32  # widths that are tried, of a head and of an MLP
+N_BANDS, STAIRCASES = 16, 64  # bands of tokens by frequency, and staircases over them that are tried
+BLEND = 0.01  # share of the identity in the metric of an embedding
 ROUNDING = 1e-12  # relative size of a number that counts as zero
 
 
@@ -105,6 +107,14 @@ def head_bases(W_attn, b_attn, W_proj, n_head, mean, covariance, head_covariance
     return HeadBases((T_q, T_k), (T_v, T_o), tails(qk), tails(vo))
 
 
+def head_widths(costs, total):
+    """The widths of the heads of a block, at least 1, that sum up to `total` and cost least, for costs [n_head, d + 1]."""
+    gains = (costs[:, :-1] - costs[:, 1:])[:, 1:]  # of the second column, of the third, ...: they fall
+    n_head, columns = gains.shape
+    heads = gains.flatten().argsort(descending=True, stable=True)[:total - n_head] // max(columns, 1)
+    return (1 + torch.bincount(heads, minlength=n_head)).tolist()
+
+
 def head_maps(bases, head_qk, head_v):
     """HeadBases at some widths as two matrices for all columns of c_attn: T, which narrows them, and its dual D.
 
@@ -112,16 +122,16 @@ def head_maps(bases, head_qk, head_v):
         metric of c_attn's output → Dᵀ F D        covariance of the heads' outputs → T_vᵀ G T_v
 
     Args:
-        head_qk, head_v: widths of queries and keys, and of values; at the width of a head the basis is the identity.
+        head_qk, head_v: [n_head], widths of queries and keys, and of values; at full width a basis is the identity.
 
     Returns:
-        T and D [3 C, n_head (2 head_qk + head_v)]
+        T and D [3 C, Σ (2 head_qk + head_v)]
     """
     maps = []
     for pair in (bases.qk, bases.qk[::-1], bases.vo):  # queries, keys, values
-        width, full = head_v if pair is bases.vo else head_qk, pair[0].shape[1]
-        maps.append([torch.block_diag(*(torch.eye(full, dtype=t.dtype, device=t.device) if width == full else t[:, :width]
-                                        for t in side)) for side in pair])
+        widths = head_v if pair is bases.vo else head_qk
+        maps.append([torch.block_diag(*(torch.eye(width, dtype=t.dtype, device=t.device) if width == len(t) else t[:, :width]
+                                        for t, width in zip(side, widths))) for side in pair])
     return tuple(torch.block_diag(*sides) for sides in zip(*maps))
 
 
@@ -172,6 +182,66 @@ def without_units(W, covariance, kept):
     return torch.linalg.solve(G[kept][:, kept], G[kept] @ W)
 
 
+class Staircase:
+    """An embedding E [V, C] in the basis in which a rank costs least, and what staircases of it cost.
+
+    wte is used twice. As input, an error e in row v costs ½ f_v e F eᵀ, with the frequency f_v of the token and F at the sum
+    of the embeddings. As output it costs about ½ p_v e E[h hᵀ] eᵀ mean(1 - p), with the mean probability p_v of the token
+    and the final hidden states h. Together that is about ½ w_v e M eᵀ with w = (f + p) / 2, M = F + E[h hᵀ] mean(1 - p). All
+    rows share one basis, the eigenvectors of the weighted rows in that metric; a band of rare tokens takes fewer of them
+    than the others. (GroupReduce, arXiv 1806.06950, has a basis for each band.)
+
+    Args:
+        E: [V, C].
+        weights: w [V].
+        metric: M [C, C]; a share of the identity is blended in.
+        n_bands: bands of rows by their weights; 1 leaves the rows in their order.
+    """
+
+    def __init__(self, E, weights, metric, n_bands=1):
+        self.E, mean = E, metric.diagonal().mean()
+        R = torch.linalg.cholesky((1 - BLEND) * metric + BLEND * mean * torch.eye(len(metric)).to(metric))  # R Rᵀ = M
+        directions = torch.linalg.eigh(R.T @ (E.T @ (weights[:, None] * E)) @ R).eigenvectors.flip(1)
+        self.order = weights.argsort(descending=True, stable=True) if n_bands > 1 else torch.arange(len(E), device=E.device)
+        self.A = E[self.order] @ (R @ directions)  # (V, C)
+        self.B = torch.linalg.solve_triangular(R, directions.T, upper=False, left=False)  # (C, C), E = A B
+        weighted = (weights[self.order][:, None] * self.A.square()).tensor_split(n_bands)
+        self.rows = [len(band) for band in weighted]
+        self.squares = torch.stack([band.sum(0) for band in weighted])  # (n_bands, C)
+        scale = (self.B.norm(dim=1) / self.A.norm(dim=0).clamp(min=torch.finfo(E.dtype).tiny)).sqrt()
+        self.A, self.B = self.A * scale, self.B / scale[:, None]  # training then changes both sides alike
+
+    def options(self):
+        """[(bands, size, predicted loss)], sizes rising and losses falling: ranks, staircases, and the dense embedding."""
+        (V, C), found = self.E.shape, []
+        for r, loss in enumerate(tails(self.squares.sum(0)).tolist()[1:min(V, C)], 1):
+            found.append(([(V, r)], r * (V + C - r), loss))
+        if len(self.rows) > 1:
+            rows, costs = torch.tensor(self.rows), tails(self.squares).cpu()
+            prices = (self.squares.cpu() / 2 / rows[:, None]).flatten().sort().values  # at which a column is worth it
+            for price in prices[torch.linspace(0, len(prices) - 1, STAIRCASES).long()]:
+                columns = 1 + (costs + price * rows[:, None] * torch.arange(C + 1))[:, 1:].argmin(1)
+                loss = costs.gather(1, columns[:, None]).sum().item()
+                found.append(([*zip(self.rows, columns.tolist())], int(rows @ columns + columns.max() * C), loss))
+        found.append(([(V, C)], V * C, 0.0))
+        best, least = [], torch.inf
+        for option in sorted(found, key=lambda option: option[1:]):
+            if option[2] < least and option[1] <= V * C:
+                best.append(option)
+                least = option[2]
+        return best
+
+    def tensors(self, bands):
+        """{name: tensor} of a model.Embedding in these bands."""
+        if bands == [tuple(self.E.shape)]:
+            return {"weight": self.E}
+        if len(bands) == 1:  # the rows keep their order
+            return {"A": self.A[self.order.argsort(), :bands[0][1]].flatten(), "B": self.B[:bands[0][1]]}
+        parts = self.A.split([n for n, _ in bands])
+        return {"A": torch.cat([part[:, :k].flatten() for part, (_, k) in zip(parts, bands)]),
+                "B": self.B[:max(k for _, k in bands)], "row": self.order.argsort()}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the widths of a block, what each of them costs, and the block that has it
 
@@ -179,7 +249,7 @@ def without_units(W, covariance, kept):
 class Option:
     """Widths of a half block, attention or MLP, before its matrices get ranks.
 
-    widths: {"head_qk", "head_v"} or {"n_inner"}.
+    widths: {"head_qk": [of each head], "head_v": [of each head]} or {"n_inner"}.
     loss: nats per token that the widths are predicted to add.
     n_biases: numbers in the biases.
     matrices: {kind: (m, n, σ² of spectrum())} of its two matrices in these widths.
@@ -213,25 +283,27 @@ class Block:
         self.bases = self.order = None
 
     def attention(self, is_narrowed):
-        """Options for the heads at all multiples of an eighth of their width, or at their own only."""
+        """Options for the heads at all multiples of an eighth of their mean width, or at their own only. Each head has the
+        share of it that costs least."""
         head, H, C = self.config.head_dim, self.config.n_head, self.config.n_embd
         W, F = self.W["attn.c_attn"], self.F["attn.c_attn"]
         self.bases = bases = head_bases(W, self.b["attn.c_attn"], self.W["attn.c_proj"], H, self.mean["attn.c_attn"],
                                         self.G["attn.c_attn"], self.G["attn.c_proj"], F, self.F["attn.c_proj"])
-        widths = grid(head, HEAD_STEPS) if is_narrowed else [head]
-        qk_costs, vo_costs = bases.qk_costs.sum(0), bases.vo_costs.sum(0)
+        totals, heads = [H * width for width in grid(head, HEAD_STEPS)] if is_narrowed else [H * head], torch.arange(H)
         R_attn, R_proj = root(self.G["attn.c_attn"]), root(self.F["attn.c_proj"])
         result = []
-        for v in widths:
-            D_v, T_v = (side[2 * C:, 2 * H * head:] for side in reversed(head_maps(bases, head, v)))
-            W_v = D_v.T @ self.W["attn.c_proj"]  # (n_head v, C)
-            proj = H * v, C, squares(W_v.T @ (T_v.T @ self.G["attn.c_proj"] @ T_v) @ W_v, R_proj)[:H * v]
-            for qk in widths:
+        for n_v in totals:
+            v = head_widths(bases.vo_costs, n_v)
+            D_v, T_v = (side[2 * C:, 2 * H * head:] for side in reversed(head_maps(bases, [head] * H, v)))
+            W_v = D_v.T @ self.W["attn.c_proj"]  # (n_v, C)
+            proj = n_v, C, squares(W_v.T @ (T_v.T @ self.G["attn.c_proj"] @ T_v) @ W_v, R_proj)[:n_v]
+            for n_qk in totals:
+                qk = head_widths(bases.qk_costs, n_qk)
                 T, D = head_maps(bases, qk, v)
-                W_qkv = W @ T  # (C, n_head (2 qk + v))
+                W_qkv = W @ T  # (C, 2 n_qk + n_v)
                 attn = *W_qkv.shape, squares(W_qkv @ (D.T @ F @ D) @ W_qkv.T, R_attn)[:W_qkv.shape[1]]
-                loss = (qk_costs[qk] if qk < head else 0) + (vo_costs[v] if v < head else 0)
-                result.append(Option(dict(head_qk=qk, head_v=v), float(loss), H * (2 * qk + v) + C,
+                loss = bases.qk_costs[heads, qk].sum() + bases.vo_costs[heads, v].sum()
+                result.append(Option(dict(head_qk=qk, head_v=v), float(loss), 2 * n_qk + n_v + C,
                                      {"attn.c_attn": attn, "attn.c_proj": proj}))
         return result
 
@@ -262,7 +334,7 @@ class Block:
     def narrowed(self, head_qk, head_v, n_inner):
         """(weights, biases, fisher) by kind, in these widths."""
         (T, D), kept = head_maps(self.bases, head_qk, head_v), self.kept(n_inner)
-        D_v = D[2 * self.config.n_embd:, 2 * self.config.n_head * head_qk:]
+        D_v = D[2 * self.config.n_embd:, 2 * sum(head_qk):]
         W = {"attn.c_attn": self.W["attn.c_attn"] @ T, "attn.c_proj": D_v.T @ self.W["attn.c_proj"],
              "mlp.c_fc": self.W["mlp.c_fc"][:, kept], "mlp.c_proj": self.output(kept)}
         b = dict(self.b, **{"attn.c_attn": self.b["attn.c_attn"] @ T, "mlp.c_fc": self.b["mlp.c_fc"][kept]})
@@ -271,10 +343,19 @@ class Block:
 
 
 @torch.no_grad()
-def narrowed(dense, blocks, widths):
-    """A dense KronyGPT in other widths, {"head_qk", "head_v", "n_inner": [of each block]}, and the Fisher metrics {name: F}
-    of its outputs, from the Blocks of another one."""
+def narrowed(dense, blocks, widths, embeddings, bands):
+    """A dense KronyGPT in other widths, {"head_qk", "head_v", "n_inner": [of each block]}, with embeddings in other bands,
+    {"wte" or "wpe": bands}, and the Fisher metrics {name: F} of its matrices' outputs.
+
+    Args:
+        dense: the KronyGPT.
+        blocks, embeddings: [Block] and {"wte" or "wpe": Staircase} of it.
+    """
     state_dict, fisher = dict(dense.state_dict()), {}
+    for name in bands:
+        del state_dict[f"transformer.{name}.weight"]
+        state_dict |= {f"transformer.{name}.{part}": t.to(torch.long if part == "row" else torch.float32).contiguous()
+                       for part, t in embeddings[name].tensors(bands[name]).items()}
     for layer, block in enumerate(blocks):
         for values, end in zip(block.narrowed(*(widths[name][layer] for name in ("head_qk", "head_v", "n_inner"))), "AbF"):
             for kind, value in values.items():
@@ -286,5 +367,5 @@ def narrowed(dense, blocks, widths):
                 else:
                     state_dict[f"{name}.A"] = value[None].to(state_dict[f"{name}.bias"])
                     state_dict[f"{name}.B"] = state_dict[f"{name}.A"].new_ones(1, 1, 1)
-    state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
-    return KronyGPT.from_state_dict(dict(dense.config.as_plain_types(), **widths, shapes={}), state_dict).eval(), fisher
+    model_args = dict(dense.config.as_plain_types(), **widths, **bands, shapes={})
+    return KronyGPT.from_state_dict(model_args, state_dict).eval(), fisher

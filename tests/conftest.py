@@ -151,8 +151,9 @@ def smallest_error(W, dim_1, dim_2, n_factors):
 def gpt2_weights(model):
     """The state dict of the transformers GPT-2 that a KronyGPT should equal, as a differentiable function of its
     parameters: Conv1D weights are sums of torch.kron."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     weights = {name: p for name, p in tensors.items() if not name.endswith((".A", ".B"))}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return weights | {name.removesuffix("A") + "weight": kron_sum(A, tensors[name.removesuffix("A") + "B"])
                       for name, A in tensors.items() if name.endswith(".A")}
 

@@ -99,11 +99,30 @@ def test_statistics_are_those_of_plain_forward_passes(trained, monkeypatch):
     for name, matrix in named_matrices(model):
         matrix.register_forward_hook(lambda matrix, x, y, name=name: inputs.update({name: x[0].flatten(0, 1)}))
     with torch.no_grad():
-        model(tokens)
+        x = model.hidden(tokens).flatten(0, 1).double()
+        p = model(tokens).softmax(-1).flatten(0, 1)
     for name, _ in named_matrices(model):
         X = inputs[name].double().numpy()
         np.testing.assert_allclose(found.means[name], X.mean(0), atol=1e-5)
         np.testing.assert_allclose(found.covariances[name], np.cov(X.T, bias=True), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.hidden, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.probabilities, p.mean(0), atol=1e-6)
+    assert found.uncertainty == pytest.approx(1 - p.square().sum(1).mean().item(), rel=1e-5)
+    np.testing.assert_allclose(found.frequencies, [(tokens == v).double().mean() for v in range(256)], atol=1e-9)
+    # an error e in the sum of the embeddings adds about ½ e F e to the loss
+    e = 0.02 * torch.randn(*tokens.shape, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        added = loss_of_samples(model, tokens, p, e) - loss_of_samples(model, tokens, p, 0 * e)
+    assert added.item() == pytest.approx(torch.einsum("bti,ij,btj->", e.double(), found.embedding_fisher, e.double()).item()
+                                         / 2 / tokens.numel(), rel=0.3)
+
+
+def loss_of_samples(model, tokens, p, e):
+    """Cross entropy of the model's own probabilities p, with an error e in the sum of its embeddings."""
+    hook = model.transformer.drop.register_forward_hook(lambda module, inputs, output: output + e)
+    logp = model(tokens).log_softmax(-1).flatten(0, 1)
+    hook.remove()
+    return -(p * logp).sum(1).mean()
 
 
 def test_strongest_units_share_no_factor():
@@ -355,10 +374,11 @@ def test_script_compresses_the_whole_model_to_a_budget(trained, workdir, matrice
     assert rest["config"]["budget"] == "20K" and rest["config"]["matrices"] == matrices
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r"^ +\d +(\d+|dense)", line)]
     kinds, widths = ([*KINDS], ("head_qk", "head_v", "n_inner")) if matrices == "all" else (["mlp.c_fc", "mlp.c_proj"], ())
-    assert rows == [[str(layer), *(str(getattr(new.config, width)[layer]) for width in widths),
+    assert rows == [[str(layer), *" ".join(str(getattr(new.config, width)[layer]).strip("[]").replace(",", "")
+                                           for width in widths).split(),
                      *("dense" if dim_2 > 1 else str(r) for _, dim_2, r in (
                          new.config.shapes[kind][layer] for kind in kinds))] for layer in range(2)]
-    assert (new.config.head_qk + new.config.head_v != [16] * 4) == (matrices == "all")
+    assert (new.config.head_qk + new.config.head_v != [[16] * 2] * 4) == (matrices == "all")
     assert matrices == "all" or all(matrix.is_dense for _, kind, matrix in new.matrices() if "attn." in kind)
     parts = re.search(r"^predicted loss added \(order only\): ([\d.]+) nats per token: (.*)$", done.stdout, re.M)
     assert sum(float(part.split()[1]) for part in parts[2].split(", ")) == pytest.approx(float(parts[1]), abs=3e-4)
@@ -374,7 +394,7 @@ def test_script_compresses_the_whole_model_to_a_budget(trained, workdir, matrice
 
 @pytest.mark.parametrize("args, said", [
     ([32, 32, 99], "99 factors"), (["--budget=1K"], "1,000 parameters is not between"),
-    (["--keep=heads,wings"], "--keep is a comma list of heads and hidden, not wings"),
+    (["--keep=heads,wings"], "--keep is a comma list of embedding, heads, hidden, not wings"),
     (["--budget=1M"], "34,176, which the dense model has"), ([32, 32, 1, "--calibration_tokens=5"], "too few"),
     ([32, 32, 1, "--device=abacus"], "abacus")])
 def test_wrong_arguments_are_found_before_the_work(trained, workdir, args, said):

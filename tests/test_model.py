@@ -244,10 +244,9 @@ def test_initial_weights_of_the_dense_model_are_gpt2s():
 
 def test_embedding_and_output_are_one_parameter(gpt2_dir):
     for model in tiny(), checkpoint.load(str(gpt2_dir))[0]:
-        assert model.lm_head.weight is model.transformer.wte.weight
-        assert model.count_parameters()["total"] == sum({id(p): p.numel() for p in model.parameters()}.values())
-        model.lm_head.weight.data.zero_()
-        assert not model.transformer.wte.weight.any()
+        assert model.count_parameters()["total"] == sum(p.numel() for p in model.parameters())
+        model.transformer.wte.weight.data.zero_()
+        assert not model(random_tokens(1, 8, vocab_size=64)).any()
 
 
 def test_the_dense_model_has_the_parameters_of_gpt2():
@@ -321,7 +320,6 @@ def test_from_state_dict_takes_the_tensors_and_checks_them(mixed_model):
     args, state_dict = mixed_model.config.as_plain_types(), mixed_model.state_dict()
     again = KronyGPT.from_state_dict(args, state_dict)
     assert all(p.data_ptr() == state_dict[name].data_ptr() for name, p in again.state_dict().items())
-    assert again.lm_head.weight is again.transformer.wte.weight
     changes = {"transformer.h.2.attn.c_attn.A": torch.ones(3, 3, 3), "transformer.h.9.x": torch.ones(2),
                "transformer.h.4.mlp.c_proj.B": None}
     for name, p in changes.items():

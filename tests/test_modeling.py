@@ -209,7 +209,7 @@ def test_weights_in_half_precision(dtype, compressed, mixed_model, workdir):
     assert {p.dtype for name, p in tensors.items() if not name.endswith("order")} == {getattr(torch, dtype)}
     model = (KronyGPTForCausalLM if compressed else GPT2LMHeadModel).from_pretrained("made", dtype="auto").eval()
     assert model.dtype == getattr(torch, dtype) and model(IDX).logits.isfinite().all()
-    assert checkpoint.load("made")[0].lm_head.weight.dtype == torch.float32
+    assert checkpoint.load("made")[0].transformer.wte.weight.dtype == torch.float32
 
 
 def test_a_wrong_type_is_one_line(mixed_model, workdir):

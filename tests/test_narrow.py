@@ -7,7 +7,7 @@ import torch
 from conftest import random_matrix
 
 from kronygpt import narrow
-from model import CausalSelfAttention, KronyGPTConfig
+from model import CausalSelfAttention, Embedding, KronyGPTConfig
 
 
 def positive(n, seed):
@@ -91,26 +91,27 @@ def test_values_and_output_cost_what_their_errors_cost(attention):
         assert cost == pytest.approx(bases.vo_costs[h, s].item(), abs=1e-9)
 
 
-@pytest.mark.parametrize("head_qk, head_v", [(D_HEAD, D_HEAD), (2, D_HEAD), (D_HEAD, 1), (1, 2)])
+@pytest.mark.parametrize("head_qk, head_v", [([D_HEAD] * H, [D_HEAD] * H), ([2, 1], [D_HEAD] * H), ([D_HEAD] * H, [1, 2]),
+                                             ([1, D_HEAD], [2, 2])])
 def test_narrower_heads_that_lose_nothing_are_the_same_function(attention, head_qk, head_v):
     """Heads whose queries and keys, and values, really have that rank."""
     attn, x, fisher, stream = attention
     W, b = attn.c_attn.A.data[0], attn.c_attn.bias.data
     for h in range(H):
-        for part, rank in (0, head_qk), (2, head_v):
+        for part, rank in (0, head_qk[h]), (2, head_v[h]):
             columns = slice(part * C + h * D_HEAD, part * C + (h + 1) * D_HEAD)
             project = random_matrix(D_HEAD, rank, h + part) @ random_matrix(rank, D_HEAD, h + part + 9)
             W[:, columns], b[columns] = W[:, columns] @ project, b[columns] @ project
     expected = attn(x[None])[0]
     T, D = narrow.head_maps(bases_of(attn, x, fisher, stream), head_qk, head_v)
-    if head_qk == D_HEAD:  # nothing is rotated
+    if head_qk == [D_HEAD] * H:  # nothing is rotated
         assert torch.equal(T[:2 * C, :2 * C], torch.eye(2 * C, dtype=torch.double))
-    q, k, v = (x @ (W @ T) + b @ T).split((H * head_qk, H * head_qk, H * head_v), 1)
-    q, k, v = (part.unflatten(1, (H, -1)).transpose(0, 1) for part in (q, k, v))  # (H, N, width)
-    scores = q @ k.mT / D_HEAD**0.5  # the scale of the wide head
-    y = scores.masked_fill(torch.ones(N, N).triu(1).bool(), -torch.inf).softmax(-1) @ v
-    D_v = D[2 * C:, 2 * H * head_qk:]
-    found = y.transpose(0, 1).flatten(1) @ (D_v.T @ attn.c_proj.weight) + attn.c_proj.bias
+    parts, y = (x @ (W @ T) + b @ T).split([*head_qk, *head_qk, *head_v], 1), []
+    for h in range(H):
+        scores = parts[h] @ parts[H + h].T / D_HEAD**0.5  # the scale of the wide head
+        y.append(scores.masked_fill(torch.ones(N, N).triu(1).bool(), -torch.inf).softmax(-1) @ parts[2 * H + h])
+    D_v = D[2 * C:, 2 * sum(head_qk):]
+    found = torch.cat(y, 1) @ (D_v.T @ attn.c_proj.weight) + attn.c_proj.bias
     torch.testing.assert_close(found, expected)
 
 
@@ -135,3 +136,46 @@ def test_brain_surgeon_drops_what_a_loop_of_least_squares_drops():
         dropped.append(min(losses, key=losses.get))
         assert order[step] == dropped[-1] and costs[step + 1].item() == pytest.approx(losses[dropped[-1]], rel=1e-6)
     assert costs[0] == 0
+
+
+def test_heads_get_the_columns_that_cost_least():
+    """Beside all widths that have the same sum."""
+    costs = torch.tensor([[9.0, 5, 2, 1, 0], [8, 1, 0.5, 0.1, 0], [30, 20, 11, 4, 0]])
+    for total in range(3, 13):
+        best = min((w for w in itertools.product(range(1, 5), repeat=3) if sum(w) == total),
+                   key=lambda widths: sum(costs[h, w].item() for h, w in enumerate(widths)))
+        assert narrow.head_widths(costs, total) == list(best)
+
+
+def test_an_embedding_of_low_rank_is_the_best_in_its_metric():
+    E, weights, M = random_matrix(10, 4, 1), random_matrix(10, 1, 2)[:, 0].abs(), positive(4, 3)
+    stairs = narrow.Staircase(E, weights, M)
+    blended = 0.99 * M + 0.01 * M.diagonal().mean() * torch.eye(4, dtype=torch.double)
+    sigma = np.linalg.svd((weights.sqrt()[:, None] * E).numpy() @ square_root(blended), compute_uv=False)
+    options = stairs.options()
+    assert [size for _, size, _ in options] == [13, 24, 33, 40]
+    for r, (bands, _, loss) in enumerate(options, 1):
+        found = stairs.tensors(bands)
+        e = E - (found["weight"] if r == 4 else found["A"].view(10, r) @ found["B"])
+        assert torch.einsum("v,vi,ij,vj->", weights, e, blended, e).item() / 2 == pytest.approx(loss, abs=1e-12)
+        assert loss == pytest.approx(tail_sums(sigma)[r], abs=1e-12)
+
+
+def test_staircases_cost_what_an_explicit_embedding_costs():
+    E, weights, M = random_matrix(60, 6, 1), random_matrix(60, 1, 2)[:, 0].abs()**3, positive(6, 3)
+    stairs = narrow.Staircase(E, weights, M, 4)
+    blended = 0.99 * M + 0.01 * M.diagonal().mean() * torch.eye(6, dtype=torch.double)
+    options = stairs.options()
+    sizes, losses = ([option[i] for option in options] for i in (1, 2))
+    assert sizes == sorted(sizes) and losses == sorted(losses, reverse=True) and options[-1] == ([(60, 6)], 360, 0.0)
+    assert any(len(bands) == 4 for bands, *_ in options)
+    for bands, size, loss in options[:-1]:
+        embedding = Embedding(60, 6, bands).double()
+        found = stairs.tensors(bands)
+        assert found.keys() == embedding.state_dict().keys()
+        embedding.load_state_dict(found)
+        assert embedding.count_parameters() == size
+        e = E - embedding.dense().detach()
+        assert torch.einsum("v,vi,ij,vj->", weights, e, blended, e).item() / 2 == pytest.approx(loss, abs=1e-12)
+        if len(bands) == 4:  # frequent tokens come first
+            assert weights[embedding.row < 15].min() >= weights[embedding.row >= 15].max()

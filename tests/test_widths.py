@@ -1,4 +1,6 @@
-"""Models of narrower heads and fewer hidden units, in memory, in files and for transformers, against a plain loop."""
+"""Models of narrower heads, fewer hidden units and factored embeddings, in memory, in files and for transformers, against a
+plain loop."""
+import itertools
 import math
 
 import pytest
@@ -10,43 +12,67 @@ from kronygpt import checkpoint, narrow
 from kronygpt.budget import plan_widths
 from kronygpt.calibration import statistics
 from kronygpt.compress import apply
+from kronygpt.distillation import Distillation
 from kronygpt.modeling_kronygpt import KronyGPTForCausalLM
-from model import KronyGPT, KronyGPTConfig
+from model import IGNORE_INDEX, KronyGPT, KronyGPTConfig
 
 HEADS, HEAD_DIM = 4, 16
 IDX = random_tokens(2, 20)
 
 
-@pytest.fixture
-def model():
-    """Three blocks with widths of their own, the last one's as in GPT-2, and each kind of shape."""
+EMBEDDINGS = {"dense": {}, "low rank": dict(wte=[(256, 40)], wpe=[(32, 9)]),
+              "staircase": dict(wte=[(56, 50), (100, 60), (100, 1)], wpe=[(20, 30), (12, 3)])}
+
+
+@pytest.fixture(params=EMBEDDINGS)
+def model(request):
+    """Three blocks with widths of their own, the first one's for each head, the last one's as in GPT-2, each kind of shape
+    and of embedding."""
     torch.manual_seed(0)
     model = KronyGPT(KronyGPTConfig(
-        block_size=32, vocab_size=256, n_layer=3, n_head=HEADS, n_embd=64, head_qk=[5, 9, 16], head_v=[7, 3, 16],
-        n_inner=[100, 64, 256], shapes={
+        block_size=32, vocab_size=256, n_layer=3, n_head=HEADS, n_embd=64, head_qk=[[5, 1, 9, 5], 9, 16],
+        head_v=[[7, 12, 1, 8], 3, 16], n_inner=[100, 64, 256], **EMBEDDINGS[request.param], shapes={
             "attn.c_attn": [(64, 1, 6), (64, 84, 1), (1, 192, 60)], "attn.c_proj": [(28, 64, 1), (12, 1, 5), (8, 8, 2)],
             "mlp.c_fc": [(64, 1, 10), (8, 8, 2), (1, 256, 10)], "mlp.c_proj": [(1, 64, 20), (64, 1, 64), (256, 1, 64)]}))
     randomize_vectors(model)
     with torch.no_grad():  # at 0.02 the logits hardly depend on the blocks
         for *_, matrix in model.matrices():
             matrix.A.mul_(4)
+    for embedding in (model.transformer.wte, model.transformer.wpe):
+        if embedding.row is not None:
+            embedding.row.copy_(torch.randperm(len(embedding.row)))
     return model.eval()
+
+
+def plain_embedding(embedding):
+    """E [V, C], row by row."""
+    if embedding.is_dense:
+        return embedding.weight
+    rows, A = [], embedding.A.tolist()
+    for k in [k for n, k in embedding.bands for _ in range(n)]:
+        rows.append([*A[:k], *[0.0] * (len(embedding.B) - k)])
+        A = A[k:]
+    assert not A
+    order = range(len(rows)) if embedding.row is None else embedding.row.tolist()
+    return torch.tensor([rows[i] for i in order]) @ embedding.B
 
 
 @torch.no_grad()
 def plain_logits(model, idx):
-    x = model.transformer.wte(idx) + model.transformer.wpe.weight[:idx.shape[1]]
+    wte, wpe = plain_embedding(model.transformer.wte), plain_embedding(model.transformer.wpe)
+    x = wte[idx] + wpe[:idx.shape[1]]
     future = torch.ones(idx.shape[1], idx.shape[1]).triu(1).bool()
     for block, qk, v in zip(model.transformer.h, model.config.head_qk, model.config.head_v):
         attn, mlp, outputs = block.attn, block.mlp, []
-        q, k, values = (block.ln_1(x) @ attn.c_attn.weight + attn.c_attn.bias).split([HEADS * qk, HEADS * qk, HEADS * v], -1)
+        parts = (block.ln_1(x) @ attn.c_attn.weight + attn.c_attn.bias).split([*qk, *qk, *v], -1)
         for h in range(HEADS):
-            scores = q[..., h * qk:(h + 1) * qk] @ k[..., h * qk:(h + 1) * qk].mT / math.sqrt(HEAD_DIM)
-            outputs.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ values[..., h * v:(h + 1) * v])
+            q, k, values = parts[h], parts[HEADS + h], parts[2 * HEADS + h]
+            scores = q @ k.mT / math.sqrt(HEAD_DIM)
+            outputs.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ values)
         x = x + torch.cat(outputs, -1) @ attn.c_proj.weight + attn.c_proj.bias
         hidden = torch.nn.functional.gelu(block.ln_2(x) @ mlp.c_fc.weight + mlp.c_fc.bias, approximate="tanh")
         x = x + hidden @ mlp.c_proj.weight + mlp.c_proj.bias
-    return model.transformer.ln_f(x) @ model.transformer.wte.weight.T
+    return model.transformer.ln_f(x) @ wte.T
 
 
 def greedy(model, n=12):
@@ -63,19 +89,54 @@ def test_the_model_is_a_plain_loop_over_heads(model):
     torch.testing.assert_close(model(IDX), expected, rtol=0, atol=1e-5)
     assert torch.equal(continuation(model, IDX[:, :4], 12, temperature=0), greedy(model))
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(IDX), expected, rtol=0, atol=1e-5)
+    targets = random_tokens(2, 21)[:, 1:].contiguous()
+    targets[0, :5] = IGNORE_INDEX
+    nats = torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model(IDX, targets), nats)
+
+
+@pytest.mark.parametrize("in_autocast", [False, True])
+def test_gradients_are_those_of_whole_logits(model, in_autocast, monkeypatch):
+    monkeypatch.setattr("model.chunk_rows", lambda parts, dtype: 7)
+    targets = random_tokens(2, 21)[:, 1:].contiguous()
+    targets[0, :5] = IGNORE_INDEX
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_autocast):
+        whole = torch.nn.functional.cross_entropy(model(IDX).flatten(0, 1).float(), targets.flatten())
+        found = model(IDX, targets)
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    found = torch.autograd.grad(found, list(model.parameters()))
+    for p, q in zip(found, expected):
+        assert p.dtype == torch.float32 and (p - q).norm() <= (0.05 if in_autocast else 1e-4) * q.norm() + 1e-6
+
+
+def test_distillation_compares_tokens_not_rows(model):
+    """Student and teacher in different orders of rows."""
+    torch.manual_seed(1)
+    teacher = KronyGPT(KronyGPTConfig(block_size=32, vocab_size=256, n_layer=1, n_head=2, n_embd=16,
+                                      wte=[(200, 9), (56, 4)]))
+    teacher.transformer.wte.row.copy_(torch.randperm(256))
+    for student, other in (model, teacher), (teacher, model):
+        log_p, log_q = (m(IDX).flatten(0, 1).log_softmax(-1) for m in (student, other))
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+        torch.testing.assert_close(Distillation(student, other, 1.0, 1.0)(IDX, IDX), kl, rtol=1e-4, atol=1e-6)
 
 
 def test_a_file_holds_each_rank_once(model, tmp_path):
     checkpoint.save(tmp_path / "a.pt", model)
     content = torch.load(tmp_path / "a.pt", weights_only=True)["model"]
-    numbers = sum(p.numel() for name, p in content.items() if not name.endswith(("_pivots", "lm_head.weight")))
+    numbers = sum(p.numel() for name, p in content.items() if not name.endswith(("pivots", "row", "lm_head.weight")))
     low_rank = [(matrix.weight.shape, len(matrix.A)) for *_, matrix in model.matrices()
                 if 1 in (matrix.A.shape[1], matrix.A.shape[2]) and len(matrix.A) < len(matrix.weight)]
     assert len(low_rank) == 7
+    low_rank += [((), len(E.B)) for E in (model.transformer.wte, model.transformer.wpe)
+                 if len(E.bands) == 1 and not E.is_dense]
     whole = sum(p.numel() for p in model.parameters())
     assert numbers == model.count_parameters()["total"] == whole - sum(r * r for _, r in low_rank)
     again, _ = checkpoint.load(str(tmp_path / "a.pt"))
     assert again.config == model.config
+    for name in "wte", "wpe":
+        E, same = (m.transformer.get_submodule(name).dense() for m in (model, again))
+        assert (E - same).norm() <= 1e-6 * E.norm()
     for (name, p), (_, q) in zip(named_matrices(model), named_matrices(again)):
         assert (p.weight - q.weight).norm() <= 1e-6 * p.weight.norm(), name
 
@@ -93,10 +154,13 @@ def test_exports_compute_the_same(model, compressed, workdir):
         torch.testing.assert_close(exported(IDX).logits, plain_logits(model, IDX), rtol=0, atol=2e-5)
     found = exported.generate(IDX[:, :4], do_sample=False, max_new_tokens=12, pad_token_id=0, return_dict_in_generate=True)
     assert torch.equal(found.sequences, greedy(model))
-    assert found.past_key_values.layers[0].keys.shape[-1] == (7 if compressed else HEAD_DIM)
+    assert found.past_key_values.layers[0].keys.shape[-1] == (12 if compressed else HEAD_DIM)
     again, _ = checkpoint.load("made")
     torch.testing.assert_close(again(IDX), model(IDX), rtol=0, atol=1e-5)
-    assert not compressed or again.config.head_qk == model.config.head_qk
+    if compressed:
+        for name in "head_qk", "head_v", "wte", "wpe":
+            assert getattr(again.config, name) == getattr(model.config, name)
+        assert sum(p.numel() for p in exported.parameters()) == model.count_parameters()["total"]
 
 
 @pytest.fixture
@@ -117,13 +181,18 @@ def test_narrowing_at_full_width_is_the_identity(dense):
     blocks = [narrow.Block(dense, layer, found) for layer in range(2)]
     for block in blocks:
         block.attention(True), block.mlp(True)
-    new, _ = narrow.narrowed(dense, blocks, dict(head_qk=[16] * 2, head_v=[16] * 2, n_inner=[128] * 2))
+    E = dense.transformer.wte.weight.double()
+    stairs = narrow.Staircase(E, found.frequencies, found.hidden, 4)
+    usual = dict(head_qk=[[16] * 2] * 2, head_v=[[16] * 2] * 2, n_inner=[128] * 2)
+    new, _ = narrow.narrowed(dense, blocks, usual, {"wte": stairs}, {"wte": [(64, 32)]})
     torch.testing.assert_close(new(tokens), dense(tokens), rtol=0, atol=1e-5)
+    new, _ = narrow.narrowed(dense, blocks, usual, {"wte": stairs}, {"wte": [(16, 32)] * 4})
+    assert (new.transformer.wte.dense() - E).norm() <= 1e-6 * E.norm()
     for basis in blocks[0].bases.qk, blocks[0].bases.vo:  # all columns of a basis and its dual are the identity, too
         torch.testing.assert_close(basis[0] @ basis[1].mT, torch.eye(16).double().expand(2, -1, -1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("narrows", [("heads", "hidden"), ("heads",), ("hidden",), ()])
+@pytest.mark.parametrize("narrows", [("heads", "hidden"), ("heads",), ("hidden",), ("embedding",), ()])
 def test_a_plan_of_widths_fits_its_budget(dense, narrows):
     tokens = random_tokens(40, 16, vocab_size=64)
     found, total = statistics(dense, tokens), dense.count_parameters()["total"]
@@ -132,9 +201,52 @@ def test_a_plan_of_widths_fits_its_budget(dense, narrows):
     for limit, plan in zip(limits, plan_widths(dense, limits, found, narrows)):
         new, _ = apply(dense, plan, tokens)
         assert 0.98 * limit < new.count_parameters()["total"] <= limit
-        assert (set(new.config.head_qk + new.config.head_v) == {16}) == ("heads" not in narrows)
+        widths = {width for widths in new.config.head_qk + new.config.head_v for width in widths}
+        assert (widths == {16}) == ("heads" not in narrows)
+        assert "embedding" in narrows or (new.config.wte, new.config.wpe) == ([(64, 32)], [(16, 32)])
         assert "hidden" in narrows or set(new.config.n_inner) == {128}
         losses.append(plan.loss)
         free, = plan_widths(dense, [limit], found)
         assert free.loss <= plan.loss * 1.01  # what is free costs no more
     assert losses[0] > losses[1] > 0
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_a_plan_loses_little_more_than_the_best_of_all(share):
+    """Beside every combination of all widths, ranks and bands of a tiny model."""
+    torch.manual_seed(0)
+    model = KronyGPT(KronyGPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8, n_inner=12))
+    for p in model.parameters():
+        p.data.mul_(6)
+    randomize_vectors(model.eval())
+    tokens = random_tokens(40, 8, vocab_size=16)
+    found, total = statistics(model, tokens), model.count_parameters()["total"]
+    limit = int(share * total)
+    plan, = plan_widths(model, [limit], found)
+
+    parts, block = [], narrow.Block(model, 0, found)
+    for options in block.attention(True), block.mlp(True):
+        parts.append([])
+        for option in options:
+            matrices = []
+            for m, n, squares in option.matrices.values():
+                tail = [squares[r:].sum().item() / 2 for r in range(1, min(m, n))]
+                matrices.append([*((r * (m + n - r), tail[r - 1]) for r in range(1, min(m, n))), (m * n, 0.0)])
+            parts[-1] += [(option.n_biases + a + b, option.loss + x + y) for (a, x), (b, y) in itertools.product(*matrices)]
+    E, P = model.transformer.wte.weight.double(), model.transformer.wpe.weight.double()
+    for stairs in (narrow.Staircase(E, (found.frequencies + found.probabilities) / 2,
+                                    found.embedding_fisher + found.uncertainty * found.hidden, 16),
+                   narrow.Staircase(P, torch.full((8,), 1 / 8).double(), found.embedding_fisher)):
+        parts.append([(size, 2 * loss) for _, size, loss in stairs.options()])
+    sums = [(0, 0.0)]
+    for part in parts:
+        sums = [(size + a, loss + b) for size, loss in sums for a, b in part]
+        best, least = [], math.inf
+        for size, loss in sorted(sums):  # those that no smaller sum beats
+            if loss < least:
+                best.append((size, loss))
+                least = loss
+        sums = best
+    outside = 6 * 8  # the norms
+    best = min(loss for size, loss in sums if size + outside <= limit)
+    assert best * (1 - 1e-9) <= plan.loss <= 1.15 * best
