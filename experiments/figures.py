@@ -203,7 +203,7 @@ def step_table(configs):
         parts = {"attn": 0, "mlp": 0}
         for _, kind, matrix in model.matrices():
             parts[kind.partition(".")[0]] += min(multiply_adds(matrix.A.shape, matrix.B.shape).values())
-        numbers = *parts.values(), 2 * config.n_layer * config.n_embd * config.block_size, model.lm_head.weight.numel()
+        numbers = *parts.values(), 2 * config.n_layer * config.n_embd * config.block_size, config.vocab_size * config.n_embd
         rows.append((name, *(f"{number / 1e6:.1f}" for number in (*numbers, sum(numbers)))))
     return markdown(["million multiply-adds per token", "attention matrices", "MLP matrices", "scores and values",
                      "output matrix", "in all"], rows)
