@@ -27,7 +27,7 @@ def main(ckpt):
     from kronygpt.device import autocast_to, pick_device
     from kronygpt.tokenizer import open_tokenizer, stream_text
 
-    prompt = "".join(read_pieces(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
+    prompt = next(read_pieces(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
     model, _ = checkpoint.load(ckpt)
     text_tokenizer = open_tokenizer(model.config, tokenizer)
     tokens = text_tokenizer.encode_prompt(prompt)

@@ -3,30 +3,26 @@
     python -m experiments.figures                  # the runs that are missing, then all pictures and tables
     python -m experiments.figures compare_small    # ... and this run of the list below, again
 
-Runs are the commands that a person would give; one whose output is there is not repeated. Those that take long are made side
-by side, one core each, and their outputs go to out/figures/NAME.log. The pictures go to docs/*.png. A table stands in the
-documents between `<!-- table: NAME -->` and `<!-- end -->`, and what is between is replaced; without its run it stays as it
-is. docs/runs.json keeps the commit, the machine and the minutes of each run.
+Runs are the commands that a person would give, one after the other; one whose output is there is not repeated. The pictures
+go to docs/*.png. A table stands in the documents between `<!-- table: NAME -->` and `<!-- end -->`, and what is between is
+replaced; without its run it stays as it is. docs/runs.json keeps the commit, the machine and the minutes of each run.
 """
-import contextlib
-import itertools
 import json
 import math
 import os
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments.compare import markdown, mean_loss, spread, table
-from experiments.pictures import dense_start, draw_pareto
+from experiments.pictures import dense_start
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
 from kronygpt.run_dir import new_figure, save_figure
@@ -37,9 +33,9 @@ dataset = "pydocs"  # data/<dataset>, for calibration and losses
 calibration_tokens = 131072  # number of its tokens
 documents = "docs/report.md,README.md"  # comma list of the files with tables
 
-# In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `one_core`: it
-# has one thread, and other runs beside it. `reads`: what no run makes; without it, the run is left out.
-Run = namedtuple("Run", "command output feeds one_core reads", defaults=(False, None))
+# In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `reads`: what
+# no run makes; without it, the run is left out.
+Run = namedtuple("Run", "command output feeds reads", defaults=(None,))
 BYTES_BASE = "../shared/data/gpt2-bytes"  # as in config/compare_bytes.py
 RUNS = {
     "pydocs": Run("-m experiments.prepare_pydocs", "data/pydocs/meta.json", "the text of all runs below"),
@@ -47,24 +43,24 @@ RUNS = {
     "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json",
                 "README and report: the demo's table"),
     "compare_bytes": Run("-m experiments.compare config/compare_bytes.py", "out/compare_bytes/results.json",
-                         "README and report: results at width 256, ranks of each matrix", one_core=True, reads=BYTES_BASE),
+                         "README and report: results at width 256, ranks of each matrix", reads=BYTES_BASE),
     "compare_small": Run("-m experiments.compare config/compare_small.py", "out/compare_small/results.json",
-                         "report: results at width 128, ranks of each matrix", one_core=True),
+                         "report: results at width 128, ranks of each matrix"),
     "predict": Run(f"-m experiments.predict --init_from={base} --calibrate=pydocs --out_dir=out/predict_small",
-                   "out/predict_small/table.md", "report: predicted and measured loss", one_core=True),
+                   "out/predict_small/table.md", "report: predicted and measured loss"),
     "predict_bytes": Run(f"-m experiments.predict --init_from={BYTES_BASE} --calibrate=pydocs --shares=0.5,0.25 "
                          "--calibration_tokens=32768 --out_dir=out/predict_bytes", "out/predict_bytes/table.md",
-                         "report: predicted and measured loss at width 256", one_core=True, reads=BYTES_BASE),
+                         "report: predicted and measured loss at width 256", reads=BYTES_BASE),
     "bench": Run("-m experiments.bench --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
                  "README and report: speed at GPT-2's sizes"),
 }
-COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_bytes", "predicted.png", "docs/predicted.png")]
-PARETO = {"demo": "docs/pareto.png", "compare_small": "docs/pareto_small.png", "compare_bytes": "docs/pareto_bytes.png"}
+COPIED = {"docs/pareto.png": "out/demo/pareto.png", "docs/pareto_small.png": "out/compare_small/pareto.png",
+          "docs/pareto_bytes.png": "out/compare_bytes/pareto.png", "docs/predicted.png": "out/predict_bytes/predicted.png",
+          "docs/predicted_small.png": "out/predict_small/predicted.png"}  # pictures that runs have made
 RECORDS = Path("docs/runs.json")
-records_lock = threading.Lock()
-LOGS = Path("out/figures")  # of the runs side by side
 MADE_HERE = (":!*.md", ":!docs/*.png", f":!{RECORDS}")  # as git's patterns
-TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?=<!-- (end|table: \w+) -->|\Z)", re.DOTALL)
+MARKER = re.compile(r"<!-- table: (\w+) -->")
+TABLE = re.compile(MARKER.pattern + ".*?<!-- end -->", re.DOTALL)
 HEADLINE_SIZE = "1.7M"  # of the starts in the README's first table
 GPT2_BUDGET = 82_000_000, 82_999_999  # parameters: what kron_decompose.py --budget=82M means
 GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (768, 1, 153), (256, 64, 36), (128, 32, 100),
@@ -78,66 +74,41 @@ BATCH_SIZE = 8  # windows that are scored together
 
 # ---- documents and runs
 
-def rewrite(text, tables, path="the text"):
-    """A document with new tables between its markers.
-
-    Args:
-        text: the document.
-        tables: {name: Markdown, or None to leave the table as it is}.
-        path: of the document, for errors.
-
-    Raises:
-        UserError: a marker without its end, or with a name that is not in tables.
-    """
+def rewrite(text, tables):
+    """A document with new tables between its markers; tables: {name: Markdown, or None to leave the table as it is}."""
     def replacement(match):
-        name, end = match[1], match[3]
-        if end != "end":
-            raise UserError(f"{path}: <!-- table: {name} --> has no <!-- end --> behind it")
-        if name not in tables:
-            raise UserError(f"{path}: there is no table {name}: experiments/figures.py makes {', '.join(tables)}")
-        return match[0] if tables[name] is None else f"<!-- table: {name} -->\n\n{tables[name].strip()}\n\n"
+        table = tables[match[1]]
+        return match[0] if table is None else f"<!-- table: {match[1]} -->\n\n{table.strip()}\n\n<!-- end -->"
 
     return TABLE.sub(replacement, text)
 
 
 def rewrite_documents(paths, tables):
-    """Rewrite the tables of some files. UserError, before anything is written, where no file has the marker of a table."""
+    """Rewrite the tables of some files. UserError, before anything is written, where a table, its marker or its end is
+    missing."""
     texts = {path: Path(path).read_text(encoding="utf-8") for path in paths}
-    found = {match[1] for text in texts.values() for match in TABLE.finditer(text)}
-    if missing := [name for name in tables if name not in found]:
-        raise UserError(f"no marker <!-- table: {missing[0]} --> in {' or '.join(paths)}: add it, and <!-- end -->")
-    for path, new in {path: rewrite(text, tables, path) for path, text in texts.items()}.items():
-        if new != texts[path]:
+    markers = {name for text in texts.values() for name in MARKER.findall(text)}
+    if odd := markers ^ tables.keys():
+        raise UserError(f"{' and '.join(paths)} differ from main() of experiments/figures.py in the tables {sorted(odd)}")
+    for path, text in texts.items():
+        if len(MARKER.findall(text)) != text.count("<!-- end -->"):
+            raise UserError(f"{path} has a marker of a table without its <!-- end -->")
+    for path, text in texts.items():
+        if (new := rewrite(text, tables)) != text:
             with atomic_write(path, "w") as file:
                 file.write(new)
 
 
-def make(names):
-    """Make runs: side by side, as many as there are cores, where neighbours in the list have one core each."""
-    for one_core, group in itertools.groupby(names, key=lambda name: RUNS[name].one_core):
-        with ThreadPoolExecutor(os.cpu_count() if one_core else 1) as pool:
-            for _ in pool.map(call, group):
-                pass  # its error, if it failed; what runs beside it goes on to its end
-
-
-def call(name):
+def make(name):
     """Make a run of the list, and record the commit, the machine and the minutes that it took."""
-    entry, begin = RUNS[name], time.perf_counter()
-    command, log = [sys.executable, *shlex.split(entry.command)], LOGS / f"{name}.log"
-    print(f"\n$ python {entry.command}{f'  > {log}' * entry.one_core}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = dict(os.environ, OMP_NUM_THREADS="1") if entry.one_core else None
-    with open(log, "wb") if entry.one_core else contextlib.nullcontext() as file:
-        made = subprocess.run(command, stdout=file, stderr=file, env=env)
-    if made.returncode:
-        raise UserError(f"the run {name} failed; see {log if entry.one_core else 'above'}", status=1)
-    minutes = round((time.perf_counter() - begin) / 60, 1)
-    print(f"\n{name}: {minutes} minutes", flush=True)
-    with records_lock:
-        records = read_records()
-        records[name] = dict(commit=commit(), machine="one core of " * entry.one_core + machine(), minutes=minutes)
-        with atomic_write(RECORDS, "w") as file:
-            file.write(json.dumps({n: records[n] for n in RUNS if n in records}, indent=2, ensure_ascii=False) + "\n")
+    command, begin = RUNS[name].command, time.perf_counter()
+    print(f"\n$ python {command}", flush=True)
+    if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
+        raise UserError(f"the run {name} failed; see above", status=1)
+    records = read_records()
+    records[name] = dict(commit=commit(), machine=machine(), minutes=round((time.perf_counter() - begin) / 60, 1))
+    with atomic_write(RECORDS, "w") as file:
+        file.write(json.dumps({n: records[n] for n in RUNS if n in records}, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_records():
@@ -232,7 +203,7 @@ def step_table(configs):
         parts = {"attn": 0, "mlp": 0}
         for _, kind, matrix in model.matrices():
             parts[kind.partition(".")[0]] += min(multiply_adds(matrix.A.shape, matrix.B.shape).values())
-        numbers = *parts.values(), 2 * config.n_layer * config.n_embd * config.block_size, model.lm_head.weight.numel()
+        numbers = *parts.values(), 2 * config.n_layer * config.n_embd * config.block_size, config.vocab_size * config.n_embd
         rows.append((name, *(f"{number / 1e6:.1f}" for number in (*numbers, sum(numbers)))))
     return markdown(["million multiply-adds per token", "attention matrices", "MLP matrices", "scores and values",
                      "output matrix", "in all"], rows)
@@ -457,18 +428,14 @@ def missing_runs(name=None):
     """The runs to make: those whose output is not there, and the one with this name, though it be there."""
     if name and name not in RUNS:
         raise UserError(f"there is no run {name}: the runs are {', '.join(RUNS)}")
-    wanted = [n for n, entry in RUNS.items() if n == name or not Path(entry.output).exists()]
-    left_out = [n for n in wanted if RUNS[n].reads and not Path(RUNS[n].reads).exists()]
-    if name in left_out:
-        raise UserError(f"the run {name} needs {RUNS[name].reads}, which is not there")
-    for n in left_out:
-        print(f"{n}: left out, as {RUNS[n].reads} is not there; its tables stay as they are")
-    return [n for n in wanted if n not in left_out]
+    return [n for n, entry in RUNS.items()
+            if n == name or not (Path(entry.output).exists() or (entry.reads and not Path(entry.reads).exists()))]
 
 
 def main(name=None):
     os.chdir(ROOT)
-    make(missing_runs(name))
+    for missing in missing_runs(name):
+        make(missing)
 
     from kronygpt import checkpoint, data
     from kronygpt.budget import shapes_within
@@ -490,14 +457,10 @@ def main(name=None):
     draw_parameters(gpt2, "docs/parameters.png")
     draw_spectrum(spectra, "docs/spectrum.png")
     draw_cost(shapes_within(gpt2, *GPT2_BUDGET), "docs/cost.png")
-    for run_name, picture, copy in COPIED:
-        if (path := Path(RUNS[run_name].output).with_name(picture)).exists():
-            with atomic_write(copy) as file:
-                file.write(path.read_bytes())
     draw_ranks(results["compare_small"], "docs/ranks.png")
-    for run_name, picture in PARETO.items():
-        if rows := results[run_name]:
-            draw_pareto(rows, picture, dataset)
+    for copy, picture in COPIED.items():
+        if Path(picture).exists():
+            shutil.copyfile(picture, copy)
 
     tables = dict(
         parameters=parameters_table(gpt2),
