@@ -26,6 +26,7 @@ from kronygpt.tokenizer import (
     GPT2Tokenizer,
     UnknownTokenizer,
     check_no_pointer,
+    extends,
     is_same,
     read_json,
     tokenizer_name,
@@ -111,11 +112,11 @@ def load_tokens(name, split, config, block_size=1):
 
 
 def check_tokenizer(path, meta, config):
-    """Raise UserError unless the tokens of a data set are those of a model's tokenizer."""
+    """Raise UserError unless a model knows the tokens of a data set: its tokenizer is theirs, or extends it."""
     ours, vocab_size, size = tokenizer_name(config), config.vocab_size, meta["vocab_size"]
     # a model may have more rows, or with a record of a tokenizer fewer; of an unknown one, the size is all that is known
     fits = size == vocab_size or (ours != UnknownTokenizer.name and (size < vocab_size or config.tokenizer is not None))
-    if not (fits and is_same(meta["tokenizer"], ours)):
+    if not (fits if is_same(meta["tokenizer"], ours) else extends(config, meta["tokenizer"], size)):
         raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {size}, and the model has a "
                         f"vocabulary of {vocab_size}, of {ours} tokens: use data and a model that belong together")
 

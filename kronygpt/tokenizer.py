@@ -24,7 +24,6 @@ READABLE = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 UNREADABLE = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (*READABLE, *SETTINGS, *UNREADABLE[:-1])  # what a tokenizer of Hugging Face may consist of
-GPT2_FINGERPRINT = "71cca498f566"  # of GPT-2's vocabulary
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PROBE = "Don't  1234567\n\n naïve\t文🙂 <|endoftext|>x "  # tells GPT-2's BPE from others with the same vocabulary
 GPT2_PROBE = [3987, 470, 220, 17031, 2231, 3134, 628, 41492, 197, 23877, 229, 8582, 25081, 1279, 91, 437, 1659, 5239, 91,
@@ -56,6 +55,7 @@ class GPT2Tokenizer(Tokenizer):
     """GPT-2's BPE, from tiktoken."""
 
     name = "gpt2"
+    fingerprint = "71cca498f566"
     vocab_size = GPT2_VOCAB_SIZE
     end_of_text = GPT2_VOCAB_SIZE - 1
 
@@ -74,6 +74,7 @@ class BytesTokenizer(Tokenizer):
     """The bytes of UTF-8 as tokens; a document ends with a line end."""
 
     name = "bytes"
+    fingerprint = "5b0e580d1091"
     vocab_size = BYTES_VOCAB_SIZE
     end_of_text = ord("\n")
 
@@ -230,7 +231,7 @@ def read_tokenizer(directory):
                         "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes a tokenizer.json")
     found = HuggingFaceTokenizer(directory)
     tokens = found.encode(PROBE).tolist()
-    if is_same(found.name, GPT2_FINGERPRINT) and tokens == GPT2_PROBE:
+    if is_same(found.name, GPT2Tokenizer.fingerprint) and tokens == GPT2_PROBE:
         return GPT2Tokenizer()
     if tokens == list(PROBE.encode()) and found.vocab_size <= BYTES_VOCAB_SIZE + (END_OF_TEXT in found.vocabulary):
         return BytesTokenizer()
@@ -278,6 +279,13 @@ def tokenizer_name(config):
     if config.vocab_size == BYTES_VOCAB_SIZE:
         return BytesTokenizer.name
     return GPT2Tokenizer.name if config.vocab_size >= GPT2_VOCAB_SIZE else UnknownTokenizer.name
+
+
+def extends(config, name, vocab_size):
+    """Whether a model's tokenizer has all tokens of another one, of this name and vocab_size, under the same numbers."""
+    ours = getattr(open_tokenizer(config), "vocabulary", {})
+    theirs = KNOWN[name].fingerprint if name in KNOWN else name
+    return is_same(theirs, fingerprint({token: number for token, number in ours.items() if number < vocab_size}))
 
 
 def stream_text(tokenizer, tokens, last):

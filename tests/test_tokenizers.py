@@ -65,11 +65,13 @@ def write_model(directory, vocab_size):
     return model
 
 
-def write_gpt2(directory, added=()):
-    """GPT-2's vocab.json and merges.txt, perhaps with added tokens."""
+def write_gpt2(directory, vocabulary=None, added=()):
+    """GPT-2's vocab.json and merges.txt, perhaps with another vocabulary or added tokens behind it."""
     Path(directory).mkdir()
     for name, content in gpt2_files().items():
         Path(directory, name).write_bytes(content)
+    if vocabulary:
+        Path(directory, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     if added:
         Path(directory, "added_tokens.json").write_text(
             json.dumps({t: i for i, t in enumerate(added, 50257)}), encoding="utf-8")
@@ -93,14 +95,18 @@ def test_gpt2_is_told_by_its_files_without_tiktokens(shared, workdir, monkeypatc
     assert tokenizer_record("english")["name"].startswith("english-")
 
 
-def test_a_tokenizer_with_added_tokens_is_another_one(shared, workdir):
+def test_a_tokenizer_that_extends_that_of_the_data_fits(shared, german):
     write_gpt2("chat", added=["[PAD]", "<|im_start|>"])
+    write_dataset("english", range(100), meta=None)
     record = tokenizer_record("chat")
     assert record["name"].startswith("chat-") and read_tokenizer("chat").vocab_size == 50259
-    write_dataset("english", range(100), meta=None)
+    assert len(load_tokens("english", "train", config_of(50259, record))) == 100
+    gpt2 = json.loads(Path("chat/vocab.json").read_text(encoding="utf-8"))
+    gpt2["Ġthe"], gpt2["Ġof"] = gpt2["Ġof"], gpt2["Ġthe"]
+    write_gpt2("swapped", gpt2, added=["[PAD]"])
     write_dataset("chatted", range(100), meta=dict(vocab_size=50259, tokenizer=record["name"]))
-    assert len(load_tokens("chatted", "train", config_of(50258, record))) == 100  # of a model that has no row for the last
-    for name, size, other in ("english", 50259, record), ("chatted", 50304, None):
+    for name, size, other in ("english", 50258, tokenizer_record("swapped")), ("english", 301, tokenizer_record("german")), \
+            ("chatted", 50257, None):  # not the other way around
         with pytest.raises(UserError, match="use data and a model that belong together"):
             load_tokens(name, "train", config_of(size, other))
 
