@@ -130,7 +130,7 @@ def shapes_within(config, limit, largest=None):
     if not fitting:
         nearest = min((min(shape.parameters, total) for shape in shapes), key=lambda size: abs(size - limit))
         raise UserError(f"no shape of the MLPs makes a model of {limit:,} parameters: the nearest size is {nearest:,}, and "
-                        f"{rest:,} are outside of the MLP matrices. With --calibrate=DATASET the whole model shares the budget")
+                        f"{rest:,} are outside of the MLP matrices. With --calibrate=DATASET the whole model shares it")
 
     def interest(shape):
         is_krony_pt, is_low_rank = shape.dim_1 == C and shape.n_factors == 1, (shape.dim_1, shape.dim_2) == (C, 1)
