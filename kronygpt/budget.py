@@ -10,6 +10,7 @@ import torch
 
 from kronygpt.calibration import progress
 from kronygpt.configurator import UserError
+from kronygpt.device import float64
 from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, N_BANDS, Block, Staircase, grid, narrowed, tails
 from model import KINDS, KronyGPT, Shape, multiply_adds
 
@@ -232,7 +233,7 @@ def plan_widths(dense, limits, statistics, narrows=NARROWS):
     embeddings = {}
     if "embedding" in narrows:
         found = statistics
-        E, P = (getattr(dense.transformer, name).weight.detach().double() for name in ("wte", "wpe"))
+        E, P = (float64(getattr(dense.transformer, name).weight.detach()) for name in ("wte", "wpe"))
         embeddings["wte"] = Staircase(E, (found.frequencies + found.probabilities) / 2,
                                       found.embedding_fisher + found.uncertainty * found.hidden, N_BANDS)
         embeddings["wpe"] = Staircase(P, torch.full_like(P[:, 0], 1 / len(P)), found.embedding_fisher)
