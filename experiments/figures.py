@@ -224,7 +224,7 @@ def mlp_matrices(model):
     return [W.detach() for block in model.transformer.h for W in (block.mlp.c_fc.weight, block.mlp.c_proj.weight.T)]
 
 
-def normalised_spectrum(W, dim_1, dim_2):
+def normalized_spectrum(W, dim_1, dim_2):
     """Singular values of the rearranged W over its norm, in descending order."""
     sigma = torch.linalg.svdvals(rearrange(W.double().contiguous(), dim_1, dim_2))
     return sigma / sigma.norm()
@@ -234,7 +234,7 @@ def mean_spectra(matrices, shapes):
     """{(dim_1, dim_2, r): (spectrum of trained matrices, of random ones)}, means over the matrices."""
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(W.shape, generator=generator) for W in matrices]
-    return {shape: [torch.stack([normalised_spectrum(W, *shape[:2]) for W in group]).mean(0) for group in (matrices, random)]
+    return {shape: [torch.stack([normalized_spectrum(W, *shape[:2]) for W in group]).mean(0) for group in (matrices, random)]
             for shape in shapes}
 
 
