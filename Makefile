@@ -2,11 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo figures test stress lint clean
+.PHONY: help install demo base gpt2 figures test stress lint clean
 
 help:
 	@echo 'make install   the packages, in $(VENV): 1.6 GB'
 	@echo 'make demo      compress, train, export and score a small GPT-2 on the documentation of Python, and show the result'
+	@echo 'make base      train a GPT-2 with a real vocabulary on the Python source of this environment: hours'
+	@echo 'make gpt2      compress GPT-2 in several ways and score each: needs a network, and hours without a GPU'
 	@echo 'make test      the tests'
 	@echo 'make stress    kills, full disks and damaged files'
 	@echo 'make lint      the linter'
@@ -19,10 +21,17 @@ demo: $(VENV)/runtime
 	$(VENV)/bin/python -m experiments.prepare_pydocs
 	$(VENV)/bin/python train.py config/demo_base.py
 	$(VENV)/bin/python -m experiments.compare config/compare_demo.py
-	$(VENV)/bin/python kron_to_gpt.py out/demo/all_matrices_ranks_by_loss/seed_1337/best.pt out/demo/small --compressed=True \
-	  --perplexities=out/demo/all_matrices_ranks_by_loss/seed_1337/after.json
+	$(VENV)/bin/python kron_to_gpt.py out/demo/whole_model_by_budget/seed_1337/best.pt out/demo/small --compressed=True \
+	  --perplexities=out/demo/whole_model_by_budget/seed_1337/after.json
 	@echo "to play with it beside the dense model, trained as long:" \
 	  "$(VENV)/bin/python play.py out/demo/dense_trained_further_128_512_1/seed_1337/best.pt out/demo/small"
+
+base: $(VENV)/runtime
+	$(VENV)/bin/python -m experiments.prepare_pysource
+	$(VENV)/bin/python train.py config/base.py
+
+gpt2: $(VENV)/runtime
+	HF_HUB_OFFLINE=0 $(VENV)/bin/python -m experiments.gpt2
 
 figures: $(VENV)/runtime
 	$(VENV)/bin/python -m experiments.figures

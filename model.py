@@ -421,7 +421,7 @@ class KronyGPT(nn.Module):
                 raise ValueError(f"weight {name} is {found.get(name, 'missing')}, where the model has "
                                  f"{expected.get(name, 'none')}")
         model.load_state_dict(state_dict, assign=True)
-        return model
+        return model.to(model.transformer.ln_f.weight.device)  # with the buffers that no file holds
 
 
 class KVCache:

@@ -6,10 +6,10 @@
     python perplexity.py ckpt book.txt          # a file: UTF-8 text, or rows with a `text`: .jsonl, .csv, .parquet, ...
 
 ckpt is a .pt file, a Hugging Face directory, a name under models/ or a hub name; a .pt is scored as it is. Rows of a
-data set are joined by blank lines. The text is cut into windows of the model's context, one every --stride tokens
-(default: no overlap), and each window scores the tokens that no earlier window has scored. The first token of a window has
-no context and is not scored in that window. Perplexity is exp of the mean loss over the tokens scored; bits per byte
-divides the same loss by the text's bytes. A text is tokenized with the model's own tokenizer.
+data set, except nulls, are joined by blank lines. The text is cut into windows of the model's context, one every --stride
+tokens (default: no overlap), and each window scores the tokens that no earlier window has scored. The first token of a
+window has no context and is not scored in that window. Perplexity is exp of the mean loss over the tokens scored; bits per
+byte divides the same loss by the text's bytes. A text is tokenized with the model's own tokenizer.
 
 Figures of lm_eval (EleutherAI's evaluation harness) are not comparable: its wikitext detokenizes WikiText-2's pages, scores
 each page by itself and divides by words or original bytes; its lambada_openai scores the last word of each passage only.
@@ -36,39 +36,35 @@ device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
 dtype = "float32"  # bfloat16 or float16, by autocast
 json_out: str | None = None  # file for the results as JSON
 
-PUBLISHED = ("wiki103", "wiki2", "lambada")
+PUBLISHED = {"wiki103": "wikitext-103-v1", "wiki2": "wikitext-2-v1", "lambada": None}  # {name: configuration on the hub}
 OWT_BATCHES = 200
 
 
 def is_text(name):
     """Whether a data set is text, and no .bin of tokens: a published one or a file."""
-    return (name in PUBLISHED or data.kind_of(name) in (".txt", *data.ROWS)
-            or (Path(name).exists() and not Path(name).is_dir() and not (data.DATA_DIR / name).is_dir()))
+    if name in PUBLISHED or data.kind_of(name) in (".txt", *data.ROWS):
+        return True
+    return Path(name).is_file() and not (data.DATA_DIR / name).is_dir()
 
 
 def load_rows(name):
-    """The texts of a data set, None for a row without one: wiki103, wiki2, lambada, or the path of a file."""
-    path, config = {"wiki103": (wikitext, "wikitext-103-v1"), "wiki2": (wikitext, "wikitext-2-v1"),
-                    "lambada": (lambada, None)}.get(name, (name, None))
-    if name not in PUBLISHED or Path(path).is_file() or data.kind_of(path) in (".txt", *data.ROWS):
-        return list(data.read_rows(path))
-    if Path(path).is_dir() and (files := sorted(Path(path, config or "").glob("test-*.parquet"))):
+    """The texts of a data set: wiki103, wiki2, lambada, or the path of a file."""
+    if name not in PUBLISHED:
+        return list(data.read_rows(name))
+    path, config = lambada if name == "lambada" else wikitext, PUBLISHED[name]
+    if files := [path] if Path(path).is_file() else sorted(Path(path, config or "").glob("test-*.parquet")):
         return [row for file in files for row in data.read_rows(file)]
     try:
-        return hub_dataset(path, config, split="test")["text"]
+        return list(data.texts_of(hub_dataset(path, config, split="test"), "text", path))
     except (OSError, ValueError) as error:
-        local = "--wikitext=DIRECTORY" if name != "lambada" else "--lambada=FILE.jsonl"
+        local = "--wikitext=DIRECTORY" if path == wikitext else "--lambada=FILE.jsonl"
         raise OSError(f"cannot load {name} from {path} ({type(error).__name__}); "
                       f"with no network, {local} reads a local copy") from None
 
 
 def load_text_tokens(name, config, directory=None):
     """The tokens of a text data set, by the tokenizer of a KronyGPTConfig or that in a directory, and its bytes."""
-    rows = load_rows(name)
-    texts = [row for row in rows if row is not None]
-    if len(texts) < len(rows):
-        print(f"{name}: {len(rows) - len(texts):,} rows with a null for a text are skipped")
-    text = well_formed("\n\n".join(texts))
+    text = well_formed("\n\n".join(load_rows(name)))
     return open_tokenizer(config, directory).encode(text), len(text.encode())
 
 

@@ -107,7 +107,7 @@ class Server(ThreadingHTTPServer):
     machine in turns; the others wait for it and talk to the clients."""
 
     def __init__(self, players):
-        self.players, self.closed = players, False
+        self.players = players
         self.autocast = autocast_to(pick_device(device), dtype)
         self.worker = ThreadPoolExecutor(max_workers=1)
         super().__init__((HOST, port), Handler)
@@ -121,17 +121,16 @@ class Server(ThreadingHTTPServer):
         return self.worker.submit(step).result()
 
     def server_close(self):
-        self.closed = True
         super().server_close()
         self.worker.shutdown(cancel_futures=True)
 
     def handle_error(self, request, client_address):
-        if not self.closed and not isinstance(sys.exc_info()[1], OSError):  # else the client has gone
+        if not isinstance(sys.exc_info()[1], OSError):  # else the client has gone
             super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / and /models, POST /generate and /loss; the answer to a POST is a line of JSON for each event."""
+    """GET / and /models, POST /generate and /loss; the answer to a POST is a line of JSON for each event or error."""
 
     timeout = PATIENCE
 
@@ -167,21 +166,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         if self.path not in ACTIONS:
             return self.reply(404, f"no {self.path} here")
+        self.reply(200, "", "application/x-ndjson")
         try:
             player, request = self.read_request()
             events = ACTIONS[self.path](player, request)
-            event = self.server.next_event(events)
-        except (ConnectionError, TimeoutError):  # the client has gone
-            raise
-        except BaseException as error:  # a tokenizer's panic is no Exception
-            return self.reply(400, in_one_line(error))
-        self.reply(200, "", "application/x-ndjson")
-        while event and not self.server.closed:
-            self.wfile.write(json.dumps(event).encode() + b"\n")
-            try:
-                event = self.server.next_event(events)
-            except BaseException as error:
-                event, events = dict(error=in_one_line(error)), iter(())
+            while event := self.server.next_event(events):
+                self.wfile.write(json.dumps(event).encode() + b"\n")
+        except BaseException as error:  # a tokenizer's panic is no Exception; where the client has gone, this fails, too
+            self.wfile.write(json.dumps(dict(error=in_one_line(error))).encode() + b"\n")
 
     def read_request(self):
         """The Player and the options that a request names."""

@@ -11,7 +11,7 @@ The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one
 end-of-text token after each document. With --documents=N nothing but the first N is downloaded, into data/<out>/.scratch
 while they are tokenized: a billion tokens of English take about 7 GB for a while, and 2 GB in the end. All of OpenWebText
 is first downloaded to the cache of `datasets`, HF_HOME. Local rows are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow
-or a folder of save_to_disk; any other file is one UTF-8 text; .gz, .bz2, .xz and .zst are unpacked.
+or a folder of save_to_disk, and nulls are skipped; any other file is one UTF-8 text; .gz, .bz2, .xz and .zst are unpacked.
 """
 import gc
 import glob
@@ -39,7 +39,7 @@ seed = 2357  # seed for the split
 threads = os.cpu_count() or 1  # tokenizer threads
 
 OPENWEBTEXT = "Skylion007/openwebtext"
-PARQUET = "refs/convert/parquet"  # the hub's own copy of a data set
+SEPARATORS = {"line": "\n", "paragraph": "\n\n", "document": None}  # by the value of sample_by
 DOCUMENTS_PER_TASK = 100  # in a thread's task: with one each, several threads are no faster than one
 TASKS_AT_ONCE = 100  # before their tokens are written: bounds the memory
 
@@ -56,49 +56,32 @@ def find_files():
 
 
 def read_documents(file):
-    """Yield the documents of a local file, None for a row whose text is null."""
+    """Yield the documents of a local file."""
     from kronygpt.data import ROWS, kind_of, read_pieces, read_rows
 
     if kind_of(file) in ROWS:
         yield from read_rows(file, column)
-    elif separator:
-        yield from filter(None, (piece.strip("\n") for piece in read_pieces(file, separator)))
-    elif sample_by == "document":
-        yield "".join(read_pieces(file))
     else:
-        yield from filter(None, read_pieces(file, "\n" if sample_by == "line" else "\n\n"))
-
-
-def load_hub(name, streaming):
-    """A data set of the hub: its rows as they are downloaded, or downloaded as a whole."""
-    from kronygpt.hub import reach_hub
-
-    reach_hub()
-    from datasets import load_dataset
-
-    options = dict(name=hub_config, split="train", streaming=streaming)
-    try:
-        return load_dataset(name, **options)
-    except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
-        return load_dataset(name, revision=PARQUET, **options)
+        pieces = read_pieces(file, separator or SEPARATORS[sample_by])
+        yield from filter(None, (piece.strip("\n") for piece in pieces))
 
 
 def hub_texts(name):
-    """Yield the texts of a data set of the hub while it is downloaded, None for a null."""
-    from kronygpt.data import text_of
+    """Yield the texts of a data set of the hub while it is downloaded."""
+    from kronygpt.data import texts_of
+    from kronygpt.hub import hub_dataset
 
     try:
-        for row in load_hub(name, streaming=True):
-            yield text_of(row, column, name)
+        yield from texts_of(hub_dataset(name, hub_config, streaming=True), column, name)
     finally:
         gc.collect()  # ends pyarrow's threads: they read ahead, and at the interpreter's end would abort it
 
 
 def gather(texts, path):
-    """Write texts, None for a null, to an Arrow file: order and split need their number.
+    """Write texts to an Arrow file: order and split need their number.
 
     Returns:
-        A datasets.Dataset with a column `text`, and a remark on what was left out.
+        A datasets.Dataset with a column `text`, and a remark on texts that look like several.
     """
     from datasets import Dataset, Features, Value
     from datasets.arrow_writer import ArrowWriter
@@ -106,21 +89,16 @@ def gather(texts, path):
     from kronygpt.data import progress
     from kronygpt.tokenizer import END_OF_TEXT, well_formed
 
-    n_nulls = n_marked = 0
-    features = Features(text=Value("large_string"))
+    n_marked, features = 0, Features(text=Value("large_string"))
     with closing(texts), ArrowWriter(path=path, features=features, writer_batch_size=DOCUMENTS_PER_TASK) as writer, \
             progress(desc="reading", total=documents, unit="documents") as bar:
         for text in islice(texts, documents):
             bar.update()
-            n_nulls += text is None
-            if text is not None:
-                n_marked += END_OF_TEXT in text
-                writer.write(dict(text=well_formed(text)))
+            n_marked += END_OF_TEXT in text
+            writer.write(dict(text=well_formed(text)))
         writer.finalize()
-    remark = f"; {n_nulls:,} rows with a null for a text are skipped" if n_nulls else ""
-    if n_marked:
-        remark += f"; {n_marked:,} have {END_OF_TEXT} as plain text: --separator='{END_OF_TEXT}' splits a .txt there"
-    return Dataset.from_file(path), remark
+    remark = f"; {n_marked:,} have {END_OF_TEXT} as plain text: --separator='{END_OF_TEXT}' splits a .txt there"
+    return Dataset.from_file(path), remark if n_marked else ""
 
 
 def encode_all(parts, ours):
@@ -142,9 +120,10 @@ def encode_all(parts, ours):
 
 def main():
     from kronygpt.data import DATA_DIR, scratch_folder, write_documents
+    from kronygpt.hub import hub_dataset
     from kronygpt.tokenizer import GPT2Tokenizer, read_tokenizer
 
-    check_choice(globals(), "sample_by", "line", "paragraph", "document")
+    check_choice(globals(), "sample_by", *SEPARATORS)
     if hub and (data_files or documents is None):
         raise UserError("--hub goes with --documents=N, the number to stream, and without --data_files")
     ours = read_tokenizer(tokenizer) if tokenizer else GPT2Tokenizer()
@@ -160,7 +139,7 @@ def main():
             texts = (text for file in files for text in read_documents(file)) if files else hub_texts(name)
             dataset, remark = gather(texts, str(scratch / "documents.arrow"))
         else:
-            dataset, remark = load_hub(name, streaming=False), ""
+            dataset, remark = hub_dataset(name, hub_config), ""
         if len(dataset) < 2:
             raise UserError(f"{len(dataset)} documents are too few to split: --sample_by=line makes more of a .txt")
         start = time.perf_counter()

@@ -6,7 +6,7 @@
 The model is a .pt file, a Hugging Face directory, a name under models/ or a hub name. Without a tokenizer for it, an empty
 prompt begins with token 0, and the numbers of the tokens are printed.
 """
-from kronygpt.configurator import run
+from kronygpt.configurator import check_choice, run
 
 start = "\n"  # the prompt, where <|endoftext|> is that token; FILE:path reads it from a file; empty: <|endoftext|>
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
@@ -16,7 +16,7 @@ temperature = 0.8  # divides the logits; 0 takes the most likely token
 top_k = 200  # sample among the N most likely tokens; 0 for all
 seed = 1337  # seed for sampling
 device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
-dtype = "float32"  # bfloat16 or float16, by autocast
+dtype = "float32"  # of the weights and of all that is computed: float32, bfloat16 or float16
 
 
 def main(ckpt):
@@ -24,24 +24,24 @@ def main(ckpt):
 
     from kronygpt import checkpoint
     from kronygpt.data import read_pieces
-    from kronygpt.device import autocast_to, pick_device
+    from kronygpt.device import pick_device
     from kronygpt.tokenizer import open_tokenizer, stream_text
 
+    check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
     prompt = "".join(read_pieces(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
     model, _ = checkpoint.load(ckpt)
     text_tokenizer = open_tokenizer(model.config, tokenizer)
     tokens = text_tokenizer.encode_prompt(prompt)
     torch_device = pick_device(device)
-    model.to(torch_device)
+    model.to(torch_device, getattr(torch, dtype))
     idx = torch.tensor([tokens], device=torch_device)
     torch.manual_seed(seed)
-    with autocast_to(torch_device, dtype):
-        for _ in range(num_samples):
-            print(text_tokenizer.decode(tokens), end="", flush=True)
-            new = model.generate(idx, max_new_tokens, temperature, top_k or None)
-            for text in stream_text(text_tokenizer, (token.item() for token in new), tokens[-1]):
-                print(text, end="", flush=True)
-            print("\n" + "-" * 80)
+    for _ in range(num_samples):
+        print(text_tokenizer.decode(tokens), end="", flush=True)
+        new = model.generate(idx, max_new_tokens, temperature, top_k or None)
+        for text in stream_text(text_tokenizer, (token.item() for token in new), tokens[-1]):
+            print(text, end="", flush=True)
+        print("\n" + "-" * 80)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ max_iters = 5000  # optimizer steps
 overwrite = False  # start over if out_dir already holds a run
 eval_interval = 500  # steps between evaluations, which also save
 checkpoint_minutes = 0.0  # also save every N minutes; 0 for never
-keep = 0  # number of older checkpoints, of evaluations, to keep beside ckpt.pt as ckpt_{step}.pt
+keep = 0  # keep the checkpoints of the last N evaluations, as ckpt_{step}.pt
 eval_iters = 50  # batches of each split in an evaluation
 log_interval = 10  # steps between lines of progress
 # the model from scratch; a checkpoint has its own sizes
@@ -95,7 +95,7 @@ def main():
 
     from kronygpt import checkpoint
     from kronygpt.data import batch_starts, load_tokens, step_seed, windows
-    from kronygpt.device import Processes, Speed, autocast_to, default_dtype, gradient_scaler
+    from kronygpt.device import Clock, Processes, autocast_to, default_dtype, gradient_scaler
     from kronygpt.run_dir import RunDir
 
     # the machine, the model, the data and the optimizer
@@ -119,18 +119,16 @@ def main():
     tokens_per_step = batch_size * gradient_accumulation_steps * context
     step = rest.get("iter_num", 0)
 
-    # one process writes
     options = {name: globals()[name] for name in option_types(globals())}
-    speed = Speed(torch_device, dtype_name, world_size)
     if processes.is_main:
         run_dir.start_wandb(options, rest.get("config", {}).get("wandb_run_id"))
         run_dir.claim(overwrite, rest)
-        print_plan(model, len(tokens["train"]), tokens_per_step, speed, rest.get("config", {}))
+        print_plan(model, len(tokens["train"]), tokens_per_step, rest.get("config", {}))
 
     processes.catch_signals()
     saved_at, skipped = time.monotonic(), torch.zeros((), device=torch_device)
     most_skipped = MOST_SKIPPED if scaler.is_enabled() else 0
-    speed.restart(step)
+    clock = Clock(step)
     while True:  # `step` counts the optimizer steps done
         # evaluate, save, stop; a resume repeats the evaluation of its step
         stop, losses = processes.stop_signal(), {}
@@ -147,7 +145,7 @@ def main():
             if processes.is_main and losses:
                 print(f"step {step:>6} | train loss {losses['train_loss']:.4f} | val loss {losses['val_loss']:.4f}")
             saved_at = time.monotonic()
-            speed.restart(step)
+            clock.restart(step)
         if stop or step >= max_iters:
             break
 
@@ -180,19 +178,17 @@ def main():
             check_finite(skipped <= most_skipped, step, run_dir)
             loss, norm = processes.mean(total, 1), grad_norm.item()
             if processes.is_main:
-                seconds = speed.read(step)
-                mfu = speed.mfu(tokens_per_step / seconds * model.flops_per_token(context))
-                left = timedelta(seconds=round((max_iters - step) * seconds))
+                seconds = clock.read(step)
+                speed, left = tokens_per_step / seconds, timedelta(seconds=round((max_iters - step) * seconds))
+                tflops = speed * model.flops_per_token(context) / 1e12  # of all devices
                 print(f"step {step:>6}/{max_iters} | loss {loss:.4f} | lr {rate:.2e} | norm {norm:.2f} | "
-                      f"{tokens_per_step / seconds:,.0f} tokens/s{f' | mfu {mfu:.0%}' if mfu else ''} | {left} left")
+                      f"{speed:,.0f} tokens/s | {tflops:.3g} TFLOP/s | {left} left")
                 run_dir.log(step=step, loss=loss, lr=rate, grad_norm=norm if norm < math.inf else None,  # no inf in JSON
-                            tokens_per_second=tokens_per_step / seconds, **({"mfu": mfu} if mfu else {}))
+                            tokens_per_second=speed, tflops=tflops)
 
     if processes.is_main:
-        if stop:
-            print(f"stopped by {signal.Signals(stop).name} after step {step}; --init_from=resume continues")
-        else:
-            print(f"done: best validation loss {run_dir.best_val_loss:.4f}, in {run_dir.best}")
+        print(f"stopped by {signal.Signals(stop).name} after step {step}; --init_from=resume continues" if stop else
+              f"done: best validation loss {run_dir.best_val_loss:.4f}, in {run_dir.best}")
         run_dir.close()
     processes.leave(stop)
 
@@ -250,8 +246,6 @@ def adopt_sizes(model):
     """Set the options of sizes to those of a model that was loaded; UserError where one that was given contradicts it."""
     config, c_fc = model.config, model.config.shapes["mlp.c_fc"]
     numbers = [shape.factors for shape in c_fc]
-    if "factors" in configurator.given and factors_of_blocks(len(c_fc)) == numbers:
-        configurator.given.remove("factors")  # another way to say it
 
     def common(values):
         return values[0] if len(set(values)) == 1 else None
@@ -286,13 +280,13 @@ def wrap(model, torch_device, world_size):
     return DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
 
 
-def print_plan(model, n_tokens, tokens_per_step, speed, resumed_options):
-    """Print what will be trained on how much, what mfu means, and what differs from the run that is resumed."""
+def print_plan(model, n_tokens, tokens_per_step, resumed_options):
+    """Print what will be trained on how much, and what differs from the run that is resumed."""
     counts = model.count_parameters()
     print(f"parameters: {counts['total']:,} = Kronecker factors {counts['factors']:,} + other matrices "
           f"{counts['matrices']:,} + biases and layer norms {counts['vectors']:,}")
     print(f"seed: {seed}; data: {dataset}, {n_tokens:,} tokens; a step takes {tokens_per_step:,}, the run "
-          f"{tokens_per_step * max_iters / n_tokens:.2f} times the data{f'; mfu: share of {speed}' if speed.peak else ''}")
+          f"{tokens_per_step * max_iters / n_tokens:.2f} times the data")
     for name, value in resumed_options.items():
         if name in option_types(globals()) and name not in RUN_BY_RUN and value != globals()[name]:
             print(f"resumed with --{name}={globals()[name]}, where it was {value}")

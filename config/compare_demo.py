@@ -1,5 +1,5 @@
-# `make demo`: Krony-PT's pruning and Van Loan at two sizes, Van Loan's shape calibrated, and at the smaller size, ranks by
-# predicted loss over all matrices, beside the dense base of config/demo_base.py. The first start is the base itself,
+# `make demo`: Krony-PT's pruning and Van Loan at two sizes, Van Loan's shape calibrated, and at the smaller size and half of
+# it, the whole model by predicted loss, beside the dense base of config/demo_base.py. The first start is the base itself,
 # (C, 4C, 1), which shows what further training alone gains.
 base = "out/demo/base/best.pt"
 train_config = "config/demo_train.py"
@@ -10,7 +10,8 @@ starts = """
 dense, trained further (128, 512, 1): kron_decompose.py 128 512 1
 Van Loan (128, 128, 1): kron_decompose.py 128 128 1
 calibrated (128, 128, 1): kron_decompose.py 128 128 1 --calibrate=pydocs
-all matrices, ranks by loss: kron_decompose.py --budget=449.3K --calibrate=pydocs
+whole model, by budget: kron_decompose.py --budget=449.3K --calibrate=pydocs
+whole model, half of that: kron_decompose.py --budget=224.6K --calibrate=pydocs
 Van Loan (128, 256, 1): kron_decompose.py 128 256 1
 even rows kept (64, 512, 1): prune.py
 """

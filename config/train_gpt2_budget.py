@@ -1,4 +1,4 @@
-# 82M parameters shared among all matrices of GPT-2 by predicted loss, trained further on OpenWebText.
+# GPT-2 in 82M parameters, every width and rank by predicted loss, trained further on OpenWebText.
 #   python kron_decompose.py --budget=82M --calibrate=openwebtext
 #   torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_budget.py
 # Cost: 11.8B tokens at 6.0e8 FLOP each, as train.py counts them, are 7.1e18 FLOP: 20 GPU hours at 1e14 FLOP/s, a

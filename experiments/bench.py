@@ -46,7 +46,7 @@ out_dir = "out/bench"  # directory of the results
 CONTEXTS, SEQUENCES = (64, 900), (1, 8)  # of generation: tokens at the end, and sequences at once
 LOOP_FACTORS = 16  # at most, of a torch.kron loop: it keeps as many whole matrices for the backward pass
 
-# A torch.nn.Module with its calls loss(idx, targets) and generate(idx, n), for idx and targets (B, T)
+# A torch.nn.Module with its calls loss(idx, targets) and generate(idx, n) or None, for idx and targets (B, T)
 Candidate = namedtuple("Candidate", "model loss generate")
 
 
@@ -106,11 +106,6 @@ def make_candidates(shape, is_first):
     def multiply_by_kron_loop(matrix, x):
         return x @ sum(torch.kron(a, b) for a, b in zip(matrix.A, matrix.B)) + matrix.bias
 
-    @torch.no_grad()
-    def generate_without_cache(model, idx, n):
-        for _ in range(n):
-            idx = torch.cat((idx, model(idx)[:, -1:].argmax(-1)), dim=1)
-
     def ours(shape, whole_logits=False):
         model = KronyGPT(make_config(shape))
         return Candidate(model, partial(loss_of_whole_logits, model) if whole_logits else model,
@@ -122,7 +117,7 @@ def make_candidates(shape, is_first):
         for _, _, matrix in loop.model.matrices():
             if not matrix.is_dense:
                 matrix.forward = partial(multiply_by_kron_loop, matrix)
-        candidates[f"torch.kron {shape}"] = loop._replace(generate=partial(generate_without_cache, loop.model))
+        candidates[f"torch.kron {shape}"] = loop._replace(generate=None)
     if is_first:
         gpt2 = GPT2LMHeadModel(GPT2Config(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size, resid_pdrop=0.0,
@@ -166,8 +161,7 @@ def measure(candidates, torch_device):
     optimizers.clear()
     record("forward", time_in_turns(partial(step, n=batch_size, is_training=False), candidates))
     for sequences, context in itertools.product(SEQUENCES, sorted({min(context, block_size) for context in CONTEXTS})):
-        names = [name for name in candidates  # the loops have no cache, and take minutes at long contexts
-                 if not name.startswith("torch.kron") or context == min(CONTEXTS)]
+        names = [name for name, candidate in candidates.items() if candidate.generate]
         record(f"generation {sequences} × {context}",
                time_in_turns(partial(generate, sequences=sequences, context=context), names))
     for name, candidate in candidates.items():

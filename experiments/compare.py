@@ -44,7 +44,7 @@ out_dir = "out/demo"  # directory of the results
 
 SCRIPTS = ("kron_decompose.py", "prune.py", "experiments/peers.py")
 SET_HERE = {"init_from", "out", "out_dir", "dataset", "seed", "overwrite", "max_iters"}  # options that no start may have
-RESULT_FORMAT = 5  # of the kept results; those of another format are computed again
+RESULT_FORMAT = 6  # of the kept results; those of another format are computed again
 
 
 def call(script, *args):
@@ -107,14 +107,16 @@ def make_start(folder, command):
     """Make (the base has no command) and score a start: what does not depend on the seed.
 
     Returns:
-        {"parameters", "shapes": {matrix: [[dim_1, dim_2, factors] of each block]}, "before": loss, "seconds"}
+        {"parameters", "shapes": {matrix: [[dim_1, dim_2, factors] of each block]}, "widths": {name: [width of each block]
+        or bands of an embedding}, "before": loss, "seconds"}
     """
     path = folder / "start.pt" if command else base
     seconds = call(*command, f"--init_from={base}", f"--out={path}") if command else 0
     model, _ = checkpoint.load(str(path))
     shapes = {name: [list(shape) for shape in of_blocks] for name, of_blocks in model.config.shapes.items()}
-    return dict(parameters=model.count_parameters()["total"], shapes=shapes, before=score(path, folder / "before.json"),
-                seconds=seconds)
+    widths = {name: getattr(model.config, name) for name in ("head_qk", "head_v", "n_inner", "wte", "wpe")}
+    return dict(parameters=model.count_parameters()["total"], shapes=shapes, widths=widths,
+                before=score(path, folder / "before.json"), seconds=seconds)
 
 
 def train_start(folder, start, options, seed, is_exported):

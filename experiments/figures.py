@@ -1,143 +1,124 @@
-"""Make every picture and table of docs/report.md, and the tables of README.md, from runs of the repository.
+"""Make every picture and table of docs/report.md and docs/learning_rates.md, and the tables of README.md, from runs.
 
-    python -m experiments.figures                  # the runs that are missing, then all pictures and tables
-    python -m experiments.figures compare_small    # ... and this run of the list below, again
+    python -m experiments.figures                      # the runs that are missing, then all pictures and tables
+    python -m experiments.figures compare_bytes        # ... and this run of the list below, again
+    python -m experiments.figures --make_runs=False    # pictures and tables of the runs that are there
+    python -m experiments.figures --only=plan          # one picture or table, without runs
 
-Runs are the commands that a person would give; one whose output is there is not repeated. Those that take long are made side
-by side, one core each, and their outputs go to out/figures/NAME.log. The pictures go to docs/*.png. A table stands in the
-documents between `<!-- table: NAME -->` and `<!-- end -->`, and what is between is replaced; without its run it stays as it
-is. docs/runs.json keeps the commit, the machine and the minutes of each run.
+Runs are the commands that you would give, one after the other. A run whose output is there is not repeated. Pictures go to
+docs/*.png. A table stands in the documents between `<!-- table: NAME -->` and `<!-- end -->`, and is replaced as a whole.
+Where a run is missing, its tables and pictures stay as they are. docs/runs.json keeps the commit, the machine and the
+minutes of each run.
 """
-import contextlib
-import itertools
 import json
 import math
 import os
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from experiments.compare import markdown, mean_loss, spread, table
-from experiments.pictures import dense_start, draw_pareto
+from experiments.pictures import ACCENT, GREY, dense_start, draw_added, draw_parts, method
+from experiments.predict import rank_correlation
+from kronygpt import calibration, checkpoint, compress, data
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
+from kronygpt.kron import rearrange
 from kronygpt.run_dir import new_figure, save_figure
+from model import KINDS, KronyGPT, KronyGPTConfig, Shape, contraction_order, mlp_shapes, multiply_adds
+
+only = ""  # name of one picture or table to make; default: all of them
+make_runs = True  # make the runs that are missing first; never with --only
+documents = "docs/report.md,docs/learning_rates.md,README.md"  # comma list of the files with tables
+calibration_tokens = 131072  # number of tokens behind the table of errors
 
 ROOT = Path(__file__).resolve().parent.parent
-base = "out/demo/base/best.pt"  # the dense model of the spectra and errors
-dataset = "pydocs"  # data/<dataset>, for calibration and losses
-calibration_tokens = 131072  # number of its tokens
-documents = "docs/report.md,README.md"  # comma list of the files with tables
-
-# In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `one_core`: it
-# has one thread, and other runs beside it. `reads`: what no run makes; without it, the run is left out.
-Run = namedtuple("Run", "command output feeds one_core reads", defaults=(False, None))
-BYTES_BASE = "../shared/data/gpt2-bytes"  # as in config/compare_bytes.py
+BASE, BASE_DATASET = "out/demo/base/best.pt", "pydocs"  # the dense model of the spectra and errors, and its text
+BYTES_BASE, BPE_BASE = "../shared/data/gpt2-bytes", "../shared/data/gpt2-bpe4k"  # as in config/compare_*.py
+# In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `reads`: what
+# no run makes; without it, the run is left out.
+Run = namedtuple("Run", "command output feeds reads", defaults=(None,))
 RUNS = {
-    "pydocs": Run("-m experiments.prepare_pydocs", "data/pydocs/meta.json", "the text of all runs below"),
-    "base": Run("train.py config/demo_base.py", base, "report: singular values, errors of the fits"),
-    "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json",
-                "README and report: the demo's table"),
+    "pydocs": Run("-m experiments.prepare_pydocs", "data/pydocs/meta.json", "the text of the runs below"),
+    "base": Run("train.py config/demo_base.py", BASE, "report: singular values, errors of the fits"),
+    "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json", "README: the demo's table"),
     "compare_bytes": Run("-m experiments.compare config/compare_bytes.py", "out/compare_bytes/results.json",
-                         "README and report: results at width 256, ranks of each matrix", one_core=True, reads=BYTES_BASE),
+                         "README and report: results, what a budget chose", BYTES_BASE),
+    "compare_ablation": Run("-m experiments.compare config/compare_ablation.py", "out/compare_ablation/results.json",
+                            "report: what each part is worth", BYTES_BASE),
+    "compare_kronecker": Run("-m experiments.compare config/compare_kronecker.py", "out/compare_kronecker/results.json",
+                             "report: Kronecker products against low rank", BYTES_BASE),
+    "compare_bpe": Run("-m experiments.compare config/compare_bpe.py", "out/compare_bpe/results.json",
+                       "report: the embeddings' share", BPE_BASE),
     "compare_small": Run("-m experiments.compare config/compare_small.py", "out/compare_small/results.json",
-                         "report: results at width 128, ranks of each matrix", one_core=True),
-    "predict": Run(f"-m experiments.predict --init_from={base} --calibrate=pydocs --out_dir=out/predict_small",
-                   "out/predict_small/table.md", "report: predicted and measured loss", one_core=True),
-    "predict_bytes": Run(f"-m experiments.predict --init_from={BYTES_BASE} --calibrate=pydocs --shares=0.5,0.25 "
-                         "--calibration_tokens=32768 --out_dir=out/predict_bytes", "out/predict_bytes/table.md",
-                         "report: predicted and measured loss at width 256", one_core=True, reads=BYTES_BASE),
+                         "appendix: results at width 128"),
+    "predict": Run(f"-m experiments.predict --init_from={BYTES_BASE} --calibrate=pydocs --shares=0.5,0.25 "
+                   "--calibration_tokens=32768 --out_dir=out/predict_bytes", "out/predict_bytes/table.md",
+                   "report: predicted and measured loss", BYTES_BASE),
     "bench": Run("-m experiments.bench --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
-                 "README and report: speed at GPT-2's sizes"),
+                 "report: speed at GPT-2's sizes"),
 }
-COPIED = [("predict", "predicted.png", "docs/predicted_small.png"), ("predict_bytes", "predicted.png", "docs/predicted.png")]
-PARETO = {"demo": "docs/pareto.png", "compare_small": "docs/pareto_small.png", "compare_bytes": "docs/pareto_bytes.png"}
 RECORDS = Path("docs/runs.json")
-records_lock = threading.Lock()
-LOGS = Path("out/figures")  # of the runs side by side
 MADE_HERE = (":!*.md", ":!docs/*.png", f":!{RECORDS}")  # as git's patterns
-TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)(?=<!-- (end|table: \w+) -->|\Z)", re.DOTALL)
-HEADLINE_SIZE = "1.7M"  # of the starts in the README's first table
-GPT2_BUDGET = 82_000_000, 82_999_999  # parameters: what kron_decompose.py --budget=82M means
-GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (768, 1, 153), (256, 64, 36), (128, 32, 100),
+MARKER = re.compile(r"<!-- table: (\w+) -->")
+TABLE = re.compile(MARKER.pattern + ".*?<!-- end -->", re.DOTALL)
+HEADLINE_SIZE = "1.7M"  # of the starts in the README's table
+PLANS = {"plan": ("0.9M",), "plan_bpe": ("1.1M",)}  # the sizes whose widths and ranks are shown
+GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (768, 1, 160), (256, 64, 36), (128, 32, 100),
                (32, 64, 4)]  # of c_fc
 GPT2_RANK = 288  # of all matrices of GPT-2 with 82M parameters in all
-LABELLED = {(768, 768): "Krony-PT", (768, 1): "low rank"}
-COLORS = {"attn.c_attn": "C0", "attn.c_proj": "C1", "mlp.c_fc": "C2", "mlp.c_proj": "C3"}
+OURS = "KronyGPT"  # what tables call the method that configs call "ours"
+HEADS_LISTED = 4  # heads of a block whose widths are listed one by one; of more heads, the smallest and the largest
 NOT_KNOWN = "—"
 BATCH_SIZE = 8  # windows that are scored together
 
 
 # ---- documents and runs
 
-def rewrite(text, tables, path="the text"):
-    """A document with new tables between its markers.
-
-    Args:
-        text: the document.
-        tables: {name: Markdown, or None to leave the table as it is}.
-        path: of the document, for errors.
-
-    Raises:
-        UserError: a marker without its end, or with a name that is not in tables.
-    """
+def rewrite(text, tables):
+    """A document with new tables between its markers; tables: {name: Markdown, or None to leave the table as it is}."""
     def replacement(match):
-        name, end = match[1], match[3]
-        if end != "end":
-            raise UserError(f"{path}: <!-- table: {name} --> has no <!-- end --> behind it")
-        if name not in tables:
-            raise UserError(f"{path}: there is no table {name}: experiments/figures.py makes {', '.join(tables)}")
-        return match[0] if tables[name] is None else f"<!-- table: {name} -->\n\n{tables[name].strip()}\n\n"
+        table = tables[match[1]]
+        return match[0] if table is None else f"<!-- table: {match[1]} -->\n\n{table.strip()}\n\n<!-- end -->"
 
     return TABLE.sub(replacement, text)
 
 
 def rewrite_documents(paths, tables):
-    """Rewrite the tables of some files. UserError, before anything is written, where no file has the marker of a table."""
+    """Rewrite the tables of some files. UserError, before anything is written, where a table, its marker or its end is
+    missing."""
     texts = {path: Path(path).read_text(encoding="utf-8") for path in paths}
-    found = {match[1] for text in texts.values() for match in TABLE.finditer(text)}
-    if missing := [name for name in tables if name not in found]:
-        raise UserError(f"no marker <!-- table: {missing[0]} --> in {' or '.join(paths)}: add it, and <!-- end -->")
-    for path, new in {path: rewrite(text, tables, path) for path, text in texts.items()}.items():
-        if new != texts[path]:
+    markers = {name for text in texts.values() for name in MARKER.findall(text)}
+    if odd := markers ^ tables.keys():
+        raise UserError(f"{' and '.join(paths)} differ from main() of experiments/figures.py in the tables {sorted(odd)}")
+    for path, text in texts.items():
+        if len(MARKER.findall(text)) != text.count("<!-- end -->"):
+            raise UserError(f"{path} has a marker of a table without its <!-- end -->")
+    for path, text in texts.items():
+        if (new := rewrite(text, tables)) != text:
             with atomic_write(path, "w") as file:
                 file.write(new)
 
 
-def make(names):
-    """Make runs: side by side, as many as there are cores, where neighbours in the list have one core each."""
-    for one_core, group in itertools.groupby(names, key=lambda name: RUNS[name].one_core):
-        with ThreadPoolExecutor(os.cpu_count() if one_core else 1) as pool:
-            for _ in pool.map(call, group):
-                pass  # its error, if it failed; what runs beside it goes on to its end
-
-
-def call(name):
+def make(name):
     """Make a run of the list, and record the commit, the machine and the minutes that it took."""
-    entry, begin = RUNS[name], time.perf_counter()
-    command, log = [sys.executable, *shlex.split(entry.command)], LOGS / f"{name}.log"
-    print(f"\n$ python {entry.command}{f'  > {log}' * entry.one_core}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = dict(os.environ, OMP_NUM_THREADS="1") if entry.one_core else None
-    with open(log, "wb") if entry.one_core else contextlib.nullcontext() as file:
-        made = subprocess.run(command, stdout=file, stderr=file, env=env)
-    if made.returncode:
-        raise UserError(f"the run {name} failed; see {log if entry.one_core else 'above'}", status=1)
-    minutes = round((time.perf_counter() - begin) / 60, 1)
-    print(f"\n{name}: {minutes} minutes", flush=True)
-    with records_lock:
-        records = read_records()
-        records[name] = dict(commit=commit(), machine="one core of " * entry.one_core + machine(), minutes=minutes)
-        with atomic_write(RECORDS, "w") as file:
-            file.write(json.dumps({n: records[n] for n in RUNS if n in records}, indent=2, ensure_ascii=False) + "\n")
+    command, begin = RUNS[name].command, time.perf_counter()
+    print(f"\n$ python {command}", flush=True)
+    if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
+        raise UserError(f"the run {name} failed; see above", status=1)
+    records = read_records()
+    records[name] = dict(commit=commit(), machine=machine(), minutes=round((time.perf_counter() - begin) / 60, 1))
+    with atomic_write(RECORDS, "w") as file:
+        file.write(json.dumps({n: records[n] for n in RUNS if n in records}, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_records():
@@ -155,8 +136,6 @@ def commit():
 
 def machine():
     """The processor and the number of cores, and the GPU if there is one."""
-    import torch
-
     names = [line.partition(": ")[2] for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
     cpu = f"{os.cpu_count()} cores, {names[0] if names else platform.processor() or platform.machine()}"
     return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
@@ -166,28 +145,26 @@ def read_lines(path):
     return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
 
 
-def read_results(name):
-    """The results.json of a run: the rows of a comparison, or what bench.py measured. None where it is not there."""
+def read(name):
+    """What a run has made: a KronyGPT, the content of a results.json, or the lines of a table; None if it is not there."""
     path = Path(RUNS[name].output)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    if path.suffix == ".pt":
+        return checkpoint.load(str(path))[0]
+    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_lines(path)
 
 
 # ---- tables
 
 def empty_model(config):
     """A KronyGPT without weights, which has the shapes of all parameters."""
-    import torch
-
-    from model import KronyGPT
-
     with torch.device("meta"):
         return KronyGPT(config)
 
 
 def parameters_by_part(config):
     """{part of the model: number of parameters}, largest first."""
-    from model import KINDS
-
     parts = dict.fromkeys(("token embedding = output matrix", *KINDS, "position embedding",
                            "biases and layer norms"), 0)
     names = {"transformer.wte.weight": "token embedding = output matrix", "transformer.wpe.weight": "position embedding"}
@@ -206,13 +183,11 @@ def parameters_table(config):
 
 def shapes_table(m, n, shapes):
     """What shapes (dim_1, dim_2, r) of a matrix [m, n] cost: parameters, rank, and multiply-adds per token over dense."""
-    from model import contraction_order, multiply_adds
-
     rows = []
     for dim_1, dim_2, r in shapes:
-        is_dense = (dim_1, dim_2, r) == (m, n, 1)
+        is_dense, is_low_rank = (dim_1, dim_2, r) == (m, n, 1), (dim_1, dim_2) == (m, 1)
         A, B = (r, dim_1, dim_2), (r, m // dim_1, n // dim_2)
-        size = math.prod(A) + math.prod(B) * (not is_dense)
+        size = math.prod(A) + math.prod(B) * (not is_dense) - r**2 * is_low_rank  # a rank is stored once
         rank = min(m, n, r * min(dim_1, dim_2) * min(m // dim_1, n // dim_2))
         macs = multiply_adds(A, B)
         cells = [f"{macs[order] / (m * n):.2f}" for order in "ABW"]
@@ -224,15 +199,13 @@ def shapes_table(m, n, shapes):
 
 def step_table(configs):
     """Multiply-adds per token of a forward pass on full blocks, by part, of {name: KronyGPTConfig}."""
-    from model import multiply_adds
-
     rows = []
     for name, config in configs.items():
         model = empty_model(config)
         parts = {"attn": 0, "mlp": 0}
         for _, kind, matrix in model.matrices():
             parts[kind.partition(".")[0]] += min(multiply_adds(matrix.A.shape, matrix.B.shape).values())
-        numbers = *parts.values(), 2 * config.n_layer * config.n_embd * config.block_size, model.lm_head.weight.numel()
+        numbers = *parts.values(), 2 * config.n_layer * config.n_embd * config.block_size, config.vocab_size * config.n_embd
         rows.append((name, *(f"{number / 1e6:.1f}" for number in (*numbers, sum(numbers)))))
     return markdown(["million multiply-adds per token", "attention matrices", "MLP matrices", "scores and values",
                      "output matrix", "in all"], rows)
@@ -251,23 +224,17 @@ def mlp_matrices(model):
     return [W.detach() for block in model.transformer.h for W in (block.mlp.c_fc.weight, block.mlp.c_proj.weight.T)]
 
 
-def normalised_spectrum(W, dim_1, dim_2):
+def normalized_spectrum(W, dim_1, dim_2):
     """Singular values of the rearranged W over its norm, in descending order."""
-    import torch
-
-    from kronygpt.kron import rearrange
-
     sigma = torch.linalg.svdvals(rearrange(W.double().contiguous(), dim_1, dim_2))
     return sigma / sigma.norm()
 
 
 def mean_spectra(matrices, shapes):
     """{(dim_1, dim_2, r): (spectrum of trained matrices, of random ones)}, means over the matrices."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(W.shape, generator=generator) for W in matrices]
-    return {shape: [torch.stack([normalised_spectrum(W, *shape[:2]) for W in group]).mean(0) for group in (matrices, random)]
+    return {shape: [torch.stack([normalized_spectrum(W, *shape[:2]) for W in group]).mean(0) for group in (matrices, random)]
             for shape in shapes}
 
 
@@ -281,12 +248,13 @@ def spectrum_table(spectra):
                      for shape, (trained, random) in spectra.items()])
 
 
+def spectra_of(dense):
+    return mean_spectra(mlp_matrices(dense), quarter_shapes(dense.config))
+
+
 def errors_table(dense, text, tokens, held_out, shapes):
     """Errors of weights and outputs, and losses, of Van Loan's sums and of the same shapes fitted to text, both with the
     hidden units in the order of calibration. tokens and held_out as in data.score."""
-    from kronygpt import calibration, compress, data
-    from model import mlp_shapes
-
     def loss(model):
         return f"{data.mean_loss(model.eval(), tokens, held_out, BATCH_SIZE):.3f}"
 
@@ -305,16 +273,28 @@ def errors_table(dense, text, tokens, held_out, shapes):
     return markdown(["shape of the MLPs", "error of the weights", "error of the output", "held-out loss"], rows)
 
 
-def predicted_table(path):
-    """The budgets of predict.py's table, and its last line. None where it is not there."""
-    lines = read_lines(path)
+def errors_of_base(dense):
+    config, context = dense.config, dense.config.block_size
+    text = data.calibration_text(BASE_DATASET, calibration_tokens, config, "cpu")
+    tokens = data.load_tokens(BASE_DATASET, "val", config, context)
+    held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
+    return errors_table(dense, text, tokens, held_out, quarter_shapes(config))
+
+
+def predicted_table(lines):
+    """The budgets of predict.py's table, and the rank correlation over single matrices within each share."""
+    alone = {}
+    for _, _, share, *losses in (line[2:-2].split(" | ") for line in lines if line.startswith("| block ")):
+        alone.setdefault(5 * round(float(share.rstrip("%")) / 5), []).append([float(loss) for loss in losses])
+    correlations = ", ".join(f"{rank_correlation(pairs):.2f} over {len(pairs)} matrices at {share}%"
+                             for share, pairs in alone.items() if len(pairs) > 1)
     kept = [line for line in lines if line.startswith(("| compressed", "|---", "| budget"))]
-    return "\n".join([*kept, "", lines[-1]]) if lines else None
+    return "\n".join([*kept, "", f"Loss added in nats per byte. Rank correlation of matrices alone: {correlations}."])
 
 
-def comparison_table(rows):
-    """Losses of a comparison in nats per token, ± the standard deviation over seeds, and the rates where they differ."""
-    return f"{markdown(*table(rows))}\n\nLosses on held-out text in nats per byte; {seeds(rows)}."
+def shown(name):
+    """The name of a start as the documents have it."""
+    return re.sub(r"\bours\b", OURS, name)
 
 
 def seeds(rows):
@@ -322,40 +302,75 @@ def seeds(rows):
     return f"{n} seed{'s' * (n > 1)}"
 
 
-def peers_table(rows, size):
+def comparison_table(rows, unit="byte"):
+    """Losses of a comparison, ± the standard deviation over seeds, and the rates where they differ."""
+    head, cells = table([dict(row, name=shown(row["name"])) for row in rows])
+    return f"{markdown(head, cells)}\n\nLosses on held-out text in nats per {unit}; {seeds(rows)}."
+
+
+def peers_table(rows):
     """The starts of one size of a comparison, the one with the lowest loss after training first, behind the dense model."""
-    peers = [row for row in rows[1:] if row["name"].startswith(f"{size} ")]
-    cells = [(row["name"].removeprefix(f"{size} "), f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row))
+    peers = [row for row in rows[1:] if row["name"].startswith(f"{HEADLINE_SIZE} ")]
+    cells = [(shown(method(row["name"])), f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row))
              for row in [dense_start(rows), *sorted(peers, key=mean_loss)]]
-    return markdown(["start", "parameters", "loss before training", "after"], cells) + f"\n\n{seeds(rows)} each."
+    return markdown(["method", "parameters", "loss before training", "after"], cells) + f"\n\n{seeds(rows)} each."
 
 
-def matrices_of(rows):
-    """{kind: (m, n)} of the matrices of a block, from the rows of a comparison, the first of which is dense."""
-    return {kind: tuple(shapes[0][:2]) for kind, shapes in rows[0]["shapes"].items()}
+def sizes_table(rows):
+    """Losses before → after training: a row for each method, a column for each size."""
+    trained = dense_start(rows)
+    smaller = [row for row in rows[1:] if row is not trained]
+    sizes = {row["name"].split()[0]: row["parameters"] for row in sorted(smaller, key=lambda row: -row["parameters"])}
+    methods = dict.fromkeys(method(row["name"]) for row in sorted(smaller, key=lambda row: -row["before"]))
+    cells = {(method(row["name"]), row["name"].split()[0]): f"{row['before']:.3f} → {spread(row)}" for row in smaller}
+    head = "method", *(f"{size} ({n / rows[0]['parameters']:.0%})" for size, n in sizes.items())
+    body = [(shown(name), *(cells.get((name, size), "") for size in sizes)) for name in methods]
+    return (f"{markdown(head, body)}\n\nLosses on held-out text in nats per byte, before → after training; {seeds(rows)}. "
+            f"The dense model: {rows[0]['before']:.3f} → {spread(trained)}.")
 
 
-def our_budgets(rows):
-    """{"0.45M": shapes} of the starts of a comparison that share a budget among all matrices by predicted loss, largest
-    first."""
-    ours = [row for row in rows if re.fullmatch(r"\S+ ours", row["name"])]
-    return {row["name"].split()[0]: row["shapes"] for row in sorted(ours, key=lambda row: -row["parameters"])}
+def width_cell(widths):
+    return " ".join(map(str, widths)) if len(widths) <= HEADS_LISTED else f"{min(widths)}–{max(widths)}"
 
 
-def rank_share(m, n, shape):
-    """The share of its parameters that a matrix [m, n] keeps in a shape (dim_1, dim_2, factors)."""
-    dim_1, dim_2, r = shape
-    return 1.0 if (dim_1, dim_2) == (m, n) else r * (dim_1 * dim_2 + m * n // (dim_1 * dim_2)) / (m * n)
+def bands_text(bands, C):
+    """The bands [(rows, columns)] of an embedding, in words."""
+    if len(bands) == 1:
+        return f"rank {bands[0][1]}" if bands[0][1] < C else "dense"
+    return f"{len(bands)} bands of {', '.join(str(columns) for _, columns in bands)} columns"
 
 
-def ranks_table(comparison):
-    """The rank of each matrix of each block, and the share of its parameters that it keeps, at each budget of ours."""
-    rows = []
-    for budget, shapes in our_budgets(comparison).items():
-        for kind, (m, n) in matrices_of(comparison).items():
-            cells = ["dense" if tuple(s[:2]) == (m, n) else f"{s[2]} ({rank_share(m, n, s):.0%})" for s in shapes[kind]]
-            rows.append((budget, kind, *cells))
-    return markdown(["budget", "matrix", *(f"block {i}" for i in range(len(rows[0]) - 2))], rows, n_left=2)
+def plan_table(rows, sizes):
+    """What a budget chose at some sizes: widths and ranks of each block, and the columns of the embeddings."""
+    body, embeddings = [], []
+    C, dense = rows[0]["widths"]["wte"][0][1], {kind: shapes[0][:2] for kind, shapes in rows[0]["shapes"].items()}
+    for row in [next(row for row in rows if row["name"] == f"{size} ours") for size in sizes]:
+        size, widths, shapes = row["name"].split()[0], row["widths"], row["shapes"]
+        for i, n_inner in enumerate(widths["n_inner"]):
+            ranks = [shapes[kind][i][2] if shapes[kind][i][1] == 1 else "dense" for kind in dense]
+            body.append((size, i, width_cell(widths["head_qk"][i]), width_cell(widths["head_v"][i]), n_inner, *ranks))
+        embeddings.append(f"{size}: wte {bands_text(widths['wte'], C)}; wpe {bands_text(widths['wpe'], C)}.")
+    head = "size", "block", "queries and keys", "values", "hidden units", *(f"`{kind}`" for kind in dense)
+    return "\n\n".join([markdown(head, body, n_left=2), *embeddings])
+
+
+def embedding_size(bands, C):
+    """Numbers of an embedding with columns for C in its bands [(rows, columns)]; a rank counts once."""
+    rows, columns = sum(n for n, _ in bands), max(k for _, k in bands)
+    if len(bands) == 1:
+        return columns * (rows + C - columns) if columns < C else rows * C
+    return sum(n * k for n, k in bands) + columns * C
+
+
+def embeddings_table(rows):
+    """Losses of a comparison, and how many of the parameters are in the embeddings."""
+    C, body = rows[0]["widths"]["wte"][0][1], []
+    for row in rows:
+        size = sum(embedding_size(row["widths"][name], C) for name in ("wte", "wpe"))
+        body.append((shown(row["name"]), f"{row['parameters']:,}", f"{size:,} ({size / row['parameters']:.0%})",
+                     f"{row['before']:.3f}", spread(row) if row is not rows[0] else ""))
+    table = markdown(["model", "parameters", "of them embeddings", "loss before training", "loss after"], body)
+    return f"{table}\n\nLosses on held-out text in nats per token; {seeds(rows)}."
 
 
 def speed_table(results):
@@ -369,7 +384,7 @@ def speed_table(results):
         return text if model == "dense" or ratio is None else f"{text} ({ratio:.2f})"
 
     rows = [(what, *(cell(what, model) for model in results)) for what in results["dense"]["measured"]]
-    return markdown(["", *results], rows)
+    return markdown(["", *map(shown, results)], rows)
 
 
 def runs_table(records):
@@ -385,29 +400,14 @@ def runs_table(records):
 
 # ---- pictures
 
-def draw_parameters(config, path):
-    """The parameters of a model by part, with their shares."""
-    parts = parameters_by_part(config)
-    total = sum(parts.values())
-    figure = new_figure(8, 3.2)
-    axes = figure.subplots()
-    colors = [COLORS.get(name, "0.6") for name in parts]
-    bars = axes.barh(list(parts), [n / 1e6 for n in parts.values()], color=colors)
-    axes.bar_label(bars, [f" {n / 1e6:.1f}M, {n / total:.1%}" for n in parts.values()])
-    axes.set(xlabel="parameters (millions)", title=f"GPT-2: {total / 1e6:.1f}M parameters; colored: what is compressed")
-    axes.invert_yaxis()
-    axes.margins(x=0.25)
-    save_figure(figure, path)
-
-
 def draw_spectrum(spectra, path):
     """Singular values of rearranged matrices, trained and random, a panel for each shape."""
     figure = new_figure(11, 3.6)
     panels = figure.subplots(1, len(spectra), squeeze=False)
     for axes, ((dim_1, dim_2, r), (trained, random)) in zip(panels[0], spectra.items()):
-        for sigma, style, label in ((trained, "C2o-", "trained"), (random, "ks--", "random")):
-            axes.plot(range(1, len(sigma) + 1), sigma, style, markersize=3, label=label)
-        axes.axvline(r + 0.5, color="C3", label=f"r = {r}: kept to the left")
+        for sigma, color, label in ((trained, ACCENT, "trained"), (random, GREY, "random")):
+            axes.plot(range(1, len(sigma) + 1), sigma, "o-", color=color, markersize=3, label=label)
+        axes.axvline(r + 0.5, color="k", linestyle=":", label=f"r = {r}: kept to the left")
         highest = max(trained.max(), random.max()).item()
         axes.set(xlabel="product f", title=f"A is [{dim_1}, {dim_2}]", ylim=(0, 1.1 * highest))
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -417,104 +417,74 @@ def draw_spectrum(spectra, path):
     save_figure(figure, path)
 
 
-def draw_cost(shapes, path):
-    """Rank and multiply-adds of budget.MLPShapes of one size."""
-    figure = new_figure(8, 4.2)
-    axes = figure.subplots()
-    axes.plot([s.rank for s in shapes], [s.multiply_adds for s in shapes], "o", color="0.6", markersize=4)
-    for s in shapes:
-        if name := LABELLED.get((s.dim_1, s.dim_2)):
-            axes.plot(s.rank, s.multiply_adds, "C3o")
-            axes.annotate(f"{name}: ({s.dim_1}, {s.dim_2}, {s.n_factors})", (s.rank, s.multiply_adds), xytext=(-8, -16),
-                          textcoords="offset points", ha="right" if s.rank > max(t.rank for t in shapes) / 2 else "left")
-    axes.axhline(1, color="k", linestyle=":")
-    axes.annotate("dense", (0, 1), xytext=(2, 4), textcoords="offset points")
-    axes.set(xlabel="rank of a matrix, at most", ylabel="multiply-adds of an MLP over dense", xlim=0, ylim=(0, 1.12),
-             title=f"{len(shapes)} shapes of the MLPs, {min(s.parameters for s in shapes) / 1e6:.1f}M to "
-                   f"{max(s.parameters for s in shapes) / 1e6:.1f}M parameters in all")
-    axes.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
-def draw_ranks(rows, path):
-    """The share of its parameters that each matrix keeps, block by block, a panel for each budget of ours."""
-    budgets = our_budgets(rows)
-    figure = new_figure(1.5 + 3 * len(budgets), 3.6)
-    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)
-    for axes, (budget, shapes) in zip(panels[0], budgets.items()):
-        for marker, (kind, (m, n)) in zip("osD^", matrices_of(rows).items()):
-            axes.plot([100 * rank_share(m, n, s) for s in shapes[kind]], marker=marker, color=COLORS[kind], label=kind)
-        axes.set(xlabel="block", title=budget, xticks=range(len(shapes["mlp.c_fc"])), ylim=(0, 104))
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("% of its parameters kept")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
-    save_figure(figure, path)
-
-
 # ---- all of it
 
 def missing_runs(name=None):
     """The runs to make: those whose output is not there, and the one with this name, though it be there."""
-    if name and name not in RUNS:
-        raise UserError(f"there is no run {name}: the runs are {', '.join(RUNS)}")
-    wanted = [n for n, entry in RUNS.items() if n == name or not Path(entry.output).exists()]
-    left_out = [n for n in wanted if RUNS[n].reads and not Path(RUNS[n].reads).exists()]
-    if name in left_out:
-        raise UserError(f"the run {name} needs {RUNS[name].reads}, which is not there")
-    for n in left_out:
-        print(f"{n}: left out, as {RUNS[n].reads} is not there; its tables stay as they are")
-    return [n for n in wanted if n not in left_out]
+    return [n for n, entry in RUNS.items()
+            if n == name or not (Path(entry.output).exists() or (entry.reads and not Path(entry.reads).exists()))]
+
+
+def gpt2_models():
+    """{name: KronyGPTConfig} of the table of a step."""
+    gpt2 = KronyGPTConfig()
+    low_rank = {kind: [Shape(m, 1, GPT2_RANK)] * gpt2.n_layer for kind, (m, _) in gpt2.sizes(0).items()}
+    return {"dense": gpt2, "MLPs (768, 768, 1)": KronyGPTConfig(shapes=mlp_shapes(768, 768, [1] * gpt2.n_layer)),
+            f"all matrices of rank {GPT2_RANK}": KronyGPTConfig(shapes=low_rank)}
+
+
+# name: (the runs that it is made of, a function of what they have made). The function of a picture takes its path, too.
+TABLES = {
+    "parameters": ([], lambda: parameters_table(KronyGPTConfig())),
+    "shapes": ([], lambda: shapes_table(*KronyGPTConfig().sizes(0)["mlp.c_fc"], GPT2_SHAPES)),
+    "step": ([], lambda: step_table(gpt2_models())),
+    "runs": ([], lambda: runs_table(read_records())),
+    "spectrum": (["base"], lambda dense: spectrum_table(spectra_of(dense))),
+    "errors": (["base", "pydocs"], lambda dense, _: errors_of_base(dense)),
+    "demo": (["demo"], comparison_table),
+    "peers": (["compare_bytes"], peers_table),
+    "sizes": (["compare_bytes"], sizes_table),
+    "plan": (["compare_bytes"], lambda rows: plan_table(rows, PLANS["plan"])),
+    "compare_bytes": (["compare_bytes"], comparison_table),
+    "parts": (["compare_ablation"], comparison_table),
+    "kronecker": (["compare_kronecker"], comparison_table),
+    "embeddings": (["compare_bpe"], embeddings_table),
+    "plan_bpe": (["compare_bpe"], lambda rows: plan_table(rows, PLANS["plan_bpe"])),
+    "compare_small": (["compare_small"], comparison_table),
+    "predicted": (["predict"], predicted_table),
+    "speed": (["bench"], speed_table),
+}
+PICTURES = {
+    "spectrum": (["base"], lambda dense, path: draw_spectrum(spectra_of(dense), path)),
+    "pareto_bytes": (["compare_bytes"], draw_added),
+    "parts": (["compare_ablation", "compare_bytes"], draw_parts),
+    "predicted": (["predict"], lambda _, path: shutil.copyfile("out/predict_bytes/predicted.png", path)),
+}
+
+
+def made(runs, function, *args):
+    """What a function makes of what some runs have made; None where one of them is not there."""
+    found = [read(name) for name in runs]
+    return None if any(result is None for result in found) else function(*found, *args)
 
 
 def main(name=None):
     os.chdir(ROOT)
-    make(missing_runs(name))
-
-    from kronygpt import checkpoint, data
-    from kronygpt.budget import shapes_within
-    from model import KronyGPTConfig, Shape, mlp_shapes
-
-    gpt2 = KronyGPTConfig()
-    low_rank = {kind: [Shape(m, 1, GPT2_RANK)] * gpt2.n_layer for kind, (m, _) in gpt2.sizes(0).items()}
-    models = {"dense": gpt2, "MLPs (768, 768, 1)": KronyGPTConfig(shapes=mlp_shapes(768, 768, [1] * gpt2.n_layer)),
-              f"all matrices of rank {GPT2_RANK}": KronyGPTConfig(shapes=low_rank)}
-    dense, _ = checkpoint.load(base)
-    config = dense.config
-    text = data.calibration_text(dataset, calibration_tokens, config, "cpu")
-    tokens, context = data.load_tokens(dataset, "val", config, config.block_size), config.block_size
-    held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
-    results = {n: read_results(n) for n in ("demo", "compare_small", "compare_bytes", "bench")}
-    shapes = quarter_shapes(config)
-    spectra = mean_spectra(mlp_matrices(dense), shapes)
-
-    draw_parameters(gpt2, "docs/parameters.png")
-    draw_spectrum(spectra, "docs/spectrum.png")
-    draw_cost(shapes_within(gpt2, *GPT2_BUDGET), "docs/cost.png")
-    for run_name, picture, copy in COPIED:
-        if (path := Path(RUNS[run_name].output).with_name(picture)).exists():
-            with atomic_write(copy) as file:
-                file.write(path.read_bytes())
-    draw_ranks(results["compare_small"], "docs/ranks.png")
-    for run_name, picture in PARETO.items():
-        if rows := results[run_name]:
-            draw_pareto(rows, picture, dataset)
-
-    tables = dict(
-        parameters=parameters_table(gpt2),
-        shapes=shapes_table(*gpt2.sizes(0)["mlp.c_fc"], GPT2_SHAPES),
-        step=step_table(models),
-        spectrum=spectrum_table(spectra),
-        errors=errors_table(dense, text, tokens, held_out, shapes),
-        predicted=predicted_table(RUNS["predict"].output),
-        predicted_bytes=predicted_table(RUNS["predict_bytes"].output),
-        ranks=ranks_table(results["compare_small"]),
-        peers=results["compare_bytes"] and peers_table(results["compare_bytes"], HEADLINE_SIZE),
-        ranks_bytes=results["compare_bytes"] and ranks_table(results["compare_bytes"]),
-        speed=results["bench"] and speed_table(results["bench"]),
-        runs=runs_table(read_records()),
-        **{n: results[n] and comparison_table(results[n]) for n in ("demo", "compare_small", "compare_bytes")})
+    if name and name not in RUNS:
+        raise UserError(f"there is no run {name}: the runs are {', '.join(RUNS)}")
+    if only and only not in TABLES | PICTURES:
+        raise UserError(f"--only is one of {', '.join(TABLES | PICTURES)}, not {only}")
+    for run_name in missing_runs(name) if make_runs and not only else [name] * bool(name):
+        make(run_name)
+    for picture, (runs, draw) in PICTURES.items():
+        if only in ("", picture):
+            made(runs, draw, f"docs/{picture}.png")
+    tables = {n: made(*entry) if only in ("", n) else None for n, entry in TABLES.items()}
     rewrite_documents(documents.split(","), tables)
-    print(f"wrote docs/*.png and the tables of {documents}")
+    missing = {run for n, (runs, _) in [*TABLES.items(), *PICTURES.items()] if only in ("", n) for run in runs
+               if read(run) is None}
+    print(f"wrote {only or 'all pictures and tables'}"
+          + f"; those of {', '.join(sorted(missing))} stay as they were, for these runs are not there" * bool(missing))
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
     python -m experiments.peers even_ranks 0.931M --init_from=out/base/best.pt  # → checkpoints/even_ranks_0.931M.pt
     python -m experiments.peers even_ranks 0.931M --init_from=out/base/best.pt --calibrate=pydocs
+    python -m experiments.peers svd_llm 0.931M --init_from=out/base/best.pt --calibrate=pydocs
 
-even_ranks: each matrix of each block becomes low rank and keeps the same share of its parameters. Without text this is the
-truncated SVD. With --calibrate it is the activation-aware SVD: the least squares on the inputs of a text, in which all
-errors of the output count alike, in the way of SVD-LLM (arXiv 2403.07378), but with the inputs of the model compressed so
-far and with refitted biases.
+In all of them each matrix of each block becomes low rank and keeps the same share of its parameters.
+
+even_ranks: without text the truncated SVD. With --calibrate the activation-aware SVD: least squares on a text, matrix after
+matrix, in which all errors of the output count alike. The inputs are those of the model compressed so far, and biases are
+fitted, too.
+svd_llm: SVD-LLM (arXiv 2403.07378), which needs --calibrate. It takes each matrix by itself, with the inputs of the dense
+model, and biases stay.
 """
 import math
 import time
 from bisect import bisect_right
 
-from kronygpt.configurator import run
+from kronygpt.configurator import UserError, run
 
 init_from = "gpt2"  # the model to compress: a hub name, a Hugging Face directory or a checkpoint
 out: str | None = None  # file to write; default: checkpoints/even_ranks_....pt
@@ -20,6 +24,7 @@ calibrate: str | None = None  # data set under data/ to fit the factors to
 calibration_tokens = 131072  # number of its tokens
 device = ""  # where to calibrate; default: CUDA if available, else the CPU
 
+METHODS = "even_ranks", "svd_llm"
 SHARES = 10_000  # steps in which the share of even_ranks is chosen
 
 
@@ -41,7 +46,33 @@ def even_ranks(config, limit):
     return {kind: [Shape(m, 1, r) for (m, _), r in zip(sizes[kind], rs)] for kind, rs in ranks(share).items()}
 
 
-METHODS = {"even_ranks": even_ranks}
+def best_on_inputs(W, G, r):
+    """A [r, m, 1] and B [r, 1, n] of the rank-r matrix W_r with the least ‖X (W − W_r)‖ for W [m, n] and inputs X with the
+    second moments G [m, m].
+
+    SVD-LLM truncates the singular value decomposition Sᵀ W = U Σ Vᵀ, where S Sᵀ = G, and multiplies it with the inverse of
+    Sᵀ. That is W V Vᵀ with the first r columns of V, which are eigenvectors of Wᵀ G W.
+    """
+    import torch
+
+    from kronygpt.kron import balanced
+
+    V = torch.linalg.eigh(W.T @ G @ W).eigenvectors[:, -r:]
+    return balanced((W @ V).T[:, :, None], V.T[:, None, :])
+
+
+def svd_llm(dense, shapes, text):
+    """SVD-LLM's model in low-rank shapes, from the inputs of a KronyGPT on a text (windows, T)."""
+    from kronygpt import calibration, compress
+    from kronygpt.device import float64
+
+    found, factors = calibration.statistics(dense, text), {}
+    for layer, kind, matrix in dense.matrices():
+        name = f"transformer.h.{layer}.{kind}"
+        G = found.covariances[name] + found.means[name][:, None] * found.means[name]
+        sides = best_on_inputs(float64(matrix.weight.detach()), G, shapes[kind][layer].factors)
+        factors[layer, kind] = [side.to(matrix.weight).contiguous() for side in sides]
+    return compress.with_factors(dense, factors)
 
 
 def main(method, budget):
@@ -49,13 +80,20 @@ def main(method, budget):
     from kronygpt.budget import parse_budget
     from kronygpt.files import output_file
 
+    if method not in METHODS or (method == "svd_llm" and not calibrate):
+        raise UserError(f"the method is {' or '.join(METHODS)}, and svd_llm needs --calibrate")
     path, start = output_file(out or f"checkpoints/{method}_{budget}.pt"), time.perf_counter()
     dense, _ = checkpoint.load(init_from)
     limit, _ = parse_budget(budget, dense.count_parameters()["total"])
-    new, fits = compress.factorize(dense, METHODS[method](dense.config, limit)), []
+    shapes, fits, text = even_ranks(dense.config, limit), [], None
     if calibrate:
         text = data.calibration_text(calibrate, calibration_tokens, dense.config, device)
-        fits = calibration.calibrate(dense.to(text.device), new.to(text.device), text)
+        dense.to(text.device)
+    if method == "svd_llm":
+        new = svd_llm(dense, shapes, text)
+    else:
+        new = compress.factorize(dense, shapes)
+        fits = calibration.calibrate(dense, new, text) if calibrate else []
     compress.report(dense, new, fits)
     print(f"compressed in {time.perf_counter() - start:.1f} s")
     options = dict(init_from=init_from, method=method, budget=budget, calibrate=calibrate,

@@ -4,6 +4,15 @@ import statistics
 
 SAME_SIZE = 1.1  # starts whose numbers of parameters differ by less than this factor share a panel
 MARKERS = "osD^vPX*hd"  # beside the ten colors of matplotlib's cycle, C0 to C9
+ACCENT, GREY = "#c2410c", "0.5"  # of this project's method, and of all else
+LINES = {  # method: in draw_added(), its label, the point that has it, the offset from there in points, and its marker
+    "Van Loan": ("Van Loan", -1, (9, -5), "s"),
+    "hidden units pruned, refitted": ("hidden units pruned", -1, (9, -5), "D"),
+    "SVD-LLM": ("SVD-LLM", 0, (6, 2), "v"),
+    "activation-aware SVD, even ranks": ("activation-aware SVD", -1, (9, -5), "^"),
+    "ours": ("KronyGPT", -1, (9, -5), "o"),
+    "ours, distilled": ("KronyGPT, distilled", 1, (-66, -58), "*"),
+}
 
 
 def method(name):
@@ -49,6 +58,72 @@ def draw_pareto(rows, path, dataset):
     for axes in left, right:
         use_log_scale(axes)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    save_figure(figure, path)
+
+
+def trained_dense_loss(rows):
+    return statistics.mean(r["after"] for r in dense_start(rows)["runs"])
+
+
+def draw_added(rows, path):
+    """Loss added over the dense model trained as long against the share of parameters kept, before and after training, for
+    the methods in LINES; rows as in draw_pareto. Legible at 800 pixels and on a phone."""
+    from kronygpt.run_dir import new_figure, save_figure
+
+    figure, reference = new_figure(7.2, 5.4), trained_dense_loss(rows)
+    axes = figure.subplots()
+    for name, (label, at, offset, marker) in LINES.items():
+        same = sorted((row for row in rows[1:] if method(row["name"]) == name), key=lambda row: row["parameters"])
+        if not same:
+            continue
+        color, width = (ACCENT, 2.5) if name.startswith("ours") else (GREY, 1.5)
+        x = [100 * row["parameters"] / rows[0]["parameters"] for row in same]
+        before, after = ([loss - reference for loss in losses] for losses in (
+            [row["before"] for row in same], [statistics.mean(r["after"] for r in row["runs"]) for row in same]))
+        if name != "ours, distilled":  # which begins where ours does
+            axes.plot(x, before, marker=marker, color=color, linewidth=width, linestyle="--", markerfacecolor="white")
+        axes.plot(x, after, marker=marker, color=color, linewidth=width, markersize=9 if marker == "*" else 7,
+                  linestyle=":" if name == "ours, distilled" else "-")
+        axes.annotate(label, (x[at], (after if at else before)[at]), offset, textcoords="offset points", color=color,
+                      fontsize=13, weight="bold" if name == "ours" else "normal")
+    axes.plot([], [], "o--", color="k", markerfacecolor="white", label="before training")
+    axes.plot([], [], "o-", color="k", label="after training")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g} %")
+    axes.set_xlabel("parameters kept", fontsize=13)
+    axes.set_ylabel("loss added over dense (nats per byte)", fontsize=13)
+    axes.tick_params(labelsize=13)
+    axes.grid(alpha=0.3)
+    axes.set_xlim(15, 100)
+    figure.legend(fontsize=13, loc="outside upper center", ncols=2)
+    save_figure(figure, path)
+
+
+def draw_parts(rows, sizes, path):
+    """Loss added over the dense model trained as long, before and after training, by what shares the budget: rows of an
+    ablation, and of the comparison that has that dense model. The last row is the whole method."""
+    from kronygpt.run_dir import new_figure, save_figure
+
+    figure, reference = new_figure(7.2, 3.8), trained_dense_loss(sizes)
+    axes = figure.subplots()
+    for i, row in enumerate(rows[1:]):
+        color = ACCENT if row is rows[-1] else GREY
+        before, after = row["before"] - reference, statistics.mean(r["after"] for r in row["runs"]) - reference
+        axes.plot([after, before], [i, i], color=color, linewidth=2)
+        axes.plot(before, i, "o", color=color, markerfacecolor="white", markersize=10, markeredgewidth=2)
+        axes.plot(after, i, "o", color=color, markersize=10)
+        for x, ha, dx in ((before, "left", 9), (after, "right", -9)):
+            axes.annotate(f"{x:.3f}", (x, i), (dx, 0), textcoords="offset points", ha=ha, va="center", fontsize=12)
+    axes.plot([], [], "o", color="k", markerfacecolor="white", label="before training")
+    axes.plot([], [], "o", color="k", label="after training")
+    axes.set_yticks(range(len(rows) - 1), [row["name"] for row in rows[1:]], fontsize=13)
+    axes.set_xlabel("loss added over dense (nats per byte)", fontsize=13)
+    axes.tick_params(axis="x", labelsize=13)
+    axes.set_xlim(0, 1.2 * (max(row["before"] for row in rows[1:]) - reference))
+    axes.set_ylim(len(rows) - 1.5, -0.5)
+    axes.grid(alpha=0.3, axis="x")
+    figure.legend(fontsize=13, loc="outside upper center", ncols=2)
     save_figure(figure, path)
 
 

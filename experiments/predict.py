@@ -2,7 +2,7 @@
 
     python -m experiments.predict --init_from=models/mine --calibrate=pydocs     # → out/predict/table.md, predicted.png
 
-Budgets from nearly all parameters to few of them are shared among all matrices, and each matrix is compressed alone to some
+Budgets from nearly all parameters to few of them are shared by the whole model, and each matrix is compressed alone to some
 shares of its parameters. Each model is calibrated as kron_decompose.py does it, without training, and scored on
 held-out text. The table is written anew after each model.
 """
@@ -12,7 +12,7 @@ import torch
 
 from experiments.compare import markdown
 from kronygpt import calibration, checkpoint, data
-from kronygpt.budget import Plan, plan_widths, smallest
+from kronygpt.budget import NARROWS, Plan, plan_widths, smallest
 from kronygpt.compress import apply
 from kronygpt.configurator import run
 from kronygpt.files import atomic_write
@@ -44,7 +44,7 @@ def draw(rows, path):
     axes = figure.subplots()
     for end, style in [*((kind, dict(color=color, marker="o", alpha=0.7, linestyle="", label=f"{kind}, alone"))
                          for kind, color in COLORS.items()),
-                       ("budget", dict(color="k", marker="*", markersize=10, label="all matrices, by budget"))]:
+                       ("budget", dict(color="k", marker="*", markersize=10, label="whole model, by budget"))]:
         points = [row[3:] for row in rows if row[0].endswith(end)]
         axes.plot([x for x, _ in points], [y for _, y in points], **style)
     ends = [min(min(row[3:]) for row in rows if min(row[3:]) > 0), max(max(row[3:]) for row in rows)]
@@ -95,7 +95,7 @@ def main():
         write_table(rows)
 
     print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out) * (context - 1):,} tokens", flush=True)
-    least = smallest(config, KINDS, ("heads", "hidden"))
+    least = smallest(config, KINDS, NARROWS)
     for share in [share for share in budget_shares if share * n_parameters < least + 1]:
         print(f"budget {share} is left out: with rank 1 in all matrices it is {least / n_parameters:.3f}")
         budget_shares.remove(share)

@@ -1,4 +1,4 @@
-"""Budgets: the ranks of all matrices that cost a model least, and the table of shapes that fit a number of parameters."""
+"""Budgets: the widths and ranks that cost a model least, and the table of shapes that fit a number of parameters."""
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,6 +10,7 @@ import torch
 
 from kronygpt.calibration import progress
 from kronygpt.configurator import UserError
+from kronygpt.device import float64
 from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, N_BANDS, Block, Staircase, grid, narrowed, tails
 from model import KINDS, KronyGPT, Shape, multiply_adds
 
@@ -130,7 +131,7 @@ def shapes_within(config, limit, largest=None):
     if not fitting:
         nearest = min((min(shape.parameters, total) for shape in shapes), key=lambda size: abs(size - limit))
         raise UserError(f"no shape of the MLPs makes a model of {limit:,} parameters: the nearest size is {nearest:,}, and "
-                        f"{rest:,} are outside of the MLP matrices. With --calibrate=DATASET all matrices share the budget")
+                        f"{rest:,} are outside of the MLP matrices. With --calibrate=DATASET the whole model shares it")
 
     def interest(shape):
         is_krony_pt, is_low_rank = shape.dim_1 == C and shape.n_factors == 1, (shape.dim_1, shape.dim_2) == (C, 1)
@@ -162,7 +163,7 @@ def room(config, kinds, limit, narrows=()):
     """
     total, least = count_parameters(config, kinds), smallest(config, kinds, narrows)
     if not least <= limit < total:
-        raise UserError(f"a budget of {limit:,} parameters is not between {least:,}, with rank 1 in all matrices, and "
+        raise UserError(f"a budget of {limit:,} parameters is not between {least:,}, where all is as narrow as can be, and "
                         f"{total:,}, which the dense model has")
     embeddings = (config.vocab_size + config.block_size) * config.n_embd if "embedding" in narrows else 0
     return limit - total + embeddings + sum(m * n for layer in range(config.n_layer)
@@ -232,7 +233,7 @@ def plan_widths(dense, limits, statistics, narrows=NARROWS):
     embeddings = {}
     if "embedding" in narrows:
         found = statistics
-        E, P = (getattr(dense.transformer, name).weight.detach().double() for name in ("wte", "wpe"))
+        E, P = (float64(getattr(dense.transformer, name).weight.detach()) for name in ("wte", "wpe"))
         embeddings["wte"] = Staircase(E, (found.frequencies + found.probabilities) / 2,
                                       found.embedding_fisher + found.uncertainty * found.hidden, N_BANDS)
         embeddings["wpe"] = Staircase(P, torch.full_like(P[:, 0], 1 / len(P)), found.embedding_fisher)

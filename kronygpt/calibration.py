@@ -124,6 +124,7 @@ def statistics(model, tokens, seed=0):
     GB), and what a backward pass of GRADIENT_TOKENS tokens, or one window, takes.
     """
     device, wte = float64_device(tokens.device), model.transformer.wte
+    frequencies = float64(torch.bincount(tokens.flatten(), minlength=model.config.vocab_size)) / tokens.numel()
     tokens = tokens[::math.ceil(tokens.numel() / STATISTICS_TOKENS)]
     names = [f"transformer.h.{layer}.{kind}" for layer, kind, _ in model.matrices()]
     moments, grams, p_sum, p_squares = {name: Moments() for name in names}, {}, 0, 0
@@ -156,11 +157,12 @@ def statistics(model, tokens, seed=0):
         torch.autograd.grad(loss, next(model.transformer.wpe.parameters()))  # which goes back through all blocks
     for hook in hooks:
         hook.remove()
-    n, centred = tokens.numel(), {name: moments[name].centred() for name in names}
-    return Statistics(
-        {name: grams[name] / n for name in names}, {name: centred[name][0] for name in names},
-        {name: centred[name][2] for name in names}, grams["transformer.drop"] / n, grams["hidden"] / n,
-        float64(torch.bincount(tokens.flatten(), minlength=model.config.vocab_size)) / n, p_sum / n, 1 - p_squares / n)
+    n, means, covariances = tokens.numel(), {}, {}
+    for name in names:  # one at a time: both copies of all would take gigabytes
+        means[name], _, covariances[name], *_ = moments.pop(name).centred()
+    fisher = {name: grams.pop(name).div_(n) for name in names}
+    return Statistics(fisher, means, covariances, grams["transformer.drop"] / n, grams["hidden"] / n, frequencies,
+                      p_sum / n, 1 - p_squares / n)
 
 
 def interleave(contribution, n_groups):

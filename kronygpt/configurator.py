@@ -23,6 +23,7 @@ import sys
 import threading
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
@@ -75,20 +76,13 @@ def unknown_option(name, types, where=""):
     return UserError(f"unknown option --{name}{where}: {hint}")
 
 
-def parse_value(text, wanted):
-    """The value that a command line's text stands for, in the type of the option, or else the text itself."""
-    if wanted is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    try:
-        return wanted(text)
-    except ValueError:
-        return text
-
-
-def checked_value(name, value, wanted, where=""):
-    """The value of an option, if it has the option's type; else UserError."""
-    if wanted is float and type(value) is int:
-        return float(value)
+def typed(name, value, wanted, where=""):
+    """The value of an option in the option's type, from that or from its text; else UserError."""
+    with suppress(ValueError):
+        if wanted is bool and isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.lower(), value)
+        elif isinstance(value, str) or (wanted is float and type(value) is int):
+            value = wanted(value)
     if type(value) is not wanted:
         raise UserError(f"--{name} takes {EXAMPLES[wanted]}, not {shortened(repr(value))}{where}")
     return value
@@ -107,7 +101,7 @@ def read_config_file(path, namespace, types):
     for name, value in scope.items():
         if name not in types and not name.startswith("_") and type(value) in EXAMPLES:
             raise unknown_option(name, types, where)
-    return {name: value if value is None and name in optional else checked_value(name, value, types[name], where)
+    return {name: value if value is None and name in optional else typed(name, value, types[name], where)
             for name, value in scope.items() if name in types and value is not before[name]}
 
 
@@ -136,7 +130,7 @@ def configure(namespace, argv, takes_positionals=True):
                 raise unknown_option(name, types)
             if not equals and types[name] is not bool:
                 raise UserError(f"--{name} needs a value: --{name}=...")
-            namespace[name] = checked_value(name, parse_value(text, types[name]) if equals else True, types[name])
+            namespace[name] = typed(name, text if equals else True, types[name])
             given.add(name)
         elif arg.endswith(".py") or not takes_positionals:
             assigned = read_config_file(arg.removesuffix(".py") + ".py", namespace, types)

@@ -21,8 +21,8 @@ from kronygpt.device import pick_device
 from kronygpt.files import atomic_write, lock
 from kronygpt.tokenizer import (
     GPT2_VOCAB_SIZE,
+    KNOWN,
     TOKEN_TYPE,
-    BytesTokenizer,
     GPT2Tokenizer,
     UnknownTokenizer,
     check_no_pointer,
@@ -76,9 +76,7 @@ def data_tokenizer(name):
     """The record of a data set's tokenizer, for a model that is trained on it from scratch, or None where the size of
     the vocabulary tells it."""
     meta = load_meta(name)
-    if meta["tokenizer"] in (GPT2Tokenizer.name, BytesTokenizer.name):
-        return None
-    return dict(name=meta["tokenizer"], path=meta.get("tokenizer_path"))
+    return None if meta["tokenizer"] in KNOWN else dict(name=meta["tokenizer"], path=meta.get("tokenizer_path"))
 
 
 def load_tokens(name, split, config, block_size=1):
@@ -116,13 +114,9 @@ def load_tokens(name, split, config, block_size=1):
 def check_tokenizer(path, meta, config):
     """Raise UserError unless a model knows the tokens of a data set: its tokenizer is theirs, or extends it."""
     ours, vocab_size, size = tokenizer_name(config), config.vocab_size, meta["vocab_size"]
-    if not is_same(meta["tokenizer"], ours):
-        fits = extends(config, meta["tokenizer"], size)
-    elif config.tokenizer is None:  # of an unknown tokenizer the size is all that is known
-        fits = size == vocab_size if ours == UnknownTokenizer.name else size <= vocab_size
-    else:  # tokens that were added to a known tokenizer may be none of the model's
-        fits = size <= vocab_size or ours != UnknownTokenizer.name
-    if not fits:
+    # a model may have more rows, or with a record of a tokenizer fewer; of an unknown one, the size is all that is known
+    fits = size == vocab_size or (ours != UnknownTokenizer.name and (size < vocab_size or config.tokenizer is not None))
+    if not (fits if is_same(meta["tokenizer"], ours) else extends(config, meta["tokenizer"], size)):
         raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {size}, and the model has a "
                         f"vocabulary of {vocab_size}, of {ours} tokens: use data and a model that belong together")
 
@@ -319,29 +313,28 @@ def reading(place):
         raise UserError(f"cannot read {place}: {type(error).__name__}: {error}") from None
 
 
+@contextmanager
 def open_text(path, newline=None):
-    """Open a text, which may be compressed, as UTF-8 without its byte order mark."""
+    """Open a text, which may be compressed, as UTF-8 without its byte order mark; newline is that of open(). Errors in the
+    block name the file."""
     check_no_pointer(path)
     compression = "infer" if Path(path).suffix.lower() in COMPRESSED else None
-    file = LocalFileSystem().open(str(path), "rb", compression=compression)
-    return io.TextIOWrapper(file, "utf-8-sig", newline=newline)
+    with reading(path), LocalFileSystem().open(str(path), "rb", compression=compression) as file:
+        yield io.TextIOWrapper(file, "utf-8-sig", newline=newline)
 
 
-def read_pieces(path, separator=None, newline=None):
-    """Yield the pieces of a UTF-8 text between separators, or of any size without one.
-
-    newline is that of open(): None reads every line end as "\\n", "" leaves all as they are.
-    """
+def read_pieces(path, separator=None):
+    """Yield the pieces of a UTF-8 text between separators, or the whole text without one; any line end is read as "\\n"."""
     rest = ""
-    with reading(path), open_text(path, newline) as file:
-        while chunk := file.read(CHARACTERS_AT_ONCE):
-            *pieces, rest = (rest + chunk).split(separator) if separator else (chunk, "")
+    with open_text(path) as file:
+        while separator and (chunk := file.read(CHARACTERS_AT_ONCE)):
+            *pieces, rest = (rest + chunk).split(separator)
             yield from pieces
-    yield rest
+        yield rest + file.read()
 
 
 def read_rows(path, column="text"):
-    """Yield the texts of a file, None for a row whose text is null.
+    """Yield the texts of a file; a row whose text is null has none.
 
     Args:
         path: of the file; one that is neither a table nor JSON is one text.
@@ -352,31 +345,33 @@ def read_rows(path, column="text"):
     """
     kind = kind_of(path)
     if kind not in ROWS:
-        yield "".join(read_pieces(path, newline=""))
+        with open_text(path, newline="") as file:
+            yield file.read()
         return
     with reading(path):
         rows = table_rows(path, kind, column) if kind in TABLES else json_rows(path, kind, column)
-        for number, row in enumerate(rows, 1):
-            yield text_of(row, column, f"{path}, row {number}")
+        yield from texts_of(rows, column, path)
 
 
-def text_of(row, column, where):
-    """The string in a column of a row, or None."""
-    if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
-        names = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
-        raise UserError(f"{where} has no text in a column `{column}` (columns: {names})")
-    return row[column]
+def texts_of(rows, column, source):
+    """Yield the strings in a column of rows, without nulls; UserError where a row has no such column of strings."""
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get(column, 0), str | None):
+            names = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
+            raise UserError(f"{source}, row {number} has no text in a column `{column}` (columns: {names})")
+        if row[column] is not None:
+            yield row[column]
 
 
 def json_rows(path, kind, column):
     """Yield the rows of JSON lines, or of a .json: a list of objects or strings, one object, or JSON lines."""
     if kind == ".json":
         with suppress(json.JSONDecodeError):
-            content = json.loads("".join(read_pieces(path)))
+            content = json.loads(*read_pieces(path))
             rows = content if isinstance(content, list) else [content]
             yield from ({column: row} if isinstance(row, str) else row for row in rows)
             return
-    for number, line in enumerate(read_pieces(path, "\n", newline="\n"), 1):
+    for number, line in enumerate(read_pieces(path, "\n"), 1):
         if line.strip():
             with reading(f"{path}, line {number}"):
                 yield json.loads(line)
@@ -387,12 +382,13 @@ def table_rows(path, kind, column):
     check_no_pointer(path)
     if kind in (".csv", ".tsv"):
         csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(open_text(path, newline=""), dialect="excel" if kind == ".csv" else "excel-tab")
-        for row in rows:
-            if None in row:  # a comma in a text without quotes cuts it
-                raise UserError(f"{path}, line {rows.line_num} has more fields than the first line names: is a text with a "
-                                "comma or a tab not in quotes?")
-            yield row
+        with open_text(path, newline="") as file:
+            rows = csv.DictReader(file, dialect="excel" if kind == ".csv" else "excel-tab")
+            for row in rows:
+                if None in row:  # a comma in a text without quotes cuts it
+                    raise UserError(f"{path}, line {rows.line_num} has more fields than the first line names: is a text "
+                                    "with a comma or a tab not in quotes?")
+                yield row
     elif kind == ".parquet":
         from pyarrow.parquet import ParquetFile
 

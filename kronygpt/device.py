@@ -1,6 +1,5 @@
-"""Torch devices and dtypes, the processes of a run, and how fast it is."""
+"""Torch devices and dtypes, and the processes of a run."""
 import os
-import re
 import signal
 import sys
 import time
@@ -11,35 +10,15 @@ import torch.distributed as dist
 from kronygpt.configurator import ENDING, SIGNALLED, UserError, check_choice
 
 NO_FLOAT64 = ("mps",)  # types of devices without float64
-TORCHRUN_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 STOP_SIGNALS = ("SIGINT", "SIGBREAK", *ENDING)  # they ask a run to stop; SIGBREAK is Windows'
-DATA_SHEETS = (  # (words of a GPU's name, dense TFLOP/s in bfloat16 or float16, in float32 by TF32 where it has that)
-    ("B200", 2250, 1100), ("H200", 989, 494), ("GH200", 989, 494), ("H100 PCIe", 756, 378), ("H100 NVL", 835, 417),
-    ("H100", 989, 494), ("H800", 989, 494), ("A100", 312, 156), ("A800", 312, 156), ("A40", 149.7, 74.8), ("A30", 165, 82),
-    ("A10", 125, 62.5), ("A10G", 70, 35), ("L40S", 362, 183), ("L40", 181, 90.5), ("L4", 121, 60), ("T4", 65, 8.1),
-    ("V100 PCIE", 112, 14), ("V100", 125, 15.7), ("RTX 6000 Ada", 364, 182), ("RTX A6000", 154.8, 77.4),
-    ("RTX 5090", 209.5, 104.8), ("RTX 4090", 165.2, 82.6), ("RTX 4080", 97.5, 48.7), ("RTX 3090 Ti", 80, 40),
-    ("RTX 3090", 71, 35.6), ("RTX 3080", 59.5, 29.8), ("RTX 2080 Ti", 53.8, 13.4),
-)
-VARIANTS = {"mig", "laptop", "ti", "super", "d", "max"}  # words that make another GPU of one in the table
 
 
 def pick_device(name=""):
-    """Return the named torch.device; by default CUDA if available, else Apple's mps, else the CPU.
-
-    On CUDA, float32 products use TF32 from then on.
-
-    Raises:
-        UserError: no such device here.
-    """
+    """Return the named torch.device; by default CUDA if available, else Apple's mps, else the CPU. Where there is no such
+    device, torch says so now. On CUDA, float32 products use TF32 from then on."""
     default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name or default)
-        torch.ones(1, device=device).item()  # a device such as meta holds no numbers
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"there is no device {name!r} here") from None
+    device = torch.device(name or default)
+    torch.ones(1, device=device).item()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     return device
@@ -74,66 +53,21 @@ def float64(tensor):
 
 
 def gradient_scaler(device, dtype, state=None):
-    """The GradScaler of a run, which keeps small gradients from vanishing in float16; in another dtype it does nothing.
-
-    Args:
-        device: a torch.device.
-        dtype: name of the dtype of the autocast.
-        state: its state dict from a checkpoint; None or {} for a new one.
-    """
+    """The GradScaler of a run on a torch.device, which keeps small gradients from vanishing in float16, and in another dtype
+    does nothing; state: its state dict from a checkpoint, None or {} for a new one."""
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
     if state and scaler.is_enabled():
         scaler.load_state_dict(state)
     return scaler
 
 
-def data_sheet(gpu_name, dtype):
-    """What a vendor says of a GPU.
+class Clock:
+    """Measures the seconds per step, from a number of steps done on."""
 
-    Args:
-        gpu_name: as torch.cuda.get_device_name gives it.
-        dtype: "float32", "bfloat16" or "float16".
-
-    Returns:
-        (name, operations per second), or None where the table does not have it.
-    """
-    words = set(re.split(r"\W+", gpu_name.lower()))
-    for name, half, single in DATA_SHEETS:
-        own = set(name.lower().split())
-        if own <= words and not (words - own) & VARIANTS:
-            return name, 1e12 * (single if dtype == "float32" else half)
-    return None
-
-
-class Speed:
-    """How fast a run is: tokens per second, and on GPUs whose data sheet is in the table, mfu, the share of their peak.
-
-    Args:
-        device: a torch.device.
-        dtype: name of the dtype of the products.
-        world_size: number of such devices.
-    """
-
-    def __init__(self, device, dtype, world_size=1):
-        sheet = data_sheet(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-        if dtype == "bfloat16" and default_dtype(device) == "float16":
-            sheet = None  # emulated
-        self.name, peak = sheet or ("", 0)
-        self.peak, self.world_size = world_size * peak, world_size
-        self.restart(0)
-
-    def __str__(self):
-        """What mfu is a share of; empty where the peak is not known."""
-        devices = f"{self.world_size} × " if self.world_size > 1 else ""
-        return f"{devices}{self.peak / self.world_size / 1e12:,.3g} TFLOP/s (data sheet of {self.name})" if self.peak else ""
-
-    def mfu(self, flops):
-        """The share of the peak that a rate of floating point operations per second, on all devices, is; None where the
-        peak is not known."""
-        return flops / self.peak if self.peak else None
+    def __init__(self, step):
+        self.restart(step)
 
     def restart(self, step):
-        """Start the clock at a number of steps done."""
         self.started, self.first_step = time.perf_counter(), step
 
     def read(self, step):
@@ -150,22 +84,18 @@ class Processes:
         name: of the device, as in pick_device.
 
     Raises:
-        UserError: the environment has only some of what torchrun sets, or several processes cannot use the device.
+        UserError: the environment contradicts itself, or several processes cannot use the device.
     """
 
     def __init__(self, name):
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
         self.signal = 0  # the number of the signal that this process was sent
-        missing = [variable for variable in TORCHRUN_SETS if variable not in os.environ]
-        if self.rank >= self.world_size or (self.world_size > 1 and missing):
-            raise UserError(f"the environment has RANK={self.rank} and WORLD_SIZE={self.world_size}"
-                            f"{' without ' + ', '.join(missing) if missing else ''}: start several processes with torchrun, "
-                            "or unset RANK and WORLD_SIZE for one")
+        if self.rank >= self.world_size:  # no process would write, or it would wait for others forever
+            raise UserError(f"the environment has RANK={self.rank} and WORLD_SIZE={self.world_size}: start several "
+                            "processes with torchrun, or unset both for one")
         self.device = pick_device(name)
         if self.world_size > 1:
-            if self.device.type == "mps" and not name:
-                self.device = pick_device("cpu")
             if self.device.type not in ("cuda", "cpu"):
                 raise UserError(f"{self.world_size} processes train on CUDA or the CPU, not on {self.device.type}: "
                                 "start one process, or give --device=cpu")

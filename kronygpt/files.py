@@ -58,9 +58,9 @@ def target_of(path):
     return Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 
-def remove_leftovers(folder, names=".+"):
-    """Clear what writers have left in a folder, in which nobody else writes now: a half-written file or directory is
-    removed, and a directory that had been renamed away for a new one that is not there gets its name back."""
+def remove_leftovers(folder, names):
+    """Clear what writers of names, a regular expression, have left in a folder, in which nobody else writes now: what is
+    half-written is removed, and a directory that was renamed away for a new one that is not there gets its name back."""
     for aside in list(folder.iterdir()):
         match = ASIDE.fullmatch(aside.name)
         if match and re.fullmatch(names, match[1]):
@@ -71,12 +71,6 @@ def remove_leftovers(folder, names=".+"):
                 shutil.rmtree(aside, ignore_errors=True)
             else:
                 aside.unlink(missing_ok=True)
-
-
-def copy_mode(source, target):
-    """Give a file or directory the mode of another one, where there is one."""
-    with suppress(FileNotFoundError):
-        shutil.copymode(source, target)
 
 
 @contextmanager
@@ -119,7 +113,8 @@ def atomic_write(path, mode="wb"):
     path = target_of(output_file(path))
     with made_aside(path) as aside:
         with open(aside, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
-            copy_mode(path, aside)
+            if path.exists():
+                shutil.copymode(path, aside)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -150,21 +145,12 @@ def atomic_directory(path, is_ours):
         yield aside
         for file in aside.rglob("*"):
             if file.is_file() and not file.is_symlink():
-                copy_mode(path / file.relative_to(aside), file)
+                if (old := path / file.relative_to(aside)).exists():
+                    shutil.copymode(old, file)
                 sync(file)
         if path.exists():
             os.replace(path, aside.with_suffix(".old"))
         os.replace(aside, path)
-
-
-def link_or_copy(source, target):
-    """Give a file a second name, which replaces what has it, or where the file system has no hard links, a complete copy."""
-    Path(target).unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except (OSError, AttributeError):  # whatever the reason, a copy serves: if it fails, it says why
-        with open(source, "rb") as original, atomic_write(target) as file:
-            shutil.copyfileobj(original, file)
 
 
 def lock(directory):

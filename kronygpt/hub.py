@@ -7,6 +7,7 @@ from pathlib import Path
 from kronygpt.tokenizer import TOKENIZER_FILES
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PARQUET = "refs/convert/parquet"  # the hub's own copy of a data set
 HUB_SECONDS = 5  # that the hub has for its first answer
 
 
@@ -25,12 +26,17 @@ def reach_hub():
         constants.HF_HUB_OFFLINE = True
 
 
-def hub_dataset(name, config=None, split="train", revision=None):
-    """A data set of the hub, or from its local cache, as a datasets.Dataset."""
+def hub_dataset(name, config=None, split="train", streaming=False):
+    """A split of a data set of the hub, or from its local cache, as a datasets.Dataset; streaming: its rows as they are
+    downloaded."""
     reach_hub()
     from datasets import load_dataset
 
-    return load_dataset(name, config, split=split, revision=revision)
+    options = dict(name=config, split=split, streaming=streaming)
+    try:
+        return load_dataset(name, **options)
+    except RuntimeError:  # the repository still holds a script, which datasets 4 and later refuses
+        return load_dataset(name, revision=PARQUET, **options)
 
 
 def download(name):

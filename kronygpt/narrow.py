@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kronygpt.device import float64
 from model import KronyGPT
 
 RIDGE = 1e-3  # added to the covariance of hidden units, as a share of its mean diagonal
@@ -278,8 +279,8 @@ class Block:
     def __init__(self, model, layer, statistics):
         self.config, self.layer, kinds = model.config, layer, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         names = {kind: f"transformer.h.{layer}.{kind}" for kind in kinds}
-        self.W = {kind: model.get_submodule(name).weight.detach().double() for kind, name in names.items()}
-        self.b = {kind: model.get_submodule(name).bias.detach().double() for kind, name in names.items()}
+        self.W = {kind: float64(model.get_submodule(name).weight.detach()) for kind, name in names.items()}
+        self.b = {kind: float64(model.get_submodule(name).bias.detach()) for kind, name in names.items()}
         self.F, self.mean, self.G = ({kind: of_all[name] for kind, name in names.items()} for of_all in (
             statistics.fisher, statistics.means, statistics.covariances))
         self.bases = self.order = None
@@ -361,11 +362,12 @@ def narrowed(dense, blocks, widths, embeddings, bands):
         dense: the KronyGPT.
         blocks, embeddings: [Block] and {"wte" or "wpe": Staircase} of it.
     """
-    state_dict, fisher = dict(dense.state_dict()), {}
+    state_dict, fisher, norm = dict(dense.state_dict()), {}, dense.transformer.ln_f.weight
     for name in bands:
         del state_dict[f"transformer.{name}.weight"]
-        state_dict |= {f"transformer.{name}.{part}": t.to(torch.long if part == "row" else torch.float32).contiguous()
-                       for part, t in embeddings[name].tensors(bands[name]).items()}
+        for part, t in embeddings[name].tensors(bands[name]).items():
+            t = t.to(norm.device, torch.long if part == "row" else norm.dtype)
+            state_dict[f"transformer.{name}.{part}"] = t.contiguous()
     for layer, block in enumerate(blocks):
         for values, end in zip(block.narrowed(*(widths[name][layer] for name in ("head_qk", "head_v", "n_inner"))), "AbF"):
             for kind, value in values.items():

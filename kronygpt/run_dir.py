@@ -3,31 +3,33 @@ import json
 import math
 import os
 import re
+import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from kronygpt import checkpoint
 from kronygpt.configurator import UserError
-from kronygpt.files import atomic_write, link_or_copy, lock, remove_leftovers
+from kronygpt.files import atomic_write, lock, remove_leftovers
 
 DPI = 120
 TICKS = 8  # of an axis of losses, about
 
 
 class RunDir:
-    """The directory of a run: ckpt.pt (the latest), best.pt, older checkpoints, log.jsonl and loss.png. Other files in it
-    are left alone."""
+    """The directory of a run: ckpt.pt (the latest), best.pt, checkpoints that are kept, log.jsonl and loss.png. Other files
+    in it are left alone."""
 
-    OLDER = re.compile(r"ckpt_(\d{7,})\.pt")
+    KEPT = re.compile(r"ckpt_(\d{7,})\.pt")
 
     def __init__(self, path):
         self.path, self.wandb_run, self.log_file = Path(path), None, None
         self.last, self.best, self.log_path, self.picture = (
             self.path / name for name in ("ckpt.pt", "best.pt", "log.jsonl", "loss.png"))
 
-    def older(self):
-        """The older checkpoints, {step: path} in the order of their steps."""
-        found = {int(match[1]): path for path in self.path.iterdir() if (match := self.OLDER.fullmatch(path.name))}
+    def kept(self):
+        """The checkpoints that are kept, {step: path} in the order of their steps."""
+        found = {int(match[1]): path for path in self.path.iterdir() if (match := self.KEPT.fullmatch(path.name))}
         return dict(sorted(found.items()))
 
     def check(self, is_resume, overwrite):
@@ -52,7 +54,7 @@ class RunDir:
         self.lock = lock(self.path)
         self.check(bool(rest), overwrite)  # again: another run may have ended here since the first time
         names = [re.escape(path.name) for path in (self.last, self.best, self.log_path, self.picture)]
-        remove_leftovers(self.path, "|".join([*names, self.OLDER.pattern]))
+        remove_leftovers(self.path, "|".join([*names, self.KEPT.pattern]))
         if rest:
             self.open_log(rest["iter_num"])
         self.best_val_loss = rest["best_val_loss"] if rest and self.best.exists() else math.inf
@@ -63,35 +65,28 @@ class RunDir:
         Args:
             options: {option: value} of train.py; the id of the wandb run is added as wandb_run_id.
             run_id: of the run to continue, or None.
-
-        Raises:
-            UserError: wandb does not start.
         """
         if run_id:
             options["wandb_run_id"] = run_id  # kept where wandb is off this time
         if options["wandb_mode"] == "off":
             return
-        try:
-            import wandb
+        import wandb
 
-            self.wandb_run = wandb.init(
-                project=options["wandb_project"], name=options["wandb_run_name"] or self.path.name, config=options,
-                mode=os.environ.get("WANDB_MODE") or options["wandb_mode"], id=run_id, resume="allow", allow_val_change=True)
-        except Exception as error:  # no package, login or network, a bad name
-            raise UserError(f"wandb does not start ({type(error).__name__}: {error}): `wandb login` logs in, "
-                            "--wandb_mode=offline needs no login, off none of it", status=1) from None
+        self.wandb_run = wandb.init(
+            project=options["wandb_project"], name=options["wandb_run_name"] or self.path.name, config=options,
+            mode=os.environ.get("WANDB_MODE") or options["wandb_mode"], id=run_id, resume="allow", allow_val_change=True)
         options["wandb_run_id"] = self.wandb_run.id
 
     def open_log(self, step):
         """Open log.jsonl for appending, once ckpt.pt is there, which has done `step` steps. What is newer goes: lines of the
-        log, an evaluation of this very step included, which is repeated, and older checkpoints that another run left."""
-        lines = self.log_path.read_text("utf-8", "replace").splitlines(keepends=True) if self.log_path.exists() else []
+        log, an evaluation of this very step included, which is repeated, and checkpoints that another run left."""
+        entries = read_log(self.log_path) if self.log_path.exists() else []
         with atomic_write(self.log_path, "w") as file:
-            file.writelines(line for line in lines if is_done(line, step))
-        newer = [path for older_step, path in self.older().items() if older_step >= step]
-        for path in newer if step else (*newer, self.best, self.picture):
+            file.writelines(json.dumps(e) + "\n" for e in entries if e["step"] <= step - ("val_loss" in e))
+        newer = [path for kept_step, path in self.kept().items() if kept_step > step]
+        for path in newer if step else (*self.kept().values(), self.best, self.picture):
             path.unlink(missing_ok=True)
-        self.log_file, self.saved_step = self.log_path.open("a", buffering=1, encoding="utf-8"), step
+        self.log_file = self.log_path.open("a", buffering=1, encoding="utf-8")
 
     def log(self, **entry):
         """Append a line to log.jsonl."""
@@ -107,14 +102,11 @@ class RunDir:
             step: number of steps done.
             model: a KronyGPT.
             losses: {"train_loss", "val_loss"}, or {} without an evaluation.
-            options: {option: value} of train.py. `keep` is the number of older checkpoints to keep. They are of multiples of
-                `eval_interval`, so that a run that was stopped and resumed keeps those that an uninterrupted one keeps.
+            options: {option: value} of train.py.
             states: the optimizer and the scaler, as in checkpoint.save.
         """
         if self.log_file:
             os.fsync(self.log_file.fileno())  # a resume from the new checkpoint does not write these lines again
-            if options["keep"] > 0 and self.saved_step != step and self.saved_step % options["eval_interval"] == 0:
-                self.keep_last()
         is_best = bool(losses) and losses["val_loss"] <= self.best_val_loss  # equal where a resume repeats the evaluation
         if is_best:
             self.best_val_loss = losses["val_loss"]
@@ -122,58 +114,44 @@ class RunDir:
         checkpoint.save(self.last, model, **content, **states)
         if not self.log_file:
             self.open_log(step)
-        self.saved_step = step
-        for path in list(self.older().values())[:-options["keep"]] if options["keep"] > 0 else ():
-            path.unlink()
         if is_best:
             checkpoint.save(self.best, model, **content)
+        if losses and options["keep"] > 0 and step % options["eval_interval"] == 0:  # as where a run was stopped in between
+            self.keep_last(step, options["keep"])
         if losses:
             self.log(step=step, **losses)
 
-    def keep_last(self):
-        """Give ckpt.pt, which is going to be replaced, its second name."""
-        path = self.path / f"ckpt_{self.saved_step:07d}.pt"
+    def keep_last(self, step, n):
+        """Copy ckpt.pt as that of a step, of which the last n stay."""
+        path = self.path / f"ckpt_{step:07d}.pt"
         try:
-            link_or_copy(self.last, path)
-        except OSError as error:  # the new checkpoint is worth more than the old one
+            with self.last.open("rb") as last, atomic_write(path) as file:
+                shutil.copyfileobj(last, file)
+        except OSError as error:  # the run goes on without it
             warnings.warn(f"{self.last} is not kept as {path}: {error.strerror}", stacklevel=2)
-
-    def draw(self):
-        """Draw the log, which a resume has continued, as loss.png; a warning where that fails, as without matplotlib or on a
-        full disk: the run is saved."""
-        try:
-            if log := read_log(self.log_path):
-                draw_run(log, self.picture, self.path.name)
-        except Exception as error:
-            warnings.warn(f"no {self.picture}: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2)
+        for old in list(self.kept().values())[:-n]:
+            old.unlink()
 
     def close(self):
-        """Draw and release it, after a run that ended well."""
-        self.draw()
+        """Release it after a run that ended well, and draw the log, which a resume has continued, as loss.png; a warning
+        where that fails, as without matplotlib or on a full disk: the run is saved."""
+        try:
+            draw_run(read_log(self.log_path), self.picture, self.path.name)
+        except Exception as error:
+            warnings.warn(f"no {self.picture}: {type(error).__name__}: {' '.join(str(error).split())}", stacklevel=2)
         if self.wandb_run:
             self.wandb_run.finish()
         self.log_file.close()
         self.lock.release()
 
 
-def entry_of(line):
-    """The entry of a line of log.jsonl, or None where it is none: a killed run may leave half a line."""
-    try:
-        entry = json.loads(line)
-        return entry if isinstance(entry["step"], int) else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def read_log(path):
-    """The entries of a log.jsonl."""
-    return [entry for line in Path(path).read_text("utf-8", "replace").splitlines() if (entry := entry_of(line))]
-
-
-def is_done(line, first_step):
-    """Whether a line of log.jsonl is of a step up to first_step, and of no evaluation behind it, which a resume repeats."""
-    entry = entry_of(line)
-    return entry is not None and line.endswith("\n") and entry["step"] <= first_step - ("val_loss" in entry)
+    """The entries of a log.jsonl. A killed run may leave half a line, which is none."""
+    entries = []
+    for line in Path(path).read_text("utf-8", "replace").splitlines():
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -85,6 +85,9 @@ class BytesTokenizer(Tokenizer):
         return np.asarray(tokens, dtype=np.uint8).tobytes()
 
 
+KNOWN = {cls.name: cls for cls in (GPT2Tokenizer, BytesTokenizer)}  # told by the size of a vocabulary
+
+
 class UnknownTokenizer(Tokenizer):
     """The tokenizer of a model that nobody knows: it has no text, and its tokens are written as numbers."""
 
@@ -245,7 +248,7 @@ def tokenizer_record(directory):
         tokenizer = read_tokenizer(directory)
     except UserError:
         tokenizer = UnknownTokenizer
-    is_told = tokenizer is None or tokenizer.name in (GPT2Tokenizer.name, BytesTokenizer.name)
+    is_told = tokenizer is None or tokenizer.name in KNOWN
     return None if is_told else dict(name=tokenizer.name, path=str(Path(directory).resolve()))
 
 
@@ -261,8 +264,7 @@ def open_tokenizer(config, directory=None):
     """
     name, path = tokenizer_name(config), directory or (config.tokenizer or {}).get("path")
     if path is None:
-        known = {cls.name: cls for cls in (GPT2Tokenizer, BytesTokenizer)}
-        return known[name]() if name in known else UnknownTokenizer(config.vocab_size)
+        return KNOWN[name]() if name in KNOWN else UnknownTokenizer(config.vocab_size)
     tokenizer = read_tokenizer(path)
     found = tokenizer.name if tokenizer else "no tokenizer"
     if tokenizer is None or not (directory or name == UnknownTokenizer.name or is_same(found, name)):
@@ -282,7 +284,7 @@ def tokenizer_name(config):
 def extends(config, name, vocab_size):
     """Whether a model's tokenizer has all tokens of another one, of this name and vocab_size, under the same numbers."""
     ours = getattr(open_tokenizer(config), "vocabulary", {})
-    theirs = {cls.name: cls.fingerprint for cls in (GPT2Tokenizer, BytesTokenizer)}.get(name, name)
+    theirs = KNOWN[name].fingerprint if name in KNOWN else name
     return is_same(theirs, fingerprint({token: number for token, number in ours.items() if number < vocab_size}))
 
 

@@ -174,5 +174,5 @@ def test_even_ranks_keep_the_same_share_of_each_matrix():
 def test_a_budget_out_of_range_is_one_clear_line(choose):
     dense = n_parameters(CONFIG)
     for limit in (300, dense, dense + 1):
-        with pytest.raises(UserError, match=rf"budget of {limit:,} parameters is not between [\d,]+, with .* and {dense:,}"):
+        with pytest.raises(UserError, match=rf"budget of {limit:,} parameters is not between [\d,]+, .* and {dense:,}"):
             choose(CONFIG, limit)

@@ -392,6 +392,25 @@ def test_script_compresses_the_whole_model_to_a_budget(trained, workdir, matrice
     assert [float(measured[i]) for i in (2, 3)] == pytest.approx([loss(m, windows) for m in (model, new)], abs=1e-4)
 
 
+def test_several_budgets_share_one_pass(trained, workdir):
+    model, tokens = trained
+    checkpoint.save("dense.pt", model)
+    make_data(tokens)
+    planned = run_here("kron_decompose.py", *NUMBERS, "--budget=20K,80%", "--plan_only=True")
+    assert planned.returncode == 0 and [path.name for path in Path("checkpoints").iterdir()] == ["plan.png"]
+    total = model.count_parameters()["total"]
+    rows = re.findall(r"^ +(20K|80%) +([\d.]+)% +([\d.]+) ", planned.stdout, re.M)
+    assert [row[:2] for row in rows] == [("20K", f"{20_000 / total:.1%}"[:-1]), ("80%", "80.0")]
+    done = run_here("kron_decompose.py", *NUMBERS, "--budget=20K,80%")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"added \(predicted, order only: ([\d.]+)\)", done.stdout) == [loss for *_, loss in rows]
+    alone = run_here("kron_decompose.py", *NUMBERS, "--budget=20K", "--out=alone.pt")
+    assert alone.returncode == 0
+    one, other = (checkpoint.load(path)[0] for path in ("alone.pt", "checkpoints/best_20K.pt"))
+    assert one.config == other.config and all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))
+    assert 0.79 * total < checkpoint.load("checkpoints/best_80%.pt")[0].count_parameters()["total"] <= 0.8 * total
+
+
 @pytest.mark.parametrize("args, said", [
     ([32, 32, 99], "99 factors"), (["--budget=1K"], "1,000 parameters is not between"),
     (["--keep=heads,wings"], "--keep is a comma list of embedding, heads, hidden, not wings"),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, run_here
 
-from experiments import compare, pictures
-from kronygpt import checkpoint, run_dir
+from experiments import compare, peers, pictures
+from kronygpt import checkpoint, data, run_dir
 from kronygpt.configurator import UserError
 from model import KronyGPT, KronyGPTConfig
 
@@ -59,6 +59,7 @@ def test_every_start_is_trained_with_each_seed_and_scored(calls, capsys):
     half = rows[2]
     assert half["shapes"] == {"attn.c_attn": [[16, 48, 1]] * 2, "attn.c_proj": [[16, 16, 1]] * 2,
                               "mlp.c_fc": [[16, 32, 1]] * 2, "mlp.c_proj": [[32, 16, 1]] * 2}
+    assert half["widths"] == dict(head_qk=[[16]] * 2, head_v=[[16]] * 2, n_inner=[64] * 2, wte=[[256, 16]], wpe=[[16, 16]])
     assert [step for step, _ in half["runs"][0]["curve"]] == [0, 2, 4]
     assert {"table.md", "pareto.png", "loss.png"} <= {path.name for path in Path("out").iterdir()}
     mean, spread = (function([run["after"] for run in half["runs"]]) for function in (statistics.mean, statistics.stdev))
@@ -180,3 +181,33 @@ def test_a_failed_script_is_a_one_line_error(monkeypatch, capfd):
     assert error.value.status == 1
     assert "error: unknown option --seeds: did you mean --seed?" in capfd.readouterr().err
     assert compare.call("experiments/predict.py", "--help") > 0
+
+
+@pytest.mark.parametrize("m, n", [(12, 20), (20, 12)])
+@pytest.mark.parametrize("r", [1, 5, 11])
+def test_svd_llm_has_the_least_error_on_its_inputs(m, n, r):
+    """No product X W_r of rank r is nearer to X W than the truncated SVD of X W itself."""
+    rng = np.random.default_rng(0)
+    X, W = rng.normal(1, 1, (100, m)) @ rng.normal(size=(m, m)), rng.normal(size=(m, n))
+    A, B = peers.best_on_inputs(torch.tensor(W), torch.tensor(X.T @ X / len(X)), r)
+    assert A.shape == (r, m, 1) and B.shape == (r, 1, n)
+    sigma = np.linalg.svd(X @ W, compute_uv=False)
+    assert np.linalg.norm(X @ (W - (A[:, :, 0].T @ B[:, 0]).numpy())) == pytest.approx(np.sqrt((sigma[r:]**2).sum()))
+
+
+def test_svd_llm_takes_each_matrix_by_itself(calls):
+    """With the inputs of the dense model, at even ranks; biases stay."""
+    compare.call("experiments/peers.py", "svd_llm", "7.5K", "--init_from=dense.pt", "--calibrate=walk",
+                 "--calibration_tokens=640", "--out=new.pt")
+    old, new = (checkpoint.load(path)[0].eval() for path in ("dense.pt", "new.pt"))
+    assert 0.97 * 7_500 < new.count_parameters()["total"] <= 7_500
+    inputs = {}
+    for *_, matrix in old.matrices():
+        matrix.register_forward_hook(lambda matrix, x, y: inputs.update({matrix: x[0].flatten(0, -2)}))
+    with torch.no_grad():
+        old(data.calibration_text("walk", 640, old.config, "cpu"))
+    for (_, kind, matrix), (_, _, other) in zip(old.matrices(), new.matrices()):
+        assert torch.equal(matrix.bias, other.bias)
+        Y, Z = (inputs[matrix] @ m.weight.detach() for m in (matrix, other))
+        rest = torch.linalg.svdvals(Y)[len(other.A):].square().sum()
+        torch.testing.assert_close((Y - Z).square().sum(), rest, rtol=1e-3, atol=1e-6, msg=kind)

@@ -12,7 +12,7 @@ from experiments import prepare_pydocs
 from kronygpt import data
 from kronygpt.configurator import UserError
 from kronygpt.data import batch_starts, load_meta, load_tokens, mean_loss, score, windows, write_documents
-from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer, open_tokenizer, tokenizer_name
+from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer
 from model import KronyGPTConfig
 
 META = dict(vocab_size=256, tokenizer="bytes")
@@ -147,12 +147,6 @@ def test_gpt2_tokens_are_those_of_tiktoken(shared):
         assert tokenizer.decode(tokens.tolist()) == text
     assert tokenizer.end_of_text == 50256
     assert tokenizer.decode([*encoding.encode_ordinary("text"), 50300]) == "text"  # of a padded vocabulary
-
-
-def test_a_vocabulary_tells_the_tokenizer():
-    assert [tokenizer_name(config_of(size)) for size in (256, 50257, 50304)] == ["bytes", "gpt2", "gpt2"]
-    with pytest.raises(UserError, match="vocabulary of 1000"):
-        open_tokenizer(config_of(1000)).encode("a")
 
 
 def test_a_written_data_set_is_documents_with_an_end_after_each(workdir):

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, random_tokens
 
 from experiments import figures
-from kronygpt.budget import shapes_within
+from experiments.predict import cells as predict_cells
 from kronygpt.configurator import UserError
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
@@ -25,17 +25,21 @@ def cells(table):
 
 def comparison(seeds=2):
     """Rows as compare.py writes them: the dense model, the same trained further, and two methods at two sizes."""
-    def row(name, parameters, loss, shapes):
+    def row(name, parameters, loss, shapes, **widths):
         runs = [dict(after=loss - 0.1 - seed / 100, seconds=3.0, curve=[[0, loss]]) for seed in range(seeds)]
-        return dict(name=name, parameters=parameters, before=loss, shapes=shapes, seconds=2.0, runs=runs, learning_rate=3e-4)
+        usual = dict(head_qk=[[16]] * 2, head_v=[[16]] * 2, n_inner=[64] * 2, wte=[[256, 16]], wpe=[[16, 16]])
+        return dict(name=name, parameters=parameters, before=loss, shapes=shapes, widths=usual | widths, seconds=2.0,
+                    runs=runs, learning_rate=3e-4)
 
     dense = {kind: [[m, n, 1]] * 2 for kind, (m, n) in TINY.sizes(0).items()}
     low = {kind: [[m, 1, 2], [m, 1, 3]] for kind, (m, n) in TINY.sizes(0).items()}
     base = row("dense base", 4000, 1.5, dense)
     base.pop("runs")
     base.pop("learning_rate")
-    return [base, row("dense, trained further", 4000, 1.5, dense), row("1K Van Loan", 1000, 3.5, low),
-            row("1K ours", 1000, 1.75, low), row("2K Van Loan", 2000, 2.5, low), row("2K ours", 2000, 1.625, dense)]
+    narrow = dict(head_qk=[[5], [6]], head_v=[[7], [8]], n_inner=[32, 48], wte=[[128, 9], [128, 2]], wpe=[[16, 4]])
+    return [base, row("dense, trained further", 4000, 1.5, dense),
+            row("1K Van Loan", 1000, 3.5, low), row("1K ours", 1000, 1.75, low, **narrow),
+            row("2K Van Loan", 2000, 2.5, low), row("2K ours", 2000, 1.625, dense)]
 
 
 def test_tables_are_replaced_between_their_markers_and_a_second_time_changes_nothing():
@@ -45,21 +49,18 @@ def test_tables_are_replaced_between_their_markers_and_a_second_time_changes_not
     assert figures.rewrite(TEXT, dict(one=None, two=None)) == TEXT
 
 
-def test_a_marker_without_an_end_or_a_table_is_an_error():
-    for text, tables in (TEXT, dict(one="x")), (TEXT.replace("<!-- end -->\nlast", ""), dict(one="x", two="y")):
-        with pytest.raises(UserError, match=r"a\.md.* two\b"):
-            figures.rewrite(text, tables, "a.md")
+@pytest.mark.parametrize("text, tables, message", [
+    (TEXT, "one", "tables .'two'"), (TEXT, "one two three", "tables .'three'"),
+    (TEXT[:-18], "one two", "a.md has a marker .* without")])
+def test_a_table_without_a_marker_or_an_end_is_an_error_and_nothing_is_written(text, tables, message, workdir):
+    Path("a.md").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        figures.rewrite_documents(["a.md"], dict.fromkeys(tables.split(), "x"))
+    assert Path("a.md").read_text(encoding="utf-8") == text
 
 
-def test_a_table_without_a_marker_is_an_error_and_nothing_is_written(workdir):
-    Path("a.md").write_text(TEXT, encoding="utf-8")
-    with pytest.raises(UserError, match="<!-- table: three -->"):
-        figures.rewrite_documents(["a.md"], dict(one="x", two="y", three="z"))
-    assert Path("a.md").read_text(encoding="utf-8") == TEXT
-
-
-def test_the_report_has_the_records_of_the_runs():
-    text = Path(ROOT, "docs/report.md").read_text(encoding="utf-8")
+def test_the_appendix_has_the_records_of_the_runs():
+    text = Path(ROOT, "docs/learning_rates.md").read_text(encoding="utf-8")
     records = json.loads(Path(ROOT, "docs/runs.json").read_text(encoding="utf-8"))
     names = {match[1] for match in figures.TABLE.finditer(text)}
     assert figures.rewrite(text, dict.fromkeys(names) | dict(runs=figures.runs_table(records))) == text
@@ -77,7 +78,7 @@ def test_parameters_are_those_of_the_model():
 def test_costs_of_shapes():
     dense, low_rank, one = cells(figures.shapes_table(16, 64, [(16, 64, 1), (16, 1, 3), (16, 16, 1)]))
     assert dense == ["(16, 64, 1)", "1,024", "100.0%", "16", "", "", "1.00", ""]
-    assert low_rank[:5] == ["(16, 1, 3)", "240", "23.4%", "3", "0.23"]
+    assert low_rank[:5] == ["(16, 1, 3)", "231", "22.6%", "3", "0.23"]
     assert one[1] == "260" and one[3] == "16" and one[4] == f"{(256 + 64) / 1024:.2f}"
 
 
@@ -119,42 +120,90 @@ def test_errors_of_the_fits():
     weights, outputs = ([float(number) for number in cell.split(" → ")] for cell in fitted[1:3])
     assert 0 < weights[0] < weights[1] and 0 < outputs[1] < outputs[0]
     before, after = (float(number) for number in fitted[3].split(" → "))
-    assert abs(after - loss) < abs(before - loss)
+    assert before != after
 
 
 def test_a_comparison_has_the_mean_and_the_spread_of_its_seeds():
     compared = comparison()
     rows = cells(figures.comparison_table(compared))
     assert rows[0] == ["dense base", "4,000", "1.500", ""]
-    assert rows[3] == ["1K ours", "1,000", "1.750", f"1.645 ± {0.01 / math.sqrt(2):.3f}"]
+    assert rows[3] == ["1K KronyGPT", "1,000", "1.750", f"1.645 ± {0.01 / math.sqrt(2):.3f}"]
     compared[1]["learning_rate"] = 3e-5
     assert [row[4] for row in cells(figures.comparison_table(compared))] == ["", "3e-05", *["0.0003"] * 4]
     assert figures.comparison_table(comparison(1)).endswith("1 seed.") and "±" not in figures.comparison_table(comparison(1))
 
 
-def test_peers_of_a_size_are_sorted_by_their_loss():
+def test_peers_of_a_size_are_sorted_by_their_loss(monkeypatch):
+    monkeypatch.setattr(figures, "HEADLINE_SIZE", "1K")
     rows = comparison()
     rows.append(dict(rows[3], name="1K better", runs=[dict(after=1.25)]))
-    table = cells(figures.peers_table(rows, "1K"))
-    assert [row[0] for row in table] == ["dense, trained further", "better", "ours", "Van Loan"]
+    table = cells(figures.peers_table(rows))
+    assert [row[0] for row in table] == ["dense, trained further", "better", "KronyGPT", "Van Loan"]
     assert table[1] == ["better", "1,000", "1.750", "1.250"]
 
 
-def test_ranks_of_the_budgets():
-    budgets = figures.our_budgets(comparison())
-    assert list(budgets) == ["2K", "1K"] and figures.matrices_of(comparison()) == TINY.sizes(0)
-    rows = cells(figures.ranks_table(comparison()))
-    assert rows[4] == ["1K", "attn.c_attn", f"2 ({2 * 64 / 768:.0%})", f"3 ({3 * 64 / 768:.0%})"]
-    assert rows[3] == ["2K", "mlp.c_proj", "dense", "dense"]
-    assert figures.rank_share(16, 64, (16, 16, 1)) == (256 + 4) / 1024 and figures.rank_share(16, 64, (16, 64, 1)) == 1
+def test_methods_by_size():
+    rows = comparison(1)
+    del rows[4]
+    table = figures.sizes_table(rows)
+    assert table.startswith("| method | 2K (50%) | 1K (25%) |")
+    assert cells(table) == [["Van Loan", "", "3.500 → 3.400"], ["KronyGPT", "1.625 → 1.525", "1.750 → 1.650"]]
+
+
+def test_what_a_budget_chose():
+    table = figures.plan_table(comparison(), ["2K", "1K"])
+    rows = cells(table)
+    assert rows[1] == ["2K", "1", "16", "16", "64", *["dense"] * 4]
+    assert rows[2:] == [["1K", "0", "5", "7", "32", *["2"] * 4], ["1K", "1", "6", "8", "48", *["3"] * 4]]
+    assert table.endswith("2K: wte dense; wpe dense.\n\n1K: wte 2 bands of 9, 2 columns; wpe rank 4.")
+    assert figures.width_cell([8, 3, 5, 9]) == "8 3 5 9" and figures.width_cell([8, 3, 5, 9, 7]) == "3–9"
+
+
+def test_correlations_of_predictions_are_within_one_share():
+    rows = [("budget", 9, 0.5, 1, 2), *((f"block {i} mlp.c_fc", 9, share, i, loss) for share, losses in (
+        (0.249, (1, 2, 3)), (0.5, (3, 2, 1))) for i, loss in enumerate(losses))]
+    head = "compressed", "parameters", "of them", "predicted", "measured"
+    table = figures.markdown(head, [predict_cells(*row) for row in rows])
+    table = figures.predicted_table([*table.splitlines(), "", "Loss added."])
+    assert table.count("|\n") == 3 and table.endswith("1.00 over 3 matrices at 25%, -1.00 over 3 matrices at 50%.")
+
+
+def test_numbers_of_an_embedding_are_those_of_the_model():
+    for bands in ([(256, 16)], [(256, 5)], [(128, 9), (128, 2)]):
+        config = KronyGPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=16, wte=bands)
+        assert figures.embedding_size(bands, 16) == KronyGPT(config).transformer.wte.count_parameters()
+    assert cells(figures.embeddings_table(comparison(1)))[3][2] == f"{1552 + 112:,} (166%)"
 
 
 def test_a_picture_is_the_same_each_time_and_small(workdir):
     spectra = figures.mean_spectra([torch.ones(8, 12), torch.eye(8, 12)], [(4, 3, 2), (8, 1, 3)])
-    shapes = shapes_within(KronyGPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=16), 3000, 3700)
-    for draw, data in ((figures.draw_parameters, TINY), (figures.draw_spectrum, spectra), (figures.draw_cost, shapes),
-                       (figures.draw_ranks, comparison())):
-        draw(data, "a.png")
-        draw(data, "b.png")
+    for draw, *data in ((figures.draw_spectrum, spectra), (figures.draw_added, comparison()),
+                        (figures.draw_parts, comparison(), comparison())):
+        draw(*data, "a.png")
+        draw(*data, "b.png")
         first = Path("a.png").read_bytes()
         assert first[:4] == b"\x89PNG" and len(first) < 150_000 and Path("b.png").read_bytes() == first
+
+
+def document(path, names):
+    Path(path).write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in names), encoding="utf-8")
+
+
+def test_one_table_is_made_without_runs_and_those_without_their_run_stay(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "ROOT", workdir)
+    monkeypatch.setattr(figures, "documents", "a.md")
+    monkeypatch.setattr(figures, "make", lambda name: pytest.fail(f"the run {name} was made"))
+    document("a.md", figures.TABLES)
+    monkeypatch.setattr(figures, "only", "kronecker")
+    before = Path("a.md").read_text(encoding="utf-8")
+    figures.main()
+    assert Path("a.md").read_text(encoding="utf-8") == before
+    assert "those of compare_kronecker stay" in capsys.readouterr().out
+    Path("out/compare_kronecker").mkdir(parents=True)
+    Path("out/compare_kronecker/results.json").write_text(json.dumps(comparison()), encoding="utf-8")
+    figures.main()
+    tables = dict.fromkeys(figures.TABLES) | dict(kronecker=figures.comparison_table(comparison()))
+    assert Path("a.md").read_text(encoding="utf-8") == figures.rewrite(before, tables)
+    monkeypatch.setattr(figures, "only", "none")
+    with pytest.raises(UserError, match="--only is one of"):
+        figures.main()

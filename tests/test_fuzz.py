@@ -1,134 +1,15 @@
-"""The algebra over random shapes, and every script over damaged files, which end in one line.
-
-FUZZ_CASES sets the number of shapes of each test; the seeds are fixed.
-"""
-import os
+"""Every script over damaged files, which end in one line."""
 import random
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from conftest import kron_sum, run_here, to_gpt2
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
+from conftest import run_here
 from test_bad_input import is_one_line_with, snapshot, write_byte_level_tokenizer
 from test_train import write_dataset
 
 from kronygpt import checkpoint
-from kronygpt.kron import rearrange, van_loan
-from model import KronyGPT, KronyGPTConfig, kron_linear, kron_weight, mlp_shapes
-from prune import prune_matrix
-
-CASES = int(os.environ.get("FUZZ_CASES", 40))
-SIDES = st.tuples(*[st.integers(1, 6)] * 4)
-ANY_SHAPE = settings(max_examples=CASES, deadline=None, derandomize=True, phases=[Phase.generate])
-
-
-def random_factors(sides, r, seed):
-    m1, n1, m2, n2 = sides
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(r, m1, n1, generator=generator, dtype=torch.double),
-            torch.randn(r, m2, n2, generator=generator, dtype=torch.double))
-
-
-@ANY_SHAPE
-@given(SIDES, st.integers(1, 5), st.integers(0, 7), st.sampled_from("ABW"), st.integers(0, 99))
-def test_contraction_and_its_gradients(sides, r, tokens, order, seed):
-    A, B = random_factors(sides, r, seed)
-    x = torch.randn(tokens, sides[0] * sides[2], dtype=torch.double)
-    bias = torch.randn(sides[1] * sides[3], dtype=torch.double)
-    inputs = [t.requires_grad_() for t in (x, A, B, bias)]
-    ours, plain = kron_linear(x, A, B, bias, order), x @ kron_sum(A, B) + bias
-    torch.testing.assert_close(ours, plain)
-    grad = torch.randn_like(plain)
-    for found, expected in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, inputs, grad)):
-        torch.testing.assert_close(found, expected)
-
-
-@ANY_SHAPE
-@given(SIDES, st.data(), st.integers(0, 99))
-def test_van_loan_is_the_truncated_svd(sides, more, seed):
-    m1, n1, m2, n2 = sides
-    r = more.draw(st.integers(1, min(m1 * n1, m2 * n2)))
-    W = torch.randn(m1 * m2, n1 * n2, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    A, B = van_loan(W, m1, n1, r)
-    values = np.linalg.svd(rearrange(W, m1, n1).numpy(), compute_uv=False)
-    error = np.linalg.norm(W.numpy() - kron_sum(A, B).numpy())
-    assert error == pytest.approx(np.linalg.norm(values[r:]), abs=1e-6 * np.linalg.norm(values))
-
-
-@ANY_SHAPE
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.booleans(), st.data())
-def test_pruning_keeps_what_it_says(m, n, keep, rows, more):
-    offset = more.draw(st.integers(0, keep - 1))
-    W = torch.randn(m * keep, n) if rows else torch.randn(m, n * keep)
-    A, B = prune_matrix(W, m, n, offset)
-    kept = torch.zeros_like(W)
-    place = (slice(offset, None, keep), slice(None))[::1 if rows else -1]
-    kept[place] = W[place]
-    assert torch.equal(kron_weight(A, B), kept)
-
-
-def random_shape(draw, m, n):
-    dim_1, dim_2 = (draw(st.sampled_from([d for d in range(1, size + 1) if size % d == 0])) for size in (m, n))
-    return dim_1, dim_2, draw(st.integers(1, 3))
-
-
-def random_model(draw):
-    """A small KronyGPT with any shapes of its matrices, and random weights everywhere."""
-    n_head, head_dim, n_layer = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    sizes = dict(block_size=draw(st.integers(1, 5)), vocab_size=draw(st.integers(1, 9)), n_layer=n_layer, n_head=n_head,
-                 n_embd=n_head * head_dim, n_inner=draw(st.sampled_from([None, 1, 6])))
-    named = {name: size for name, size in KronyGPTConfig(**sizes).sizes(0).items() if draw(st.booleans())}
-    shapes = {name: [random_shape(draw, m, n) for _ in range(n_layer)] for name, (m, n) in named.items()}
-    torch.manual_seed(draw(st.integers(0, 99)))
-    model = KronyGPT(KronyGPTConfig(**sizes, shapes=shapes)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_()
-    return model
-
-
-def older_layout(state_dict):
-    """The factors of the MLPs by themselves, and the prefix that DDP leaves."""
-    older = {}
-    for name, p in state_dict.items():
-        if ".mlp." in name and name.endswith(("_0", "_1")):
-            older |= {f"module.{name[:-1]}{f}_{name[-1]}": p[f].clone() for f in range(len(p))}
-        else:
-            older[f"module.{name}"] = p
-    return older
-
-
-@settings(ANY_SHAPE, max_examples=1 + CASES // 4)
-@given(st.data())
-def test_every_conversion_is_the_same_function(tmp_path_factory, more):
-    model = random_model(more.draw)
-    folder = tmp_path_factory.mktemp("fuzz")
-    config = model.config
-    idx = torch.randint(config.vocab_size, (2, config.block_size))
-    expected = model(idx)
-    checkpoint.save(folder / "ours.pt", model)
-    published = torch.load(folder / "ours.pt", weights_only=True)["model"]
-    torch.save(older_layout(published), folder / "older.pt")
-    torch.save(published, folder / "bare.pt")
-    theirs = to_gpt2(model)
-    theirs.save_pretrained(folder / "hf")
-    torch.testing.assert_close(theirs(idx).logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    for name in ("ours.pt", "older.pt", "bare.pt", "hf"):
-        again, _ = checkpoint.load(str(folder / name))
-        if config.n_head == again.config.n_head:  # a bare state dict does not tell; GPT-2's rule does
-            torch.testing.assert_close(again(idx), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-        if name != "hf":
-            assert again.config.shapes == config.shapes
-            for (*_, p), (*_, q) in zip(model.matrices(), again.matrices()):
-                torch.testing.assert_close(q.weight, p.weight, rtol=1e-5, atol=1e-6 * p.weight.abs().max().item())
-    dense, _ = checkpoint.load(str(folder / "hf"))
-    back = to_gpt2(dense).state_dict()
-    assert back.keys() == theirs.state_dict().keys()
-    assert all(torch.equal(p, back[key]) for key, p in theirs.state_dict().items())  # bit for bit
+from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 
 def damage(content, rng):

@@ -87,13 +87,12 @@ def test_the_column_is_an_option_of_files_too_and_nulls_are_skipped(corpus):
             ["--data_files=rows.jsonl", "--out=plain"]:
         said = prepare("--column=content", "--documents=30", *options)
         assert said.returncode == 0, said.stderr
-        check_tokens("plain", [text for text in texts[:30] if text])
-        assert said.stdout.endswith("; 1 rows with a null for a text are skipped\n")
+        check_tokens("plain", list(filter(None, texts))[:30])
 
 
 @pytest.mark.parametrize("options, status, said", [
     (["--hub=corpora/edu", "--documents=20", "--column=id"], 2,
-     "corpora/edu has no text in a column `id` (columns: id, text)"),
+     "corpora/edu, row 1 has no text in a column `id` (columns: id, text)"),
     (["--hub=corpora/edu", "--documents=20", "--hub_config=none"], 1, "not found. Available: ['default', 'sample-10BT']"),
     (["--hub=corpora/half", "--documents=20"], 1, "ArrowInvalid: "),
     (["--hub=corpora/edu"], 2, "--hub goes with --documents=N"),

@@ -108,7 +108,7 @@ def test_rank_in_the_table_is_what_random_factors_reach(gpt2_dir):
 @pytest.mark.parametrize("size, message", [
     ("lots", "82M"), ("nan", "82M"), ("-82M", "82M"),
     ("1K", "no shape of the MLPs makes a model of 1,000 parameters: the nearest size is 67,890,432"),
-    ("50M", "With --calibrate=DATASET all matrices share the budget"), ("500M", "nearest size is 124,439,808")])
+    ("50M", "With --calibrate=DATASET the whole model shares it"), ("500M", "nearest size is 124,439,808")])
 def test_a_budget_that_no_shape_meets_gets_one_line(size, message):
     said = run_here("kron_decompose.py", f"--budget={size}")
     assert said.returncode == 2

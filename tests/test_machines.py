@@ -1,4 +1,4 @@
-"""Machines unlike the one that runs the tests: file systems, Windows, GPUs, Apple, locales, and wandb without a login."""
+"""Machines unlike the one that runs the tests: file systems, Windows, memory, locales, and wandb without a login."""
 import ast
 import errno
 import fcntl
@@ -12,15 +12,11 @@ from pathlib import Path
 
 import filelock._native._unix as flock_module
 import pytest
-import torch
 from conftest import ROOT, StandIn, run_here
 from test_train import RUN, load, losses_of, run_train, write_dataset
 
-from kronygpt import device, files
-from kronygpt.configurator import UserError
+from kronygpt import files
 from model import KronyGPT
-
-CUDA, CPU, MPS = map(torch.device, ("cuda", "cpu", "mps"))
 
 
 def failing(number):
@@ -31,20 +27,20 @@ def failing(number):
     return call
 
 
-# a file system without locks, hard links and a way to flush a folder, as a network's may be
+# a file system without locks and a way to flush a folder, as a network's may be
 
 def test_a_run_on_a_poor_file_system_gets_one_warning(workdir, monkeypatch):
     write_dataset("tiny", 5000)
     is_folder = {True: failing(errno.EINVAL), False: os.fsync}
     monkeypatch.setattr(flock_module, "fcntl", StandIn(fcntl, flock=failing(errno.ENOLCK)))
-    monkeypatch.setattr(files, "os", StandIn(os, link=failing(errno.EPERM), fsync=lambda descriptor: is_folder[
+    monkeypatch.setattr(files, "os", StandIn(os, fsync=lambda descriptor: is_folder[
         stat.S_ISDIR(os.fstat(descriptor).st_mode)](descriptor)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run_train("--max_iters=8", "--eval_interval=2", "--keep=2")
     assert [str(w.message).partition(" (")[0] for w in caught] == ["no locks in out"]
     assert {path.name: load(path)["iter_num"] for path in Path("out").glob("ckpt*")} == {
-        "ckpt_0000004.pt": 4, "ckpt_0000006.pt": 6, "ckpt.pt": 8}
+        "ckpt_0000006.pt": 6, "ckpt_0000008.pt": 8, "ckpt.pt": 8}
 
 
 def test_a_file_that_cannot_be_flushed_is_an_error(workdir, monkeypatch):
@@ -64,50 +60,7 @@ def test_no_file_needs_a_module_of_unix():
         assert not unix & {alias.name for node in imports for alias in node.names}, path
 
 
-# GPUs
-
-def machine(monkeypatch, cuda=False, mps=False, has_bfloat16=True):
-    """A machine with such devices, for device.py."""
-    stand_in = StandIn(
-        torch, ones=lambda size, device: torch.zeros(size),
-        cuda=StandIn(torch.cuda, is_available=lambda: cuda, get_device_name=lambda device: "Tesla T4",
-                     is_bf16_supported=lambda including_emulation=True: has_bfloat16 or including_emulation),
-        backends=StandIn(torch.backends, mps=StandIn(torch.backends.mps, is_available=lambda: mps)))
-    monkeypatch.setattr(device, "torch", stand_in)
-
-
-@pytest.mark.parametrize("here, name, dtype", [
-    (dict(cuda=True, mps=True), "cuda", "bfloat16"), (dict(cuda=True, has_bfloat16=False), "cuda", "float16"),
-    (dict(mps=True), "mps", "float32"), (dict(), "cpu", "float32")])
-def test_the_default_device_and_dtype(here, name, dtype, monkeypatch):
-    machine(monkeypatch, **here)
-    picked = device.pick_device()
-    assert picked.type == name and device.default_dtype(picked) == dtype
-
-
-def test_several_processes_use_the_cpu_of_an_apple(monkeypatch):
-    machine(monkeypatch, mps=True)
-    for name in "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT":
-        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
-    monkeypatch.setattr(device, "dist", StandIn(device.dist, init_process_group=lambda backend: None))
-    assert device.Processes("").device == CPU
-    with pytest.raises(UserError, match="2 processes train on CUDA or the CPU, not on mps"):
-        device.Processes("mps")
-
-
-def test_float64_is_on_the_cpu_where_the_device_has_none(monkeypatch):
-    assert device.float64_device(MPS) == CPU and device.float64_device(CUDA) == CUDA
-    assert device.float64(torch.ones(2)).dtype == torch.float64
-
-
-@pytest.mark.parametrize("name, half, single", [
-    ("NVIDIA A100-SXM4-80GB", 312, 156), ("NVIDIA H100 80GB HBM3", 989, 494), ("NVIDIA A10G", 70, 35), ("Tesla T4", 65, 8.1),
-    ("NVIDIA GeForce RTX 3090 Ti", 80, 40), ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
-    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None), ("AMD Instinct MI300X", None, None)])
-def test_the_peak_of_a_known_gpu_is_that_of_its_data_sheet(name, half, single):
-    sheets = [device.data_sheet(name, dtype) for dtype in ("bfloat16", "float16", "float32")]
-    assert [sheet and sheet[1] for sheet in sheets] == [peak and peak * 1e12 for peak in (half, half, single)]
-
+# memory
 
 def test_memory_that_is_too_small_is_one_line_with_what_to_lower(workdir, monkeypatch):
     def forward(*args):
@@ -163,11 +116,6 @@ def wandb(workdir, monkeypatch):
     return fake
 
 
-def test_the_recipes_need_no_login():
-    for recipe in ROOT.glob("config/train_gpt2*.py"):
-        assert 'wandb_mode = "offline"' in recipe.read_text(encoding="utf-8"), recipe
-
-
 @pytest.mark.parametrize("environment, mode", [(None, "offline"), ("online", "online"), ("disabled", "disabled")])
 def test_the_environment_decides_how_wandb_runs(environment, mode, wandb, monkeypatch):
     if environment:
@@ -186,7 +134,7 @@ def test_a_wandb_that_does_not_start_is_one_line_and_touches_nothing(wandb):
     for options in (["--overwrite=True"], ["--init_from=resume"], ["--out_dir=new"]):
         said = run_here("train.py", *RUN, "--wandb_mode=online", *options)
         assert said.returncode == 1 and said.stderr.count("\n") == 1, said.stderr
-        assert said.stderr.startswith("error: wandb does not start")
+        assert said.stderr.startswith("error: RuntimeError: no (")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before and not Path("new").exists()
 
 

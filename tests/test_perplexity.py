@@ -1,7 +1,6 @@
 """perplexity.py beside a plain loop over windows with transformers' GPT-2."""
 import json
 import math
-import re
 import shutil
 import socket
 import threading
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import tiktoken
 import torch
@@ -156,20 +154,6 @@ def test_published_sets_have_their_number_of_gpt2_tokens(name, n_tokens, shared,
     assert text == "\n\n".join(perplexity.load_rows(name))
 
 
-@pytest.mark.slow
-def test_wikitext_is_scored_as_by_transformers(shared, workdir):
-    torch.manual_seed(0)
-    config = GPT2Config(n_layer=1, n_embd=16, n_head=1, n_positions=1024, vocab_size=50257, initializer_range=0.5)
-    model = GPT2LMHeadModel(config).eval()
-    model.save_pretrained("hf")
-    result = measure("hf", "wiki2", f"--wikitext={shared / 'data/wikitext'}")["wiki2"]
-    parquet = next((shared / "data/wikitext/wikitext-2-v1").glob("test-*.parquet"))
-    ids = tiktoken.get_encoding("gpt2").encode("\n\n".join(pq.read_table(parquet)["text"].to_pylist()))
-    total, scored = sliding_windows(model, ids, 1024, 1024)
-    assert result["tokens_scored"] == scored == len(ids) - math.ceil(len(ids) / 1024)
-    assert result["perplexity"] == pytest.approx(math.exp(total / scored), rel=1e-5)
-
-
 def test_bits_per_byte_spreads_the_loss_over_bytes(shared, workdir):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=CONTEXT))
@@ -185,31 +169,16 @@ def test_bits_per_byte_spreads_the_loss_over_bytes(shared, workdir):
 @pytest.mark.parametrize("args, message", [
     (["text.txt", "--stride=33"], "--stride is from 1 to the model's context of 32, not 33"),
     (["nothing.txt"], "cannot read nothing.txt: FileNotFoundError"),
-    (["wiki4"], "no data set in data/wiki4"),
     (["text.txt", "2"], "for a data set under data/ only, not for text.txt"),
-    (["owt"], "make it with: python prepare_owt.py"),
     (["empty.txt"], "empty.txt has 0 tokens"),
-    (["one.txt"], "one.txt has 1 tokens"),
-    (["latin.txt"], "cannot read latin.txt: UnicodeDecodeError"),
 ])
 def test_wrong_arguments_get_one_line(args, message, gpt2_dir, workdir):
     workdir.joinpath("text.txt").write_bytes(some_bytes(100))
     workdir.joinpath("empty.txt").touch()
-    workdir.joinpath("one.txt").write_text("1")
-    workdir.joinpath("latin.txt").write_bytes("naïve".encode("latin-1"))
     said = run_here("perplexity.py", gpt2_dir, *args, "--json_out=results.json")
     assert said.returncode == 2
     assert message in said.stderr and said.stderr.count("\n") == 1
     assert not Path("results.json").exists()
-
-
-@pytest.mark.parametrize("name, option", [("wiki103", "--wikitext=DIRECTORY"), ("lambada", "--lambada=FILE.jsonl")])
-def test_no_network_gets_one_line_that_names_the_way_around(name, option, gpt2_dir, workdir):
-    source = "--wikitext=nobody/nothing" if name == "wiki103" else "--lambada=nobody/nothing"
-    said = run_here("perplexity.py", gpt2_dir, name, source)
-    assert said.returncode == 1
-    assert f"cannot load {name} from nobody/nothing" in said.stderr and option in said.stderr
-    assert said.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script, args, words", [
@@ -227,67 +196,20 @@ def test_a_hub_that_does_not_answer_is_tried_once_and_quietly(script, args, word
     assert not Path("data").exists()
 
 
-def test_a_hub_that_keeps_silent_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(hub, "HUB_SECONDS", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+@pytest.mark.parametrize("answer, is_offline", [("200 OK", False), ("404 Not found", False), ("503 Busy", True), ("", True)])
+def test_a_hub_that_answers_is_used_and_one_that_keeps_silent_is_not_waited_for(answer, is_offline, monkeypatch):
+    def serve():
+        with server.accept()[0] as connection:
+            connection.recv(10_000)
+            connection.sendall(f"HTTP/1.1 {answer}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if answer:
+            threading.Thread(target=serve, daemon=True).start()
+        else:
+            monkeypatch.setattr(hub, "HUB_SECONDS", 0.2)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         start = time.monotonic()
         hub.reach_hub()
-        assert huggingface_hub.constants.HF_HUB_OFFLINE and 0.1 < time.monotonic() - start < 5
-
-
-@pytest.mark.parametrize("answer, is_offline", [(b"200 OK", False), (b"404 Not Found", False), (b"503 Busy", True)])
-def test_a_hub_that_answers_is_used(answer, is_offline, monkeypatch):
-    def serve():
-        connection, _ = server.accept()
-        with connection:
-            connection.recv(10_000)
-            connection.sendall(b"HTTP/1.1 " + answer + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        hub.reach_hub()
-        assert huggingface_hub.constants.HF_HUB_OFFLINE == is_offline
-        thread.join()
-
-
-def test_perplexity_is_that_of_lm_evaluation_harness(gpt2_dir, workdir):
-    """Word and byte perplexity of a local text task. The harness scores every token, with one behind its text for the
-    first, and its windows share one token: that is our stride of context - 1 on the text with that token in front. (The
-    length of this text is a multiple, because the harness gives a last window that is short more context.)"""
-    pytest.importorskip("lm_eval.models.huggingface", reason="lm-evaluation-harness is not installed (lm-eval[hf])")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    text = ("so many short words in a row " * 20)[:10 * (CONTEXT - 1)]
-    Path("text.jsonl").write_text(json.dumps(dict(text=text)) + "\n", encoding="utf-8")
-    Path("tasks").mkdir()
-    Path("tasks/local.yaml").write_text(f"""task: local
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {workdir}/text.jsonl
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list:
-  - metric: word_perplexity
-  - metric: byte_perplexity
-""", encoding="utf-8")
-    assert run_here("kron_to_gpt.py", gpt2_dir, "exported").returncode == 0
-    first = ord("\n")
-    theirs = HFLM(pretrained="exported", device="cpu", max_length=CONTEXT - 1, prefix_token_id=first, add_bos_token=False)
-    results = simple_evaluate(theirs, tasks=["local"], task_manager=TaskManager(include_path="tasks"),
-                              bootstrap_iters=0)["results"]["local"]
-    Path("behind.txt").write_text(chr(first) + text, encoding="utf-8")
-    ours = measure("exported", "behind.txt", f"--stride={CONTEXT - 1}")["behind.txt"]
-    assert ours["tokens_scored"] == len(text)
-    assert math.exp(ours["loss"]) == pytest.approx(results["byte_perplexity,none"], rel=1e-5)
-    words = len(re.split(r"\s+", text))  # as the harness counts them
-    assert math.exp(ours["loss"] * len(text) / words) == pytest.approx(results["word_perplexity,none"], rel=1e-4)
+        assert huggingface_hub.constants.HF_HUB_OFFLINE == is_offline and time.monotonic() - start < 4

@@ -64,6 +64,7 @@ def test_what_a_recipe_says_that_it_costs_is_its_arithmetic(recipe, capsys):
     assert float(said[4]) == pytest.approx(tokens * flops, rel=0.02)
     assert float(said[5]) == pytest.approx(tokens * flops / 1e14 / 3600, rel=0.15 if len(said[5]) == 3 else 0.03)
     assert "arithmetic, not a measurement" in text and "Why these numbers: " in text
+    assert options["wandb_mode"] == "offline"  # which needs no login
     if recipe != "train_gpt2_bigbatch":  # which comes after another
         assert options["out_dir"] != options["init_from"] and f'"{Path(options["out_dir"]).name}"' in text
     assert options["compile"] == torch.cuda.is_available()

@@ -64,23 +64,6 @@ def test_the_prompt_may_come_from_a_file(mark, talker, workdir, greedy):
     assert sample(talker, "--start=FILE:prompt.txt", "--temperature=0") == greedy
 
 
-def test_end_of_text_in_a_prompt_is_the_token(talker):
-    """As in nanoGPT's sample.py; of bytes, it is the line end, with which an empty prompt begins."""
-    assert sample(talker, "--start=a<|endoftext|>b", "--seed=5") == sample(talker, "--start=a\nb", "--seed=5")
-    assert sample(talker, "--start=", "--seed=5") == sample(talker, "--start=\n", "--seed=5")
-
-
-@pytest.mark.parametrize("option, message", [
-    ("--start=FILE:nothing.txt", "nothing.txt"),
-    ("--temperature=-1", "temperature is at least 0, not -1"),
-    ("--device=abacus", "there is no device 'abacus'"),
-])
-def test_wrong_options_get_one_line(option, message, gpt2_dir, workdir):
-    said = run_here("sample.py", gpt2_dir, option)
-    assert said.returncode in (1, 2)
-    assert message in said.stderr and said.stderr.count("\n") == 1
-
-
 def test_of_a_long_prompt_the_model_sees_the_end(talker):
     end = sample(talker, "--start=" + "abcd" * 8, "--temperature=0")
     assert sample(talker, "--start=" + "abcd" * 10, "--temperature=0") == "abcdabcd" + end

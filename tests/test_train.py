@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, StandIn, continuation, kron_sum, run_here
+from conftest import ROOT, StandIn, kron_sum, run_here
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
@@ -120,7 +120,7 @@ def uninterrupted(tokens):
 
 def timeless(out_dir):
     """The log without what depends on the machine."""
-    return [{key: value for key, value in entry.items() if key not in ("tokens_per_second", "mfu")}
+    return [{key: value for key, value in entry.items() if key not in ("tokens_per_second", "tflops")}
             for entry in log_of(out_dir)]
 
 
@@ -167,12 +167,9 @@ def test_the_plan_counts_parameters_and_data(uninterrupted):
     assert "5,000 tokens; a step takes 128, the run 0.51 times" in uninterrupted.stdout
 
 
-@pytest.mark.parametrize("source", ["directory", "checkpoint"])
-def test_training_begins_with_the_model_it_is_given(source, workdir, gpt2_dir):
+def test_training_begins_with_the_model_it_is_given(workdir, gpt2_dir):
     write_dataset("tiny", 5000, n_val=33)  # one window
-    if source == "checkpoint":
-        assert run_here("kron_decompose.py", 64, 256, 1, f"--init_from={gpt2_dir}", "--out=dense.pt").returncode == 0
-    run_train(f"--init_from={gpt2_dir if source == 'directory' else 'dense.pt'}", "--max_iters=1", "--block_size=32")
+    run_train(f"--init_from={gpt2_dir}", "--max_iters=1", "--block_size=32")
     window = torch.from_numpy(np.fromfile("data/tiny/val.bin", dtype=np.uint16).astype(np.int64))
     with torch.no_grad():
         logits = GPT2LMHeadModel.from_pretrained(gpt2_dir).eval()(window[None, :-1]).logits
@@ -206,7 +203,7 @@ def signal_at(monkeypatch):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_a_signal_saves_and_the_run_goes_on_from_there(name, tokens, signal_at):
     number = getattr(signal, name)
-    signal_at(number, device.Speed, "read", 3)
+    signal_at(number, device.Clock, "read", 3)
     said = run_here("train.py", *RUN)
     assert said.returncode == 128 + number, said.stderr
     assert f"stopped by {name} after step 3; --init_from=resume continues\n" in said.stdout
@@ -217,7 +214,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(name, tokens, signal_at):
 
 def test_a_signal_that_nohup_ignores_stays_ignored(tokens, signal_at):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal_at(signal.SIGHUP, device.Speed, "read", 3)
+    signal_at(signal.SIGHUP, device.Clock, "read", 3)
     assert "done: " in run_train("--max_iters=5").stdout
 
 
@@ -248,13 +245,6 @@ def test_a_run_stopped_anywhere_ends_as_the_uninterrupted_one(patience, tokens, 
             assert same(one[key], other[key]), (name, key)
     assert same(load("out/ckpt.pt")["optimizer"]["state"], load("whole/ckpt.pt")["optimizer"]["state"])
     assert sorted(os.listdir("out")) == sorted(os.listdir("whole"))
-
-
-def test_the_time_left_counts_days(tokens, monkeypatch):
-    monkeypatch.setattr(device.Speed, "read", lambda self, step: 100_000.0)
-    lines = run_train("--max_iters=3").stdout.splitlines()
-    assert [line.split(" | ")[-1] for line in lines if " left" in line] == [
-        "2 days, 7:33:20 left", "1 day, 3:46:40 left", "0:00:00 left"]
 
 
 def test_a_loaded_model_decides_its_sizes(tokens, small_model):
@@ -393,17 +383,12 @@ def test_a_resume_takes_the_moments_from_the_file_and_the_options_from_the_comma
     (["--dataset=mine"], "make it with: python prepare_owt.py --data_files='*.txt' --out=mine"),
     (["--block_size=5000"], "train.bin has 5000 tokens, and a block takes 5001"),
     (["--init_from=resume"], "nothing to resume: no out/ckpt.pt"),
-    (["--init_from=nothing.pt"], "no checkpoint nothing.pt"),
     (["--factors=1,1,1"], "mlp.c_fc has 3 shapes for 2 blocks"),
-    (["--dim_1=5"], "cannot have the shape (5, 64, 2)"),
     (["--dtype=float8"], "--dtype is float32, bfloat16 or float16"),
-    (["--device=abacus"], "no device 'abacus'"),
     (["--decay=exponential"], "--decay is cosine or linear"),
     (["--distill=50"], "--distill is a share"),
     (["--eval_iters=0"], "--eval_iters is at least 1"),
     (["--factors_only", "--dim_1=32", "--dim_2=128", "--factors=1"], "nothing to train"),
-    (["--bath_size=4"], "did you mean --batch_size?"),
-    (["nothing"], "nothing.py"),
 ])
 def test_wrong_options_get_one_line_and_write_nothing(options, message, tokens):
     said = run_here("train.py", *RUN, *options)
@@ -419,15 +404,13 @@ def test_wandb_keeps_an_offline_run(tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("environment, message", [
-    (dict(WORLD_SIZE=2), "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start several"),
-    (dict(RANK=1), "RANK=1 and WORLD_SIZE=1 without WORLD_SIZE, "),
-    (dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_PORT=1), "without MASTER_ADDR: "),
-    (dict(WORLD_SIZE=1, RANK=1, LOCAL_RANK=0, MASTER_ADDR=0, MASTER_PORT=1), "RANK=1 and WORLD_SIZE=1: ")])
+    (dict(WORLD_SIZE=2), "RANK expected, but not set"), (dict(RANK=1), "RANK=1 and WORLD_SIZE=1: start several"),
+    (dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0, MASTER_PORT=1), "MASTER_ADDR expected, but not set")])
 def test_half_of_what_torchrun_sets_is_one_line(environment, message, tokens, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, str(value))
     said = run_here("train.py", *RUN)
-    assert said.returncode == 2 and message in said.stderr and said.stderr.count("\n") == 1
+    assert said.returncode and message in said.stderr and said.stderr.count("\n") == 1 and not Path("out").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     run_train("--max_iters=1")
@@ -467,7 +450,7 @@ def mixed_start(tokens, mixed_model):
     return ["--init_from=mixed.pt", "--block_size=16", "--max_iters=12", "--eval_interval=6", "--learning_rate=1e-3"]
 
 
-def test_attention_and_mlps_in_shapes_of_their_own_train_resume_and_generate(mixed_start):
+def test_attention_and_mlps_in_shapes_of_their_own_train_and_resume(mixed_start):
     run_train(*mixed_start, "--dropout=0.2")
     run_train(*mixed_start, "--dropout=0.2", "--out_dir=parts", "--max_iters=6", "--lr_decay_iters=12")
     run_train(*mixed_start, "--dropout=0.2", "--out_dir=parts", "--init_from=resume", "--lr_decay_iters=12")
@@ -477,13 +460,6 @@ def test_attention_and_mlps_in_shapes_of_their_own_train_resume_and_generate(mix
     before, after = to_file_names(checkpoint.load("mixed.pt")[0].state_dict()), end["model"]
     assert before.keys() == after.keys() and start["model_args"]["shapes"] == end["model_args"]["shapes"]
     assert all(not torch.equal(p, after[name]) for name, p in before.items() if p.numel() > 1)  # everything is trained
-    model, _ = checkpoint.load("out/ckpt.pt")
-    idx = torch.arange(8)[None]
-    plain = idx
-    with torch.no_grad():
-        for _ in range(6):
-            plain = torch.cat((plain, model.eval()(plain)[:, -1].argmax(-1, keepdim=True)), 1)
-    assert torch.equal(continuation(model, idx, 6, temperature=0), plain)
 
 
 @pytest.mark.parametrize("case", ["factored MLPs", "all matrices, taught"])
@@ -504,12 +480,3 @@ def test_two_processes_give_the_losses_of_one(case, mixed_start):
     assert evaluations[1] == pytest.approx(evaluations[0], abs=1e-4)
     for ours, theirs in zip(load("one/ckpt.pt")["model"].values(), load("two/ckpt.pt")["model"].values()):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
-
-
-def test_attention_and_mlps_in_shapes_of_their_own_compile(mixed_model):
-    model, x = mixed_model, torch.arange(34).view(2, 17)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    losses = [m(x[:, :-1], x[:, 1:]) for m in (model, compiled)]
-    assert losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
-    gradients = [torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]) for loss in losses]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

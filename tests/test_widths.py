@@ -122,6 +122,12 @@ def test_distillation_compares_tokens_not_rows(model):
         torch.testing.assert_close(Distillation(student, other, 1.0, 1.0)(IDX, IDX), kl, rtol=1e-4, atol=1e-6)
 
 
+def test_buffers_lie_where_the_weights_are(model):
+    on_meta = {name: t.to("meta") for name, t in model.state_dict().items()}
+    moved = KronyGPT.from_state_dict(model.config.as_plain_types(), on_meta)
+    assert {t.device.type for t in (*moved.parameters(), *moved.buffers())} == {"meta"}
+
+
 def test_a_file_holds_each_rank_once(model, tmp_path):
     checkpoint.save(tmp_path / "a.pt", model)
     content = torch.load(tmp_path / "a.pt", weights_only=True)["model"]
