@@ -12,15 +12,15 @@ dense, trained further: kron_decompose.py 256 1024 1 | --learning_rate=3e-5
 2.2M ours: kron_decompose.py --budget=2.238M --calibrate=pydocs | --learning_rate=1e-5
 1.7M Van Loan: kron_decompose.py 256 256 1 | --learning_rate=6e-4
 1.7M hidden units pruned, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pydocs | --learning_rate=3e-4
-1.7M SVD-LLM: experiments/peers.py svd_llm 1.716M --calibrate=pydocs | --learning_rate=3e-4
+1.7M SVD-LLM: experiments/peers.py svd_llm 1.716M --calibrate=pydocs | --learning_rate=3e-5
 1.7M activation-aware SVD, even ranks: experiments/peers.py even_ranks 1.716M --calibrate=pydocs | --learning_rate=3e-5
 1.7M ours: kron_decompose.py --budget=1.716M --calibrate=pydocs | --learning_rate=1e-5
-1.7M ours, distilled: kron_decompose.py --budget=1.716M --calibrate=pydocs | --teacher={base} --learning_rate=1e-5
+1.7M ours, distilled: kron_decompose.py --budget=1.716M --calibrate=pydocs | --teacher={base} --learning_rate=3e-5
 0.9M SVD-LLM: experiments/peers.py svd_llm 0.931M --calibrate=pydocs | --learning_rate=3e-4
 0.9M activation-aware SVD, even ranks: experiments/peers.py even_ranks 0.931M --calibrate=pydocs | --learning_rate=3e-4
 0.9M ours: kron_decompose.py --budget=0.931M --calibrate=pydocs | --learning_rate=3e-5
-0.9M ours, distilled: kron_decompose.py --budget=0.931M --calibrate=pydocs | --teacher={base} --learning_rate=3e-5
+0.9M ours, distilled: kron_decompose.py --budget=0.931M --calibrate=pydocs | --teacher={base} --learning_rate=1e-4
 0.7M activation-aware SVD, even ranks: experiments/peers.py even_ranks 0.700M --calibrate=pydocs | --learning_rate=3e-4
-0.7M ours: kron_decompose.py --budget=0.700M --calibrate=pydocs | --learning_rate=3e-5
-0.7M ours, distilled: kron_decompose.py --budget=0.700M --calibrate=pydocs | --teacher={base} --learning_rate=3e-5
+0.7M ours: kron_decompose.py --budget=0.700M --calibrate=pydocs | --learning_rate=1e-4
+0.7M ours, distilled: kron_decompose.py --budget=0.700M --calibrate=pydocs | --teacher={base} --learning_rate=1e-4
 """
