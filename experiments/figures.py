@@ -43,7 +43,7 @@ calibration_tokens = 131072  # number of tokens behind the table of errors
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, BASE_DATASET = "out/demo/base/best.pt", "pydocs"  # the dense model of the spectra and errors, and its text
-BYTES_BASE, BPE_BASE = "../shared/data/gpt2-bytes", "../shared/data/gpt2-bpe4k"  # as in config/compare_*.py
+BYTES_BASE = "../shared/data/gpt2-bytes"  # as in config/compare_*.py
 # In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `reads`: what
 # no run makes; without it, the run is left out.
 Run = namedtuple("Run", "command output feeds reads", defaults=(None,))
@@ -58,7 +58,7 @@ RUNS = {
     "compare_kronecker": Run("-m experiments.compare config/compare_kronecker.py", "out/compare_kronecker/results.json",
                              "report: Kronecker products against low rank", BYTES_BASE),
     "compare_bpe": Run("-m experiments.compare config/compare_bpe.py", "out/compare_bpe/results.json",
-                       "report: the embeddings' share", BPE_BASE),
+                       "report: the embeddings' share", "data/bpe4k"),
     "compare_small": Run("-m experiments.compare config/compare_small.py", "out/compare_small/results.json",
                          "appendix: results at width 128"),
     "predict": Run(f"-m experiments.predict --init_from={BYTES_BASE} --calibrate=pydocs --shares=0.5,0.25 "
