@@ -28,7 +28,6 @@ import torch
 
 from experiments.compare import markdown, mean_loss, spread, table
 from experiments.pictures import ACCENT, GREY, dense_start, draw_added, draw_parts, method
-from experiments.predict import rank_correlation
 from kronygpt import calibration, checkpoint, compress, data
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
@@ -282,14 +281,8 @@ def errors_of_base(dense):
 
 
 def predicted_table(lines):
-    """The budgets of predict.py's table, and the rank correlation over single matrices within each share."""
-    alone = {}
-    for _, _, share, *losses in (line[2:-2].split(" | ") for line in lines if line.startswith("| block ")):
-        alone.setdefault(5 * round(float(share.rstrip("%")) / 5), []).append([float(loss) for loss in losses])
-    correlations = ", ".join(f"{rank_correlation(pairs):.2f} over {len(pairs)} matrices at {share}%"
-                             for share, pairs in alone.items() if len(pairs) > 1)
-    kept = [line for line in lines if line.startswith(("| compressed", "|---", "| budget"))]
-    return "\n".join([*kept, "", f"Loss added in nats per byte. Rank correlation of matrices alone: {correlations}."])
+    """The budgets of predict.py's table, and what it says below."""
+    return "\n".join([*(line for line in lines if line.startswith(("| compressed", "|---", "| budget"))), "", lines[-1]])
 
 
 def shown(name):

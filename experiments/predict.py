@@ -61,13 +61,17 @@ def cells(name, size, share, predicted, measured):
 
 
 def write_table(rows):
-    """Write table.md: the results so far, and the rank correlations."""
+    """Write table.md: the results so far, and the rank correlation over single matrices within each share."""
     table = markdown(("compressed", "parameters", "of them", "predicted", "measured"), [cells(*row) for row in rows])
-    alone, together = ([row[3:] for row in rows if (row[0] == "budget") == is_budget] for is_budget in (False, True))
-    correlations = " and ".join(f"{rank_correlation(pairs):.3f} over {len(pairs)} {what}" for pairs, what in
-                                ((alone, "matrices alone"), (together, "budgets")) if len(pairs) > 1)
+    alone = {}
+    for name, _, share, *losses in rows:
+        if name != "budget":
+            alone.setdefault(5 * round(20 * share), []).append(losses)
+    correlations = ", ".join(f"{rank_correlation(pairs):.2f} over {len(pairs)} matrices at {share}%"
+                             for share, pairs in alone.items() if len(pairs) > 1)
     with atomic_write(Path(out_dir, "table.md"), "w") as file:
-        file.write(f"{table}\n\nLoss added in nats per token. Rank correlation: {correlations or 'not yet'}.\n")
+        file.write(f"{table}\n\nLoss added in nats per token. Rank correlation of matrices alone: "
+                   f"{correlations or 'not yet'}.\n")
 
 
 def main():

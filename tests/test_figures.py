@@ -9,7 +9,6 @@ import torch
 from conftest import ROOT, random_tokens
 
 from experiments import figures
-from experiments.predict import cells as predict_cells
 from kronygpt.configurator import UserError
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
@@ -157,15 +156,6 @@ def test_what_a_budget_chose():
     assert rows[2:] == [["1K", "0", "5", "7", "32", *["2"] * 4], ["1K", "1", "6", "8", "48", *["3"] * 4]]
     assert table.endswith("2K: wte dense; wpe dense.\n\n1K: wte 2 bands of 9, 2 columns; wpe rank 4.")
     assert figures.width_cell([8, 3, 5, 9]) == "8 3 5 9" and figures.width_cell([8, 3, 5, 9, 7]) == "3–9"
-
-
-def test_correlations_of_predictions_are_within_one_share():
-    rows = [("budget", 9, 0.5, 1, 2), *((f"block {i} mlp.c_fc", 9, share, i, loss) for share, losses in (
-        (0.249, (1, 2, 3)), (0.5, (3, 2, 1))) for i, loss in enumerate(losses))]
-    head = "compressed", "parameters", "of them", "predicted", "measured"
-    table = figures.markdown(head, [predict_cells(*row) for row in rows])
-    table = figures.predicted_table([*table.splitlines(), "", "Loss added."])
-    assert table.count("|\n") == 3 and table.endswith("1.00 over 3 matrices at 25%, -1.00 over 3 matrices at 50%.")
 
 
 def test_numbers_of_an_embedding_are_those_of_the_model():

@@ -9,6 +9,7 @@ import torch
 from conftest import randomize_vectors, run_here
 from torch.nn import functional as F
 
+from experiments import predict
 from experiments.predict import rank_correlation
 from kronygpt import checkpoint, compress
 from kronygpt.configurator import UserError
@@ -69,11 +70,19 @@ def test_rank_correlation():
     assert rank_correlation([(1, 10), (2, 20), (3, 30)]) == pytest.approx(1)
 
 
+def test_correlations_are_those_within_one_share(workdir):
+    rows = [("budget", 9, 0.5, 1, 2), *((f"block {i} mlp.c_fc", 9, share, i, loss) for share, losses in (
+        (0.249, (1, 2, 3)), (0.5, (3, 2, 1))) for i, loss in enumerate(losses))]
+    predict.write_table(rows)
+    table = Path("out/predict/table.md").read_text(encoding="utf-8")
+    assert table.endswith("1.00 over 3 matrices at 25%, -1.00 over 3 matrices at 50%.\n")
+
+
 def test_budgets_that_are_too_small_are_left_out(dense):
-    """The embeddings alone are more than a quarter of this model."""
-    said = run_here("experiments/predict.py", *OPTIONS, "--budgets=0.9,0.26,0.25", "--shares=0.5")
+    """Those that leave less than rank 1 and one column everywhere."""
+    said = run_here("experiments/predict.py", *OPTIONS, "--budgets=0.9,0.03,0.02", "--shares=0.5")
     assert said.returncode == 0, said.stderr
-    assert "budget 0.26 is left out" in said.stdout and "budget 0.25 is left out" in said.stdout
+    assert "budget 0.03 is left out" in said.stdout and "budget 0.02 is left out" in said.stdout
     assert Path("out/predict/table.md").read_text(encoding="utf-8").count("| budget") == 1
 
 
