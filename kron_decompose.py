@@ -183,14 +183,15 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         dense.to(text.device)
         options |= dict(calibrate=calibrate, calibration_tokens=calibration_tokens)
     if not dim_1:
-        found, limits, shown = calibration.statistics(dense, text), list(names.values()), plan_only or len(names) > 1
+        limits, shown = list(names.values()), plan_only or len(names) > 1
         if shown:
             least = smallest(config, kinds, narrows)
             limits += [limit for share in CURVE if (limit := int(share * total)) >= least]
         plan = partial(plan_widths, narrows=narrows) if is_whole else partial(plan_ranks, kinds=kinds)
-        plans = dict(zip(limits, plan(dense, limits=limits, statistics=found)))
+        plans = dict(zip(limits, plan(dense, limits=limits, statistics=calibration.statistics(dense, text))))
         if shown:
             print_choice(dict(zip(texts, names.values())), plans, output_file(PICTURE), total)
+            plans = {limit: plans[limit] for limit in names.values()}
     for path, limit in zip(paths, names.values()):
         if not dim_1:
             print_plan(plans[limit])

@@ -55,6 +55,14 @@ class Plan:
                 self.shapes.setdefault(kind, []).append(table.shape(row))
             self.losses.setdefault(kind, []).append(table.losses[row].item())
 
+    def take(self):
+        """The dense model in these widths and bands, None where it is the dense model itself, and its fisher. What made them
+        takes gigabytes at GPT-2's size and is let go: a plan is applied once."""
+        if self.widths and not self.narrow:
+            raise ValueError("this plan was applied before")
+        narrow, self.narrow = self.narrow, None
+        return narrow() if narrow else (None, self.fisher)
+
     @property
     def loss(self):  # predicted in all, nats per token
         return sum(map(sum, self.losses.values()))

@@ -32,7 +32,7 @@ def apply(dense, plan, text=None):
 
     Args:
         dense: a KronyGPT, dense or not.
-        plan: a budget.Plan.
+        plan: a budget.Plan, which serves once.
         text: tokens (windows, T) on the model's device, or None.
 
     Returns:
@@ -40,7 +40,7 @@ def apply(dense, plan, text=None):
     """
     if text is None:
         return factorize(dense, plan.shapes), []
-    goal, fisher = plan.narrow() if plan.narrow else (None, plan.fisher)
+    goal, fisher = plan.take()
     if fisher is None:
         dense = spread_units(dense, text, plan.shapes["mlp.c_fc"][0].dim_2)
         fisher = statistics(dense, text).fisher
