@@ -71,7 +71,7 @@ MADE_HERE = (":!*.md", ":!docs/*.png", f":!{RECORDS}")  # as git's patterns
 MARKER = re.compile(r"<!-- table: (\w+) -->")
 TABLE = re.compile(MARKER.pattern + ".*?<!-- end -->", re.DOTALL)
 HEADLINE_SIZE = "1.7M"  # of the starts in the README's table
-PLANS = {"plan": ("0.9M",), "plan_bpe": ("1.1M",)}  # the sizes whose widths and ranks are shown
+PLANS = {"plan": ("0.9M",), "plan_bpe": ("1.8M",)}  # the sizes whose widths and ranks are shown
 GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (768, 1, 160), (256, 64, 36), (128, 32, 100),
                (32, 64, 4)]  # of c_fc
 GPT2_RANK = 288  # of all matrices of GPT-2 with 82M parameters in all
@@ -281,8 +281,9 @@ def errors_of_base(dense):
 
 
 def predicted_table(lines):
-    """The budgets of predict.py's table, and what it says below."""
-    return "\n".join([*(line for line in lines if line.startswith(("| compressed", "|---", "| budget"))), "", lines[-1]])
+    """The picture of predict.py, the budgets of its table, and what it says below."""
+    picture = "![Predicted against measured loss added](predicted.png)"
+    return "\n".join([picture, "", *(line for line in lines if line.startswith(("| compressed", "|---", "| budget"))), "", lines[-1]])
 
 
 def shown(name):
