@@ -282,8 +282,8 @@ def errors_of_base(dense):
 
 def predicted_table(lines):
     """The picture of predict.py, the budgets of its table, and what it says below."""
-    picture = "![Predicted against measured loss added](predicted.png)"
-    return "\n".join([picture, "", *(line for line in lines if line.startswith(("| compressed", "|---", "| budget"))), "", lines[-1]])
+    table = [line for line in lines if line.startswith(("| compressed", "|---", "| budget"))]
+    return "\n".join(["![Predicted against measured loss added](predicted.png)", "", *table, "", lines[-1]])
 
 
 def shown(name):
