@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
-from kronygpt import checkpoint
+from kronygpt import __version__, checkpoint
 from kronygpt.compress import without_dropped_units
 from kronygpt.configurator import UserError
 from kronygpt.kron import column_side, with_identity
@@ -334,7 +334,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 
 ## How it was made
 
-{origin}
+By KronyGPT {version}. {origin}
 
 {shapes}
 {scores}"""
@@ -354,7 +354,7 @@ def model_card(name, model, rest, perplexities, dtype):
     data = ModelCardData(base_model=base_model(rest["config"]), library_name="transformers", pipeline_tag="text-generation",
                          tags=["gpt2", "kronecker", "compression"])
     rows = [f"| {dataset} | {result['perplexity']:.2f} |" for dataset, result in perplexities.items()]
-    text = CARD.format(mark=MARK, name=name, parameters=parameters, dense=dense, dtype=dtype,
+    text = CARD.format(mark=MARK, name=name, version=__version__, parameters=parameters, dense=dense, dtype=dtype,
                        origin=describe_origin(rest["config"], rest["iter_num"]), shapes=describe_shapes(model.config),
                        scores="\n".join(["", "| data set | perplexity |", "|---|---|", *rows, ""] if rows else []))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
