@@ -298,6 +298,10 @@ class KronyGPT(nn.Module):
             for kind in KINDS:
                 yield layer, kind, block.get_submodule(kind)
 
+    def members(self):
+        """The embeddings and the matrices: all that may be dense or factored."""
+        return [self.transformer.wte, self.transformer.wpe, *(matrix for *_, matrix in self.matrices())]
+
     def hidden(self, idx, cache=None):
         """The final hidden state (B, T, C), after the last layer norm, of tokens idx (B, T).
 
@@ -362,8 +366,7 @@ class KronyGPT(nn.Module):
     def parameters_by_kind(self):
         """{kind: {name: parameter}}: "factors" (A and B of matrices and embeddings that are factored), other "matrices", and
         "vectors" (biases and layer norms)."""
-        members = [self.transformer.wte, self.transformer.wpe, *(matrix for *_, matrix in self.matrices())]
-        factors = {id(p) for member in members if not member.is_dense for p in (member.A, member.B)}
+        factors = {id(p) for member in self.members() if not member.is_dense for p in (member.A, member.B)}
         kinds = {"factors": {}, "matrices": {}, "vectors": {}}
         for name, p in self.named_parameters():
             kinds["factors" if id(p) in factors else "vectors" if p.dim() == 1 else "matrices"][name] = p
@@ -372,7 +375,7 @@ class KronyGPT(nn.Module):
     def count_parameters(self):
         """{"total", "mlp", "factors", "matrices", "vectors"}: numbers in a file, where each rank counts once."""
         counts = {kind: sum(p.numel() for p in group.values()) for kind, group in self.parameters_by_kind().items()}
-        for member in (self.transformer.wte, self.transformer.wpe, *(matrix for *_, matrix in self.matrices())):
+        for member in self.members():
             counts["factors"] -= sum(p.numel() for p in member.parameters()) - member.count_parameters()
         mlp = sum(matrix.count_parameters() for _, kind, matrix in self.matrices() if kind.startswith("mlp."))
         return {"total": sum(counts.values()), "mlp": mlp, **counts}

@@ -180,9 +180,8 @@ def room(config, kinds, limit, narrows=()):
 
 def is_dense(model):
     """Whether a KronyGPT is a GPT-2: dense matrices and embeddings, heads of the usual width. Others get ranks only."""
-    members = [model.transformer.wte, model.transformer.wpe, *(matrix for *_, matrix in model.matrices())]
     widths = {width for widths in model.config.head_qk + model.config.head_v for width in widths}
-    return all(member.is_dense for member in members) and widths == {model.config.head_dim}
+    return all(member.is_dense for member in model.members()) and widths == {model.config.head_dim}
 
 
 def plan_ranks(dense, kinds, limits, statistics):

@@ -226,14 +226,13 @@ def narrow_heads(attention, qk, v, head_dim):
 def head_places(qk, v):
     """Where the columns of heads of equal width are among those of heads of some widths, with a zero at the end, and where
     the values of heads of some widths are among those of equal width."""
-    width, places, v_places, n = max(*qk, *v), [], [], 0
+    width, zero, places, v_places, n = max(*qk, *v), sum((*qk, *qk, *v)), [], [], 0
     for widths in qk, qk, v:
         for w in widths:
-            places += [*range(n, n + w), *[-1] * (width - w)]
+            places += [*range(n, n + w), *[zero] * (width - w)]
             n += w
     for head, w in enumerate(v):
         v_places += range(head * width, head * width + w)
-    places = [n if place < 0 else place for place in places]
     return dict(places=torch.tensor(places, dtype=torch.int32), v_places=torch.tensor(v_places, dtype=torch.int32))
 
 
@@ -247,7 +246,7 @@ def cut_heads(attention, c_proj, inputs):
 
 
 class InitFactors:
-    """Initialise factored matrices. transformers asks each sub-model for its own modules, so both classes have this."""
+    """Initialize factored matrices. transformers asks each sub-model for its own modules, so both classes have this."""
 
     def _init_weights(self, module):
         if self.config.int8:  # only a file has them

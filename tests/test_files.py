@@ -133,7 +133,8 @@ def test_files_of_others_in_a_directory_come_along(workdir):
 
 def killed(code):
     """Run code that ends with SIGKILL."""
-    imports = "import os, shutil\nfrom kronygpt.files import *\ndef die(*args, **options): os.kill(os.getpid(), 9)\n"
+    imports = ("import os, shutil\nfrom kronygpt.files import atomic_directory, atomic_write\n"
+               "def die(*args, **options): os.kill(os.getpid(), 9)\n")
     done = subprocess.run([sys.executable, "-c", imports + code], env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert done.returncode == -9
 

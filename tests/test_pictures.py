@@ -57,14 +57,20 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning_and_the_old_one_stays(what,
     assert Path("out/loss.png").read_bytes() == old
 
 
-def test_losses_against_parameters_have_a_line_for_each_method(monkeypatch):
-    figures = []
-    monkeypatch.setattr(run_dir, "save_figure", lambda figure, path: figures.append(figure))
+def row(name, parameters, before, *after):
+    return dict(name=name, parameters=parameters, shapes=parameters, before=before,
+                runs=[dict(after=loss, curve=[(0, before)]) for loss in after])
 
-    def row(name, parameters, before, *after):
-        return dict(name=name, parameters=parameters, shapes=parameters, before=before,
-                    runs=[dict(after=loss, curve=[(0, before)]) for loss in after])
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, which are not written."""
+    drawn = []
+    monkeypatch.setattr(run_dir, "save_figure", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def test_losses_against_parameters_have_a_line_for_each_method(figures):
     rows = [row("dense", 3_000_000, 1.1), row("1.7M ours", 2_000_000, 1.5, 1.2, 1.4), row("0.9M ours", 1_000_000, 1.75, 1.6),
             row("2.2M Van Loan", 2_000_000, 2.0, 1.9)]
     pictures.draw_pareto(rows, "a.png", "pydocs")
@@ -75,14 +81,7 @@ def test_losses_against_parameters_have_a_line_for_each_method(monkeypatch):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["dense", "ours", "Van Loan"]
 
 
-def test_losses_added_are_those_over_the_dense_model_trained_as_long(monkeypatch):
-    figures = []
-    monkeypatch.setattr(run_dir, "save_figure", lambda figure, path: figures.append(figure))
-
-    def row(name, parameters, before, *after):
-        return dict(name=name, parameters=parameters, shapes=parameters, before=before,
-                    runs=[dict(after=loss, curve=[(0, before)]) for loss in after])
-
+def test_losses_added_are_those_over_the_dense_model_trained_as_long(figures):
     dense = row("dense", 4_000_000, 1.5), row("dense, trained further", 4_000_000, 1.5, 1.25, 1.25)
     rows = [*dense, row("1M ours", 1_000_000, 1.75, 1.5, 1.75), row("2M ours", 2_000_000, 1.5, 1.375),
             row("1M unknown", 1_000_000, 9.0, 9.0)]
