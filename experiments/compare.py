@@ -40,6 +40,7 @@ train_config = "config/demo_train.py"  # config file of train.py for every start
 steps: int | None = None  # optimizer steps of each training; default: those of train_config
 seeds = "1337"  # comma list of seeds for the batches; every start is trained once with each
 dataset = "pydocs"  # data/<dataset>, for training and scores
+n_batches: int | None = None  # score the first N batches of its held-out split; default: all of it
 out_dir = "out/demo"  # directory of the results
 
 SCRIPTS = ("kron_decompose.py", "prune.py", "experiments/peers.py")
@@ -99,7 +100,7 @@ def modification_time(source):
 def score(source, path):
     """The loss of a model on the held-out text in nats per token, by perplexity.py, whose result goes to a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    call("perplexity.py", str(source), dataset, f"--json_out={path}")
+    call("perplexity.py", str(source), dataset, *([str(n_batches)] if n_batches else []), f"--json_out={path}")
     return json.loads(path.read_text())[dataset]["loss"]
 
 
@@ -202,7 +203,7 @@ def main():
     todo, folder, numbers = parse_starts(), Path(out_dir), list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     output_directory(folder)
     find_dataset(dataset)
-    settings = dict(format=RESULT_FORMAT, base=[base, modification_time(base)],
+    settings = dict(format=RESULT_FORMAT, base=[base, modification_time(base)], n_batches=n_batches,
                     dataset=[dataset, modification_time(Path("data", dataset))])
     training_settings = dict(settings, config=Path(train_config).read_text(encoding="utf-8"), steps=steps)
     rows = [dict(keep_result(folder / "base.json", settings, make_start, folder, None), name="dense base")]

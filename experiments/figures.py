@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,28 +42,29 @@ documents = "docs/report.md,docs/learning_rates.md,README.md"  # comma list of t
 calibration_tokens = 131072  # number of tokens behind the table of errors
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE, BASE_DATASET = "out/demo/base/best.pt", "pydocs"  # the dense model of the spectra and errors, and its text
-BYTES_BASE = "../shared/data/gpt2-bytes"  # as in config/compare_*.py
+DEMO_BASE, DEMO_DATASET = "out/demo/base/best.pt", "pydocs"  # the dense model of the spectra and errors, and its text
+BYTES_BASE = "../shared/data/gpt2-bytes"  # as in config/compare_bytes.py; the only base that no command makes
 # In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `reads`: what
 # no run makes; without it, the run is left out.
 Run = namedtuple("Run", "command output feeds reads", defaults=(None,))
 RUNS = {
-    "pydocs": Run("-m experiments.prepare_pydocs", "data/pydocs/meta.json", "the text of the runs below"),
-    "base": Run("train.py config/demo_base.py", BASE, "report: singular values, errors of the fits"),
+    "pydocs": Run("-m experiments.prepare_pydocs", "data/pydocs/meta.json", "text of the demo and of bytes"),
+    "demo_base": Run("train.py config/demo_base.py", DEMO_BASE, "report: singular values, errors of the fits"),
     "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json", "README: the demo's table"),
-    "compare_bytes": Run("-m experiments.compare config/compare_bytes.py", "out/compare_bytes/results.json",
-                         "README and report: results, what a budget chose", BYTES_BASE),
+    "pysource": Run("-m experiments.prepare_pysource", "data/pysource/meta.json", "text of the base"),
+    "base": Run("train.py config/base.py --dtype=bfloat16", "out/base/best.pt", "report: the base"),
+    "compare_base": Run("-m experiments.compare config/compare_base.py", "out/compare_base/results.json",
+                        "README and report: results, what a budget chose"),
     "compare_ablation": Run("-m experiments.compare config/compare_ablation.py", "out/compare_ablation/results.json",
-                            "report: what each part is worth", BYTES_BASE),
+                            "report: what each part is worth"),
     "compare_kronecker": Run("-m experiments.compare config/compare_kronecker.py", "out/compare_kronecker/results.json",
-                             "report: Kronecker products against low rank", BYTES_BASE),
-    "compare_bpe": Run("-m experiments.compare config/compare_bpe.py", "out/compare_bpe/results.json",
-                       "report: the embeddings' share", "data/bpe4k"),
-    "compare_small": Run("-m experiments.compare config/compare_small.py", "out/compare_small/results.json",
-                         "appendix: results at width 128"),
-    "predict": Run(f"-m experiments.predict --init_from={BYTES_BASE} --calibrate=pydocs --shares=0.5,0.25 "
-                   "--calibration_tokens=32768 --out_dir=out/predict_bytes", "out/predict_bytes/table.md",
-                   "report: predicted and measured loss", BYTES_BASE),
+                             "report: Kronecker products against low rank"),
+    "predict": Run("-m experiments.predict --init_from=out/base/best.pt --calibrate=pysource --budgets=0.8,0.66,0.5,0.4,0.3 "
+                   "--shares=0.25 --calibration_tokens=32768 --eval_tokens=32768 --out_dir=out/predict_base",
+                   "out/predict_base/table.md",
+                   "report: predicted and measured loss"),
+    "compare_bytes": Run("-m experiments.compare config/compare_bytes.py", "out/compare_bytes/results.json",
+                         "appendix: results over bytes", BYTES_BASE),
     "bench": Run("-m experiments.bench --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
                  "report: speed at GPT-2's sizes"),
 }
@@ -70,8 +72,8 @@ RECORDS = Path("docs/runs.json")
 MADE_HERE = (":!*.md", ":!docs/*.png", f":!{RECORDS}")  # as git's patterns
 MARKER = re.compile(r"<!-- table: (\w+) -->")
 TABLE = re.compile(MARKER.pattern + ".*?<!-- end -->", re.DOTALL)
-HEADLINE_SIZE = "1.7M"  # of the starts in the README's table
-PLANS = {"plan": ("0.9M",), "plan_bpe": ("1.8M",)}  # the sizes whose widths and ranks are shown
+HEADLINE_SIZE = "4.5M"  # of the starts in the README's table
+PLAN_SIZES = ("3.5M",)  # whose widths and ranks are shown
 GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (768, 1, 160), (256, 64, 36), (128, 32, 100),
                (32, 64, 4)]  # of c_fc
 GPT2_RANK = 288  # of all matrices of GPT-2 with 82M parameters in all
@@ -274,8 +276,8 @@ def errors_table(dense, text, tokens, held_out, shapes):
 
 def errors_of_base(dense):
     config, context = dense.config, dense.config.block_size
-    text = data.calibration_text(BASE_DATASET, calibration_tokens, config, "cpu")
-    tokens = data.load_tokens(BASE_DATASET, "val", config, context)
+    text = data.calibration_text(DEMO_DATASET, calibration_tokens, config, "cpu")
+    tokens = data.load_tokens(DEMO_DATASET, "val", config, context)
     held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
     return errors_table(dense, text, tokens, held_out, quarter_shapes(config))
 
@@ -296,7 +298,7 @@ def seeds(rows):
     return f"{n} seed{'s' * (n > 1)}"
 
 
-def comparison_table(rows, unit="byte"):
+def comparison_table(rows, unit="token"):
     """Losses of a comparison, ± the standard deviation over seeds, and the rates where they differ."""
     head, cells = table([dict(row, name=shown(row["name"])) for row in rows])
     return f"{markdown(head, cells)}\n\nLosses on held-out text in nats per {unit}; {seeds(rows)}."
@@ -319,7 +321,7 @@ def sizes_table(rows):
     cells = {(method(row["name"]), row["name"].split()[0]): f"{row['before']:.3f} → {spread(row)}" for row in smaller}
     head = "method", *(f"{size} ({n / rows[0]['parameters']:.0%})" for size, n in sizes.items())
     body = [(shown(name), *(cells.get((name, size), "") for size in sizes)) for name in methods]
-    return (f"{markdown(head, body)}\n\nLosses on held-out text in nats per byte, before → after training; {seeds(rows)}. "
+    return (f"{markdown(head, body)}\n\nLosses on held-out text in nats per token, before → after training; {seeds(rows)}. "
             f"The dense model: {rows[0]['before']:.3f} → {spread(trained)}.")
 
 
@@ -346,25 +348,6 @@ def plan_table(rows, sizes):
         embeddings.append(f"{size}: wte {bands_text(widths['wte'], C)}; wpe {bands_text(widths['wpe'], C)}.")
     head = "size", "block", "queries and keys", "values", "hidden units", *(f"`{kind}`" for kind in dense)
     return "\n\n".join([markdown(head, body, n_left=2), *embeddings])
-
-
-def embedding_size(bands, C):
-    """Numbers of an embedding with columns for C in its bands [(rows, columns)]; a rank counts once."""
-    rows, columns = sum(n for n, _ in bands), max(k for _, k in bands)
-    if len(bands) == 1:
-        return columns * (rows + C - columns) if columns < C else rows * C
-    return sum(n * k for n, k in bands) + columns * C
-
-
-def embeddings_table(rows):
-    """Losses of a comparison, and how many of the parameters are in the embeddings."""
-    C, body = rows[0]["widths"]["wte"][0][1], []
-    for row in rows:
-        size = sum(embedding_size(row["widths"][name], C) for name in ("wte", "wpe"))
-        body.append((shown(row["name"]), f"{row['parameters']:,}", f"{size:,} ({size / row['parameters']:.0%})",
-                     f"{row['before']:.3f}", spread(row) if row is not rows[0] else ""))
-    table = markdown(["model", "parameters", "of them embeddings", "loss before training", "loss after"], body)
-    return f"{table}\n\nLosses on held-out text in nats per token; {seeds(rows)}."
 
 
 def speed_table(results):
@@ -433,26 +416,25 @@ TABLES = {
     "shapes": ([], lambda: shapes_table(*KronyGPTConfig().sizes(0)["mlp.c_fc"], GPT2_SHAPES)),
     "step": ([], lambda: step_table(gpt2_models())),
     "runs": ([], lambda: runs_table(read_records())),
-    "spectrum": (["base"], lambda dense: spectrum_table(spectra_of(dense))),
-    "errors": (["base", "pydocs"], lambda dense, _: errors_of_base(dense)),
-    "demo": (["demo"], comparison_table),
-    "peers": (["compare_bytes"], peers_table),
-    "sizes": (["compare_bytes"], sizes_table),
-    "plan": (["compare_bytes"], lambda rows: plan_table(rows, PLANS["plan"])),
-    "compare_bytes": (["compare_bytes"], comparison_table),
+    "spectrum": (["demo_base"], lambda dense: spectrum_table(spectra_of(dense))),
+    "errors": (["demo_base", "pydocs"], lambda dense, _: errors_of_base(dense)),
+    "demo": (["demo"], partial(comparison_table, unit="byte")),
+    "peers": (["compare_base"], peers_table),
+    "sizes": (["compare_base"], sizes_table),
+    "plan": (["compare_base"], lambda rows: plan_table(rows, PLAN_SIZES)),
+    "compare_base": (["compare_base"], comparison_table),
     "parts": (["compare_ablation"], comparison_table),
     "kronecker": (["compare_kronecker"], comparison_table),
-    "embeddings": (["compare_bpe"], embeddings_table),
-    "plan_bpe": (["compare_bpe"], lambda rows: plan_table(rows, PLANS["plan_bpe"])),
-    "compare_small": (["compare_small"], comparison_table),
     "predicted": (["predict"], predicted_table),
+    "compare_bytes": (["compare_bytes"], partial(comparison_table, unit="byte")),
     "speed": (["bench"], speed_table),
 }
 PICTURES = {
-    "spectrum": (["base"], lambda dense, path: draw_spectrum(spectra_of(dense), path)),
-    "pareto_bytes": (["compare_bytes"], draw_added),
-    "parts": (["compare_ablation", "compare_bytes"], draw_parts),
-    "predicted": (["predict"], lambda _, path: shutil.copyfile("out/predict_bytes/predicted.png", path)),
+    "spectrum": (["demo_base"], lambda dense, path: draw_spectrum(spectra_of(dense), path)),
+    "base": (["base"], lambda _, path: shutil.copyfile("out/base/loss.png", path)),
+    "pareto": (["compare_base"], draw_added),
+    "parts": (["compare_ablation", "compare_base"], draw_parts),
+    "predicted": (["predict"], lambda _, path: shutil.copyfile("out/predict_base/predicted.png", path)),
 }
 
 

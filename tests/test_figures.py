@@ -158,13 +158,6 @@ def test_what_a_budget_chose():
     assert figures.width_cell([8, 3, 5, 9]) == "8 3 5 9" and figures.width_cell([8, 3, 5, 9, 7]) == "3–9"
 
 
-def test_numbers_of_an_embedding_are_those_of_the_model():
-    for bands in ([(256, 16)], [(256, 5)], [(128, 9), (128, 2)]):
-        config = KronyGPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=16, wte=bands)
-        assert figures.embedding_size(bands, 16) == KronyGPT(config).transformer.wte.count_parameters()
-    assert cells(figures.embeddings_table(comparison(1)))[3][2] == f"{1552 + 112:,} (166%)"
-
-
 def test_a_picture_is_the_same_each_time_and_small(workdir):
     spectra = figures.mean_spectra([torch.ones(8, 12), torch.eye(8, 12)], [(4, 3, 2), (8, 1, 3)])
     for draw, *data in ((figures.draw_spectrum, spectra), (figures.draw_added, comparison()),
