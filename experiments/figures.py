@@ -50,7 +50,7 @@ Run = namedtuple("Run", "command output feeds reads", defaults=(None,))
 RUNS = {
     "pydocs": Run("-m experiments.prepare_pydocs", "data/pydocs/meta.json", "text of the demo and of bytes"),
     "demo_base": Run("train.py config/demo_base.py", DEMO_BASE, "report: singular values, errors of the fits"),
-    "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json", "README: the demo's table"),
+    "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json", "appendix: the demo's table"),
     "pysource": Run("-m experiments.prepare_pysource", "data/pysource/meta.json", "text of the base"),
     "base": Run("train.py config/base.py --dtype=bfloat16", "out/base/best.pt", "report: the base"),
     "compare_base": Run("-m experiments.compare config/compare_base.py", "out/compare_base/results.json",

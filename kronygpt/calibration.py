@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from kronygpt.device import float64, float64_device
-from kronygpt.least_squares import Moments, Problem, fit, gram, share
+from kronygpt.least_squares import Moments, Problem, fit, gram, share, targets_of
 from kronygpt.narrow import spectrum
 from model import ChunkedLinearLoss
 
@@ -208,11 +208,11 @@ class Fit:
     output_error: float
 
 
-def fit_matrix(goal, compressed, layer, kind, moments, fisher, fixed_B):
-    """Fit a matrix of a compressed model, and its bias, to Moments. Args as in calibrate(). Returns the Fit."""
+def fit_matrix(goal, compressed, layer, kind, centred, fisher, fixed_B):
+    """Fit a matrix of a compressed model, and its bias, to Centred moments. Args as in calibrate(). Returns the Fit."""
     name = f"transformer.h.{layer}.{kind}"
     matrix, W = compressed.get_submodule(name), goal.get_submodule(name).weight
-    problem, before = Problem(moments, W, fisher.get(name)), (matrix.weight, matrix.bias)
+    problem, before = Problem(centred, W, fisher.get(name)), (matrix.weight, matrix.bias)
     A, B = fit(problem, matrix.A, matrix.B, fixed_B)
     matrix.A.data, matrix.B.data = (side.to(W.dtype).to(W.device) for side in (A, B))
     matrix.bias.data = problem.bias(matrix.weight).to(W.dtype).to(W.device)
@@ -236,14 +236,16 @@ def fit_half(teacher, student, goal, layer, half, fisher, fixed_B):
     moments = Moments()
     for rows, x, *_ in teacher.through(layer, half):
         if is_fitted(first):
-            moments.add(student.input(layer, half, rows).flatten(0, 1), matrix(goal, first)(x))
+            moments.add(torch.cat((student.input(layer, half, rows).flatten(0, 1), x), 1))
     if is_fitted(first):
-        fits.append(fit_matrix(goal, student.model, layer, first, moments, fisher, fixed_B))
+        wanted = matrix(goal, first)
+        centred = targets_of(moments, wanted.weight, wanted.bias)
+        fits.append(fit_matrix(goal, student.model, layer, first, centred, fisher, fixed_B))
     if is_fitted(last):
         moments = Moments()
         for rows, _, _, h, _ in student.through(layer, half, move=False):
             moments.add(h, (teacher.x[rows] - student.x[rows]).flatten(0, 1))
-        fits.append(fit_matrix(goal, student.model, layer, last, moments, fisher, fixed_B))
+        fits.append(fit_matrix(goal, student.model, layer, last, moments.centred(), fisher, fixed_B))
     student.move(layer, half)
     return fits
 
@@ -256,8 +258,8 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, goal=None):
     compressed model has; both c_proj to the difference that brings the residual stream back to the dense model's. All their
     biases are fitted, too. Matrices that are dense and of the old size stay as they are.
 
-    For N tokens, width C and L layers it takes about L N (120 C² + 12 C T) floating point operations with a context of T:
-    50 C² are moments, the others the dense model, once, and the compressed one, twice. Least squares with many factors can
+    For N tokens, width C and L layers it takes about L N (115 C² + 12 C T) floating point operations with a context of T:
+    40 C² are moments, the others the dense model, once, and the compressed one, twice. Least squares with many factors can
     take minutes a matrix. Memory: 8 N C bytes of hidden states, and about 800 C² for moments and their factorizations.
 
     Args:

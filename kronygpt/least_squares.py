@@ -9,6 +9,7 @@ moments F [n, n] of the loss's gradient at the outputs: an error counts as much 
 model compression with weighted low-rank factorization, arXiv 2207.00112, has a weight for each row in place of M).
 """
 import math
+from collections import namedtuple
 from functools import cached_property
 
 import torch
@@ -37,6 +38,9 @@ def gram(X):
     return G
 
 
+Centred = namedtuple("Centred", "mean_x mean_y G C variance")  # [m], [n], [m, m], [m, n], [n]: as in Moments.centred()
+
+
 class Moments:
     """Means and centred second moments of inputs X [m] and targets Y [n] over any number of tokens: products of a batch in
     float32, relative to the first batch's means, summed up in float64, on the CPU where their device has none."""
@@ -58,11 +62,19 @@ class Moments:
         self.count += len(X)
 
     def centred(self):
-        """(mean_x [m], mean_y [n], G = XᵀX / T [m, m], C = XᵀY / T [m, n], variance of Y [n]) of the centred X and Y."""
+        """The Centred of all batches: means of X and Y, G = XᵀX / T, C = XᵀY / T, and the variances of the columns of Y."""
         x, y, G, C, yy = (total / self.count for total in self.sums)
         origin_x, origin_y = map(float64, self.origin)
-        return (x + origin_x, y + origin_y, G - x[:, None] * x, C - x[:, None] * y,
-                (yy - y.square()).clamp(min=0))
+        return Centred(x + origin_x, y + origin_y, G - x[:, None] * x, C - x[:, None] * y,
+                       (yy - y.square()).clamp(min=0))
+
+
+def targets_of(moments, W, bias):
+    """The Centred of inputs X [m] and targets Z W + bias, from the Moments of X beside Z [2 m], without the targets: what
+    the dense model's matrix W [m, n] makes of its own inputs Z."""
+    m, W, mean, cov = len(W), float64(W), *moments.centred()[0:3:2]
+    return Centred(mean[:m], mean[m:] @ W + float64(bias), cov[:m, :m], cov[:m, m:] @ W,
+                   (W * (cov[m:, m:] @ W)).sum(0).clamp(min=0))
 
 
 def metric(fisher, n, device):
@@ -78,13 +90,13 @@ class Problem:
     """The least squares of one matrix.
 
     Args:
-        moments: Moments of X̂ and Y.
+        centred: the Centred of X̂ and Y.
         W: [m, n], the trained weights, towards which a ridge pulls. Where inputs never change, it alone decides.
         fisher: F [n, n], second moments of the loss's gradient at the outputs, for the metric M; None for M = I.
     """
 
-    def __init__(self, moments, W, fisher=None):
-        self.mean_x, self.mean_y, self.G, self.C, self.variance = moments.centred()
+    def __init__(self, centred, W, fisher=None):
+        self.mean_x, self.mean_y, self.G, self.C, self.variance = centred
         self.W = float64(W)
         self.M = metric(fisher, self.W.shape[1], self.W.device)
         size = torch.maximum(RIDGE * self.G.diagonal().mean(), ROUNDING * self.mean_x.square().mean())  # above G's rounding

@@ -17,6 +17,7 @@ from kronygpt.least_squares import (
     initial_factors,
     reduced_rank,
     separable,
+    targets_of,
 )
 
 
@@ -30,7 +31,7 @@ def random_problem(m=12, n=20, tokens=200, seed=0):
     for part in range(0, tokens, 64):
         moments.add(X[part:part + 64], Y[part:part + 64])
     gradients = torch.randn(3 * n, n, generator=generator).double() @ torch.randn(n, n, generator=generator).double()
-    return X.double(), Y.double(), W, Problem(moments, W, gradients.T @ gradients)
+    return X.double(), Y.double(), W, Problem(moments.centred(), W, gradients.T @ gradients)
 
 
 def test_moments_are_those_of_numpy():
@@ -55,6 +56,17 @@ def test_moments_keep_their_digits_beside_a_large_mean():
     for part in X.split(100):
         moments.add(part + 1000, part[:, :2] - 500)
     np.testing.assert_allclose(moments.centred()[2], np.cov(X.T.numpy(), bias=True), atol=1e-4)
+
+
+def test_targets_that_a_matrix_makes_need_not_be_made():
+    torch.manual_seed(0)
+    Z, W, bias = torch.randn(300, 6) + 2, torch.randn(6, 9), torch.randn(9)
+    X, explicit, implicit = Z + 0.3 * torch.randn(300, 6), Moments(), Moments()
+    for rows in slice(0, 100), slice(100, 300):
+        explicit.add(X[rows], Z[rows] @ W + bias)
+        implicit.add(torch.cat((X[rows], Z[rows]), 1))
+    for ours, expected in zip(targets_of(implicit, W, bias), explicit.centred()):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_error_and_bias_are_those_of_the_data():
@@ -174,7 +186,7 @@ def test_inputs_that_tell_nothing_leave_the_weights(value, noise):
     moments = Moments()
     for part in (X[:20], X[20:]):
         moments.add(part, part @ W)
-    problem = Problem(moments, W)
+    problem = Problem(moments.centred(), W)
     for dim_1, dim_2, r in ((12, 20, 1), (12, 1, 12), (4, 5, 12)):  # which reach every matrix
         A, B = fit(problem, *van_loan(W, dim_1, dim_2, r))
         np.testing.assert_allclose(kron_sum(A, B), W, rtol=0.02, atol=0.02)
@@ -183,7 +195,7 @@ def test_inputs_that_tell_nothing_leave_the_weights(value, noise):
 def test_a_problem_of_zeros_has_factors_of_zeros_and_no_error():
     moments = Moments()
     moments.add(torch.randn(50, 12, generator=torch.Generator().manual_seed(0)), torch.zeros(50, 20))
-    problem = Problem(moments, torch.zeros(12, 20), torch.zeros(20, 20))
+    problem = Problem(moments.centred(), torch.zeros(12, 20), torch.zeros(20, 20))
     for dim_1, dim_2, r in ((4, 5, 3), (12, 1, 2), (1, 20, 2)):
         A, B = fit(problem, *van_loan(torch.zeros(12, 20), dim_1, dim_2, r))
         assert A.isfinite().all() and B.isfinite().all() and not kron_sum(A, B).any()
