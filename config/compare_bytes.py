@@ -2,7 +2,7 @@
 # format: 68, 52, 28 and 21 % of its 3.29M parameters. The first start is the base itself, which shows what further training
 # alone gains.
 base = "../shared/data/gpt2-bytes"
-train_config = "config/compare_train.py"
+train_config = "config/compare_bytes_train.py"
 dataset = "pydocs"
 out_dir = "out/compare_bytes"
 seeds = "1,2,3"

@@ -304,11 +304,16 @@ def comparison_table(rows, unit="token"):
     return f"{markdown(head, cells)}\n\nLosses on held-out text in nats per {unit}; {seeds(rows)}."
 
 
+def after(row):
+    """The loss of a row after training; "" for the base, which is not trained further."""
+    return spread(row) if "runs" in row else ""
+
+
 def peers_table(rows):
     """The starts of one size of a comparison, the one with the lowest loss after training first, behind the dense model."""
     peers = [row for row in rows[1:] if row["name"].startswith(f"{HEADLINE_SIZE} ")]
-    cells = [(shown(method(row["name"])), f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row))
-             for row in [dense_start(rows), *sorted(peers, key=mean_loss)]]
+    cells = [(shown(method(row["name"])), f"{row['parameters']:,}", f"{row['before']:.3f}", after(row))
+             for row in [dense_start(rows) or rows[0], *sorted(peers, key=mean_loss)]]
     return markdown(["method", "parameters", "loss before training", "after"], cells) + f"\n\n{seeds(rows)} each."
 
 
@@ -321,8 +326,9 @@ def sizes_table(rows):
     cells = {(method(row["name"]), row["name"].split()[0]): f"{row['before']:.3f} → {spread(row)}" for row in smaller}
     head = "method", *(f"{size} ({n / rows[0]['parameters']:.0%})" for size, n in sizes.items())
     body = [(shown(name), *(cells.get((name, size), "") for size in sizes)) for name in methods]
+    dense = f"{rows[0]['before']:.3f}" + (f" → {spread(trained)}" if trained else "")
     return (f"{markdown(head, body)}\n\nLosses on held-out text in nats per token, before → after training; {seeds(rows)}. "
-            f"The dense model: {rows[0]['before']:.3f} → {spread(trained)}.")
+            f"The dense model: {dense}.")
 
 
 def width_cell(widths):
@@ -433,7 +439,7 @@ PICTURES = {
     "spectrum": (["demo_base"], lambda dense, path: draw_spectrum(spectra_of(dense), path)),
     "base": (["base"], lambda _, path: shutil.copyfile("out/base/loss.png", path)),
     "pareto": (["compare_base"], draw_added),
-    "parts": (["compare_ablation", "compare_base"], draw_parts),
+    "parts": (["compare_ablation"], draw_parts),
     "predicted": (["predict"], lambda _, path: shutil.copyfile("out/predict_base/predicted.png", path)),
 }
 

@@ -7,11 +7,11 @@ MARKERS = "osD^vPX*hd"  # beside the ten colors of matplotlib's cycle, C0 to C9
 ACCENT, GREY = "#c2410c", "0.5"  # of this project's method, and of all else
 LINES = {  # method: in draw_added(), its label, the point that has it, the offset from there in points, and its marker
     "Van Loan": ("Van Loan", -1, (9, -5), "s"),
+    "Krony-PT's pruning": ("Krony-PT's pruning", -1, (9, -5), "P"),
     "hidden units pruned, refitted": ("hidden units pruned", -1, (9, -5), "D"),
     "SVD-LLM": ("SVD-LLM", 0, (6, 2), "v"),
     "activation-aware SVD, even ranks": ("activation-aware SVD", -1, (9, -5), "^"),
     "ours": ("KronyGPT", -1, (9, -5), "o"),
-    "ours, distilled": ("KronyGPT, distilled", 1, (-66, -58), "*"),
 }
 
 
@@ -61,31 +61,32 @@ def draw_pareto(rows, path, dataset):
     save_figure(figure, path)
 
 
-def trained_dense_loss(rows):
-    return statistics.mean(r["after"] for r in dense_start(rows)["runs"])
+def loss_of_dense(rows):
+    """Loss of the dense model: trained as long, where such a start is there."""
+    trained = dense_start(rows)
+    return statistics.mean(r["after"] for r in trained["runs"]) if trained else rows[0]["before"]
 
 
 def draw_added(rows, path):
-    """Loss added over the dense model trained as long against the share of parameters kept, before and after training, for
-    the methods in LINES; rows as in draw_pareto. Legible at 800 pixels and on a phone."""
+    """Loss added over the dense model against the share of parameters kept, before and after training, for the methods in
+    LINES; rows as in draw_pareto. Legible at 800 pixels and on a phone."""
     from kronygpt.run_dir import new_figure, save_figure
 
-    figure, reference = new_figure(7.2, 5.4), trained_dense_loss(rows)
+    figure, reference = new_figure(7.2, 5.4), loss_of_dense(rows)
     axes = figure.subplots()
     for name, (label, at, offset, marker) in LINES.items():
         same = sorted((row for row in rows[1:] if method(row["name"]) == name), key=lambda row: row["parameters"])
         if not same:
             continue
-        color, width = (ACCENT, 2.5) if name.startswith("ours") else (GREY, 1.5)
+        color, width = (ACCENT, 2.5) if name == "ours" else (GREY, 1.5)
         x = [100 * row["parameters"] / rows[0]["parameters"] for row in same]
         before, after = ([loss - reference for loss in losses] for losses in (
             [row["before"] for row in same], [statistics.mean(r["after"] for r in row["runs"]) for row in same]))
-        if name != "ours, distilled":  # which begins where ours does
-            axes.plot(x, before, marker=marker, color=color, linewidth=width, linestyle="--", markerfacecolor="white")
-        axes.plot(x, after, marker=marker, color=color, linewidth=width, markersize=9 if marker == "*" else 7,
-                  linestyle=":" if name == "ours, distilled" else "-")
-        axes.annotate(label, (x[at], (after if at else before)[at]), offset, textcoords="offset points", color=color,
-                      fontsize=13, weight="bold" if name == "ours" else "normal")
+        style = dict(marker=marker, color=color, linewidth=width, markersize=7)
+        axes.plot(x, before, linestyle="--", markerfacecolor="white", **style)
+        axes.plot(x, after, **style)
+        axes.annotate(label, (x[at], after[at]), offset, textcoords="offset points", color=color, fontsize=13,
+                      weight="bold" if name == "ours" else "normal")
     axes.plot([], [], "o--", color="k", markerfacecolor="white", label="before training")
     axes.plot([], [], "o-", color="k", label="after training")
     axes.set_yscale("log")
@@ -95,17 +96,17 @@ def draw_added(rows, path):
     axes.set_ylabel("loss added over dense (nats per token)", fontsize=13)
     axes.tick_params(labelsize=13)
     axes.grid(alpha=0.3)
-    axes.set_xlim(15, 100)
+    axes.set_xlim(25, 95)
     figure.legend(fontsize=13, loc="outside upper center", ncols=2)
     save_figure(figure, path)
 
 
-def draw_parts(rows, sizes, path):
-    """Loss added over the dense model trained as long, before and after training, by what shares the budget: rows of an
-    ablation, and of the comparison that has that dense model. The last row is the whole method."""
+def draw_parts(rows, path):
+    """Loss added over the dense model, before and after training, by what shares the budget: rows of an ablation, of which
+    the last is the whole method."""
     from kronygpt.run_dir import new_figure, save_figure
 
-    figure, reference = new_figure(7.2, 3.8), trained_dense_loss(sizes)
+    figure, reference = new_figure(7.2, 3.8), loss_of_dense(rows)
     axes = figure.subplots()
     for i, row in enumerate(rows[1:]):
         color = ACCENT if row is rows[-1] else GREY

@@ -14,7 +14,7 @@ from kronygpt.configurator import configure, option_types
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 RECIPES = sorted(path.stem for path in ROOT.glob("config/train_gpt2*.py"))
-OTHERS = ("demo_train", "compare_train")
+OTHERS = ("demo_train", "compare_bytes_train")
 SHAPES = {"VL_768_768_1": (768, 768, 1), "prune_384_3072": (384, 3072, 1), "VL_32_64_4": (32, 64, 4), "gpt2": (768, 3072, 1)}
 
 

@@ -1,4 +1,4 @@
-# What each start of config/compare_{base,ablation,kronecker,bytes}.py gets: 300 steps of 512 tokens, at its own learning rate.
+# What each start of config/compare_bytes.py gets: 300 steps of 512 bytes, each at its own learning rate.
 batch_size = 2
 gradient_accumulation_steps = 1
 max_iters = 300
