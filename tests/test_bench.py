@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import torch
-from conftest import run_here
+from conftest import succeed
 
 from experiments import bench
 
@@ -15,8 +15,7 @@ MEASUREMENTS = ["training step", "forward", *GENERATION, "file"]  # and peak mem
 
 
 def test_models_are_measured_against_the_dense_one(workdir):
-    done = run_here("experiments/bench.py", *TINY, "--new_tokens=4", "--shapes=32,64,2", "--out_dir=here")
-    assert done.returncode == 0, done.stderr
+    done = succeed("experiments/bench.py", *TINY, "--new_tokens=4", "--shapes=32,64,2", "--out_dir=here")
     names = ["dense", "ours (32, 64, 2)", "torch.kron (32, 64, 2)", "transformers dense", "whole logits (32, 64, 2)"]
     results = json.loads(Path("here/results.json").read_text(encoding="utf-8"))
     assert list(results) == names

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
+from conftest import run_here, succeed
 
 from experiments import prepare_pydocs
 from kronygpt import data
@@ -244,8 +244,7 @@ def test_any_number_of_threads_writes_the_same_bytes(shared, workdir):
     lines = [json.dumps({"text": f"document {i}: " + TEXTS[i % len(TEXTS)]}) for i in range(500)]
     (workdir / "texts.jsonl").write_text("\n".join(lines))
     for threads in 1, 3:
-        result = run_here("prepare_owt.py", f"--out={threads}", "--data_files=texts.jsonl", f"--threads={threads}")
-        assert result.returncode == 0, result.stderr
+        succeed("prepare_owt.py", f"--out={threads}", "--data_files=texts.jsonl", f"--threads={threads}")
     assert contents(workdir / "data" / "1") == contents(workdir / "data" / "3")
 
 
@@ -268,7 +267,7 @@ def test_what_a_killed_preparation_leaves_is_cleared_by_the_next(workdir, shared
     for left in scratch / "documents.arrow", scratch.parent / ".lock":
         left.write_text("left")
     Path("few.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
-    assert run_here("prepare_owt.py", "--out=mine", "--data_files=few.txt").returncode == 0
+    succeed("prepare_owt.py", "--out=mine", "--data_files=few.txt")
     assert contents(scratch.parent).keys() == {"train.bin", "val.bin", "meta.json"}
 
 

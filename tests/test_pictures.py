@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from test_train import log_of, run_train, write_dataset
+from test_train import log_of, run_train
 
 from experiments import pictures
 from kronygpt import run_dir
@@ -18,9 +18,8 @@ def no_picture():
 
 
 @pytest.fixture
-def drawn(workdir, monkeypatch):
+def drawn(tokens, monkeypatch):
     """The figures that are saved."""
-    write_dataset("tiny", 5000)
     figures, save = [], run_dir.save_figure
     monkeypatch.setattr(run_dir, "save_figure", lambda figure, path: (figures.append(figure), save(figure, path)))
     return figures

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import continuation, run_here
+from conftest import continuation, succeed
 from torch.nn import functional as F
 
 import play
@@ -26,8 +26,7 @@ TEXT = "Hä? 😀 A text that is longer than one context of 32 bytes, and ends w
 def served(gpt2_dir, tmp_path_factory):
     """A server of a dense model and one made of it, both with a context of 32 bytes."""
     small = tmp_path_factory.mktemp("small") / "small.pt"
-    said = run_here("kron_decompose.py", 64, 128, 1, f"--init_from={gpt2_dir}", f"--out={small}")
-    assert said.returncode == 0, said.stderr
+    succeed("kron_decompose.py", 64, 128, 1, f"--init_from={gpt2_dir}", f"--out={small}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(play, "port", 0)
         server = play.Server([play.load_player(str(source)) for source in (gpt2_dir, small)])

@@ -1,7 +1,7 @@
 """sample.py beside a plain loop over transformers' GPT-2."""
 import pytest
 import torch
-from conftest import run_here
+from conftest import succeed
 from transformers import GPT2LMHeadModel
 
 from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer, UnknownTokenizer, stream_text
@@ -35,8 +35,7 @@ def greedy(talker):
 
 def sample(talker, *options):
     """What is printed behind the line of options."""
-    said = run_here("sample.py", talker, f"--start={PROMPT}", "--max_new_tokens=40", *options)
-    assert said.returncode == 0, said.stderr
+    said = succeed("sample.py", talker, f"--start={PROMPT}", "--max_new_tokens=40", *options)
     return said.stdout.split("\n", 1)[1]
 
 

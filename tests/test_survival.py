@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, StandIn, run_here
+from conftest import ROOT, StandIn, refused, run_here, succeed
 from test_bad_input import snapshot
-from test_train import RUN, RUN_OF_A_CHECKPOINT, as_it_was, load, losses_of, run_train, same, timeless, write_dataset  # noqa: F401
+from test_train import RUN, RUN_OF_A_CHECKPOINT, load, losses_of, run_train, same, timeless
 
 from kronygpt import checkpoint, files
 from kronygpt.configurator import UserError
@@ -28,11 +28,6 @@ ENVIRONMENT = dict(os.environ, PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1", PYTHON
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SHORT_RUN = [*RUN, "--dropout=0.2", "--max_iters=3", "--eval_interval=1", "--eval_iters=1", "--keep=1"]
 CHANGES = ("replace", "unlink", "fsync", "mkdir", "rename")  # functions of os that change what is on the disk
-
-
-@pytest.fixture
-def tokens(workdir):
-    return write_dataset("tiny", 5000)
 
 
 def in_child(function, timeout=100):
@@ -229,7 +224,7 @@ def test_a_start_over_that_cannot_save_spares_the_old_run(tokens):
     ("perplexity.py model.pt tiny --json_out=made.json", "made.json")])
 def test_a_full_disk_costs_the_new_file_and_not_the_old_one(command, made, tokens, small_model, capfd):
     checkpoint.save("model.pt", small_model)
-    assert run_here(*command.split()).returncode == 0
+    succeed(*command.split())
     before = snapshot(".")
     assert limited(100, lambda: run_here(*command.split())) == 1
     assert f"File too large: '{made}" in capfd.readouterr().out and snapshot(".") == before
@@ -283,9 +278,8 @@ def test_a_run_is_not_started_over_unless_told(tokens):
         Path("out").mkdir()
         for name in kept:
             Path("out", name).write_bytes(before[name])
-        said = run_here("train.py", *RUN, "--seed=5")
-        assert said.returncode == 2 and said.stderr.count("\n") == 1
-        assert "out holds a run already" in said.stderr and "--overwrite=True" in said.stderr
+        line = refused("train.py", *RUN, "--seed=5")
+        assert "out holds a run already" in line and "--overwrite=True" in line
         assert contents() == {name: before[name] for name in kept}
     run_train("--seed=5", "--max_iters=2", "--overwrite=True")
     assert load("out/ckpt.pt")["config"]["seed"] == 5 and list(losses_of("out")) == [1, 2]
@@ -302,8 +296,7 @@ def test_a_checkpoint_of_another_name_is_never_removed(tokens):
     before = Path("out/ckpt.pt").read_bytes()
     for name in ("ckpt.pt", "best.pt", "log.jsonl"):
         Path("out", name).unlink()
-    said = run_here("train.py", *RUN_OF_A_CHECKPOINT, "--init_from=out/ckpt-mine.pt")
-    assert said.returncode == 2 and "out holds a run already" in said.stderr
+    assert "out holds a run already" in refused("train.py", *RUN_OF_A_CHECKPOINT, "--init_from=out/ckpt-mine.pt")
     run_train("--init_from=out/ckpt-mine.pt", "--overwrite=True", "--eval_interval=2", "--max_iters=10", "--keep=1")
     assert all(Path("out", name).read_bytes() == before for name in mine)
     assert [path.name for path in Path("out").glob("ckpt_0*.pt")] == ["ckpt_0000010.pt"]
@@ -343,8 +336,8 @@ def test_checkpoints_by_the_clock(tokens, monkeypatch):
 def test_equal_commands_give_equal_bytes(tokens, gpt2_dir):
     written = []
     for _ in range(2):
-        assert run_here("kron_decompose.py", 32, 64, 2, f"--init_from={gpt2_dir}", "--out=made/VL.pt").returncode == 0
-        assert run_here("prune.py", f"--init_from={gpt2_dir}", "--out=made/pruned.pt").returncode == 0
+        succeed("kron_decompose.py", 32, 64, 2, f"--init_from={gpt2_dir}", "--out=made/VL.pt")
+        succeed("prune.py", f"--init_from={gpt2_dir}", "--out=made/pruned.pt")
         run_train("--dropout=0.2", "--overwrite=True")
         torch.manual_seed(5)  # nothing rests on the generator that a process happens to have
         written.append([path.read_bytes() for path in sorted(Path().glob("*/*.pt"))])
@@ -355,9 +348,7 @@ def test_equal_commands_give_equal_bytes(tokens, gpt2_dir):
 
 def test_a_second_run_in_one_directory_is_turned_away(tokens):
     with lock("out"):
-        said = run_here("train.py", *RUN)
-        assert said.returncode == 1 and said.stderr.count("\n") == 1
-        assert "out is in use by another process" in said.stderr
+        assert "out is in use by another process" in refused("train.py", *RUN)
     run_train("--max_iters=1")
 
 

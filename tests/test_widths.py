@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import continuation, named_matrices, random_tokens, randomize_vectors, run_here
+from conftest import continuation, named_matrices, random_tokens, randomize_vectors, succeed
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
@@ -153,8 +153,7 @@ def test_a_file_holds_each_rank_once(model, tmp_path):
 def test_exports_compute_the_same(model, compressed, workdir):
     """Of the dense one, transformers' own GPT-2."""
     checkpoint.save("a.pt", model)
-    said = run_here("kron_to_gpt.py", "a.pt", "made", f"--compressed={compressed}")
-    assert said.returncode == 0, said.stderr
+    succeed("kron_to_gpt.py", "a.pt", "made", f"--compressed={compressed}")
     exported = (KronyGPTForCausalLM if compressed else GPT2LMHeadModel).from_pretrained("made").eval()
     for attention in "eager", "sdpa":
         exported.set_attn_implementation(attention)
@@ -173,8 +172,7 @@ def test_exports_compute_the_same(model, compressed, workdir):
 @torch.no_grad()
 def test_an_export_in_int8(model, workdir):
     checkpoint.save("a.pt", model)
-    said = run_here("kron_to_gpt.py", "a.pt", "made", "--compressed=True", "--dtype=int8")
-    assert said.returncode == 0, said.stderr
+    succeed("kron_to_gpt.py", "a.pt", "made", "--compressed=True", "--dtype=int8")
     tensors = load_file("made/model.safetensors")
     for name, p in tensors.items():
         is_vector = name.endswith(("_scale", "bias")) or ".ln_" in name
