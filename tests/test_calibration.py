@@ -1,6 +1,5 @@
 """calibration.py against plain computations and the model's own losses."""
 import copy
-import json
 import math
 import re
 from pathlib import Path
@@ -9,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import kron_sum, named_matrices, random_tokens, randomize_vectors, run_here, succeed
+from test_data import write_dataset
 from torch.nn import functional as F
 
 from kronygpt import calibration, checkpoint, data, least_squares
 from kronygpt.budget import Plan, plan_widths
-from kronygpt.calibration import contributions, interleave
+from kronygpt.calibration import contributions
 from kronygpt.compress import apply, factorize, spread_units
 from kronygpt.export import to_compressed
 from model import KINDS, KronyGPT, KronyGPTConfig, mlp_shapes
@@ -123,11 +123,6 @@ def loss_of_samples(model, tokens, p, e):
     logp = model(tokens).log_softmax(-1).flatten(0, 1)
     hook.remove()
     return -(p * logp).sum(1).mean()
-
-
-def test_strongest_units_share_no_factor():
-    order = interleave(torch.tensor([1.0, 9, 2, 8, 3, 7]), 3)
-    assert order.view(3, 2)[:, 0].tolist() == [1, 3, 5] and sorted(order.tolist()) == list(range(6))
 
 
 def compressed(model, shape):
@@ -257,26 +252,19 @@ def test_each_matrix_is_fitted_to_the_dense_model_behind_those_before_it(trained
         assert np.linalg.norm(best - W) > 0.5, "nothing to make up for"
 
 
-def test_hidden_units_that_are_gone_cost_nothing(trained):
-    model, tokens = copy.deepcopy(trained[0]), trained[1]
-    for block in model.transformer.h:
-        block.mlp.c_proj.A.data[:, ::2] = 0  # what pruning leaves
-    for shape in ((32, 1, [16, 16]), (32, 32, [1, 1])):
-        new, fits = calibrate(model, tokens, shape)
-        assert all(0 <= f.output_error < 1 for f in fits) and math.isfinite(loss(new, tokens))
-
-
 def make_dead(block, what):
-    """Zeros that models have after pruning or a bad start, each of which leaves some moments without a spread."""
+    """Zeros that models have after pruning or a bad start, most of which leave some moments without a spread."""
     mlp, norm = block.mlp, block.ln_2
     zeroed = {"c_fc": [mlp.c_fc.A], "c_proj": [mlp.c_proj.A], "half of c_fc": [mlp.c_fc.A[:, :, ::2]],
+              "half of the units": [mlp.c_proj.A[:, ::2]],
               "a block": [mlp.c_fc.A, mlp.c_fc.bias, mlp.c_proj.A, mlp.c_proj.bias],
               "columns of c_proj": [mlp.c_proj.A[:, :, :8]], "the layer norm": [norm.weight, norm.bias]}[what]
     for p in zeroed:
         p.data.zero_()
 
 
-@pytest.mark.parametrize("what", ["c_fc", "c_proj", "a block", "half of c_fc", "columns of c_proj", "the layer norm"])
+@pytest.mark.parametrize("what", ["c_fc", "c_proj", "a block", "half of c_fc", "half of the units", "columns of c_proj",
+                                  "the layer norm"])
 def test_zeros_are_fitted_to_zeros(trained, what):
     model, tokens = copy.deepcopy(trained[0]), trained[1]
     for block in model.transformer.h:
@@ -305,52 +293,35 @@ def test_the_strongest_units_stand_apart_in_the_same_function(mixed_model):
     assert all(torch.equal(p, before[name]) for name, p in mixed_model.state_dict().items())
 
 
-def test_contributions_find_the_units_that_matter(trained):
-    model, tokens = trained
-    order, losses = contributions(model, tokens[:, :-1])[0].argsort(), []
-    for units in order[:32], order[-32:]:
-        broken = copy.deepcopy(model)
-        broken.transformer.h[0].mlp.c_proj.A.data[0, units] = 0
-        losses.append(loss(broken, tokens))
-    assert losses[0] < losses[1]
-
-
-def test_pruning_by_contribution_and_refitting(trained, workdir):
-    model, tokens = trained
-    checkpoint.save("dense.pt", model)
-    make_data(tokens)
+def test_pruning_by_contribution_and_refitting(model, trained):
     losses = []
     for options in ([], ["--select=contribution"], ["--select=contribution", "--refit=True"]):
         calibrated = ["--calibrate=pattern", "--calibration_tokens=1024"] if options else []
         succeed("prune.py", "--init_from=dense.pt", "--dim=hidden", "--out=pruned.pt", *options, *calibrated)
         pruned = checkpoint.load("pruned.pt")[0]
         assert pruned.transformer.h[0].mlp.c_fc.B.flatten().tolist() == [1, 0]
-        losses.append(loss(pruned, tokens))
+        losses.append(loss(pruned, trained[1]))
     assert losses == sorted(losses, reverse=True), losses
 
 
-def make_data(tokens):
-    directory = Path("data/pattern")
-    directory.mkdir(parents=True)
-    for split in ("train", "val"):
-        tokens.numpy().astype(np.uint16).tofile(directory / f"{split}.bin")
-    directory.joinpath("meta.json").write_text(json.dumps(dict(
-        vocab_size=256, tokenizer="bytes", tokens={}, documents={}, source="a test")))
+@pytest.fixture
+def model(trained, workdir):
+    """The trained model, which is in dense.pt, and whose tokens are the data set pattern."""
+    checkpoint.save("dense.pt", trained[0])
+    write_dataset("pattern", trained[1], trained[1])
+    return trained[0]
 
 
 NUMBERS = ["--init_from=dense.pt", "--calibrate=pattern", "--calibration_tokens=1024"]
 
 
-def test_script_calibrates(trained, workdir):
-    model, tokens = trained
-    checkpoint.save("dense.pt", model)
-    make_data(tokens)
+def test_script_calibrates(model):
     done = succeed("kron_decompose.py", 32, 32, 1, *NUMBERS, "--out=a.pt")
     assert len(re.findall(r"^ +\d  mlp\.c_(?:fc|proj) +1  +[\d.]+ → +[\d.]+  +[\d.]+ → +[\d.]+$", done.stdout, re.M)) == 4
     new, rest = checkpoint.load("a.pt")
     assert new.config.shapes["mlp.c_fc"] == [(32, 32, 1)] * 2 and rest["config"]["calibrate"] == "pattern"
     run_here("kron_decompose.py", 32, 32, 1, *NUMBERS, "--out=b.pt")
-    assert (workdir / "a.pt").read_bytes() == (workdir / "b.pt").read_bytes()
+    assert Path("a.pt").read_bytes() == Path("b.pt").read_bytes()
     text = data.calibration_text("pattern", 1024, model.config, "cpu")
     ordered = spread_units(model, text, 32)
     expected = compressed(ordered, (32, 32, [1, 1]))
@@ -361,10 +332,7 @@ def test_script_calibrates(trained, workdir):
 
 
 @pytest.mark.parametrize("matrices", ["all", "mlp"])
-def test_script_compresses_the_whole_model_to_a_budget(trained, workdir, matrices):
-    model, tokens = trained
-    checkpoint.save("dense.pt", model)
-    make_data(tokens)
+def test_script_compresses_the_whole_model_to_a_budget(model, matrices):
     done = succeed("kron_decompose.py", *NUMBERS, "--budget=20K", f"--matrices={matrices}")
     new, rest = checkpoint.load("checkpoints/best_20K.pt")
     assert 19_000 < new.count_parameters()["total"] <= 20_000
@@ -389,10 +357,7 @@ def test_script_compresses_the_whole_model_to_a_budget(trained, workdir, matrice
     assert [float(measured[i]) for i in (2, 3)] == pytest.approx([loss(m, windows) for m in (model, new)], abs=1e-4)
 
 
-def test_several_budgets_share_one_pass(trained, workdir):
-    model, tokens = trained
-    checkpoint.save("dense.pt", model)
-    make_data(tokens)
+def test_several_budgets_share_one_pass(model):
     planned = run_here("kron_decompose.py", *NUMBERS, "--budget=20K,80%", "--plan_only=True")
     assert planned.returncode == 0 and [path.name for path in Path("checkpoints").iterdir()] == ["plan.png"]
     total = model.count_parameters()["total"]
@@ -407,15 +372,13 @@ def test_several_budgets_share_one_pass(trained, workdir):
     assert 0.79 * total < checkpoint.load("checkpoints/best_80%.pt")[0].count_parameters()["total"] <= 0.8 * total
 
 
-def test_peers_even_ranks(trained, workdir):
+def test_peers_even_ranks(model):
     """Without text the plain SVD; with text fitted to it, where all errors count alike."""
-    model, tokens = trained
-    checkpoint.save("dense.pt", model)
-    make_data(tokens)
     for options in [], NUMBERS[1:]:
         succeed("experiments/peers.py", "even_ranks", "20K", NUMBERS[0], "--out=a.pt", *options)
         new = checkpoint.load("a.pt")[0]
-        expected = factorize(model, {kind: shapes for kind, shapes in new.config.shapes.items()})
+        assert 19_000 < new.count_parameters()["total"] <= 20_000
+        expected = factorize(model, new.config.shapes)
         if options:
             calibration.calibrate(model, expected, data.calibration_text("pattern", 1024, model.config, "cpu"))
         for (_, _, old), (_, _, matrix), (_, name, other) in zip(model.matrices(), new.matrices(), expected.matrices()):
@@ -425,9 +388,3 @@ def test_peers_even_ranks(trained, workdir):
             if not options:
                 U, sigma, V = np.linalg.svd(W)
                 np.testing.assert_allclose(matrix.weight.detach(), U[:, :r] * sigma[:r] @ V[:r], atol=1e-5)
-
-
-def test_a_log_without_a_terminal_shows_how_far_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(calibration, "SECONDS", 0)
-    assert list(calibration.progress("abc", "fitting", "block")) == [*"abc"]
-    assert capsys.readouterr().err.splitlines()[2] == "fitting: block 2 of 3 after 0 s"

@@ -1,6 +1,5 @@
 """Batches, .bin files, tokenizers, and the scripts that make data sets."""
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -58,14 +57,6 @@ def test_windows_begin_everywhere_that_a_block_and_its_last_target_fit():
     values, counts = np.unique(starts, return_counts=True)
     assert values.tolist() == list(range(8))  # the last window is tokens 7 to 19
     assert counts.min() > 150  # of 250 expected
-
-
-def test_targets_are_the_inputs_shifted_by_one():
-    tokens = np.random.default_rng(0).integers(256, size=100).astype(np.uint16)
-    x, y = windows(tokens, [0, 3, 91], 8, 256)
-    assert x.dtype == y.dtype == torch.int64
-    assert x.tolist() == [tokens[start:start + 8].tolist() for start in (0, 3, 91)]
-    assert y.tolist() == [tokens[start + 1:start + 9].tolist() for start in (0, 3, 91)]
 
 
 def test_evaluation_windows_spread_over_the_whole_split():
@@ -137,16 +128,9 @@ def test_data_and_a_model_of_other_vocabularies_are_an_error(workdir):
             load_tokens(name, "train", config_of(vocab_size))
 
 
-def test_gpt2_tokens_are_those_of_tiktoken(shared):
-    import tiktoken
-
-    tokenizer, encoding = GPT2Tokenizer(), tiktoken.get_encoding("gpt2")
-    for text in *TEXTS[:8], "":
-        tokens = tokenizer.encode(text)
-        assert tokens.dtype == np.uint16 and tokens.tolist() == encoding.encode_ordinary(text)
-        assert tokenizer.decode(tokens.tolist()) == text
-    assert tokenizer.end_of_text == 50256
-    assert tokenizer.decode([*encoding.encode_ordinary("text"), 50300]) == "text"  # of a padded vocabulary
+def test_tokens_of_a_padded_vocabulary_are_no_text(shared):
+    tokenizer = GPT2Tokenizer()
+    assert tokenizer.decode([*tokenizer.encode("text").tolist(), 50300]) == "text"
 
 
 def test_a_written_data_set_is_documents_with_an_end_after_each(workdir):
@@ -169,17 +153,6 @@ def test_a_failed_preparation_leaves_the_data_set_as_it_was(workdir, error):
     with pytest.raises(error):
         write_documents(data.DATA_DIR / "a", BytesTokenizer(), "", documents())
     assert contents(workdir / "data" / "a") == before
-
-
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
-def test_a_data_set_is_replaced_whole_or_not_at_all(name, workdir):
-    directory = write_dataset("a", range(9), range(3))
-    (directory / name).unlink()
-    (directory / name / "in the way").mkdir(parents=True)
-    before = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-    with pytest.raises((UserError, OSError)):
-        write_documents(directory, BytesTokenizer(), "", [("train", np.arange(99, dtype=np.uint16))])
-    assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
 
 
 def test_score_is_the_loss_of_each_window(small_model, workdir):
@@ -269,13 +242,3 @@ def test_what_a_killed_preparation_leaves_is_cleared_by_the_next(workdir, shared
     Path("few.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     succeed("prepare_owt.py", "--out=mine", "--data_files=few.txt")
     assert contents(scratch.parent).keys() == {"train.bin", "val.bin", "meta.json"}
-
-
-def test_progress_in_a_log_is_lines(monkeypatch, capsys):
-    monkeypatch.setattr(data, "LOG_SECONDS", 0.05)
-    with data.progress(desc="reading", total=4, unit="documents") as bar:
-        for _ in range(4):
-            time.sleep(0.06)
-            bar.update()
-    lines = capsys.readouterr().err.split("\n")
-    assert 2 <= sum(line.strip("\r ").startswith("reading: ") and " of 4.00 documents" in line for line in lines) <= 5, lines

@@ -33,19 +33,13 @@ def random_problem(m=12, n=20, tokens=200, seed=0):
     return X.double(), Y.double(), W, Problem(moments, W, gradients.T @ gradients)
 
 
-def test_moments_are_those_of_numpy():
+def test_moments_are_those_of_numpy(monkeypatch):
+    monkeypatch.setattr(least_squares, "GRAM_COLUMNS", 5)  # strips of 5, 5 and 2
     X, Y, _, problem = random_problem()
     covariance = np.cov(torch.cat((X, Y), 1).T.numpy(), bias=True)
     np.testing.assert_allclose(problem.G, covariance[:12, :12], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(problem.C, covariance[:12, 12:], rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(problem.variance, covariance.diagonal()[12:], rtol=1e-5)
-
-
-def test_gram_in_strips_is_the_whole_product(monkeypatch):
-    monkeypatch.setattr(least_squares, "GRAM_COLUMNS", 4)
-    for m in (3, 4, 11):
-        X = torch.randn(7, m, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(least_squares.gram(X), X.T @ X)
 
 
 def test_moments_keep_their_digits_beside_a_large_mean():

@@ -24,17 +24,6 @@ def tail_sums(sigma):  # ½ Σ_{i>k} σ_i², k = 0, 1, ...
     return [0.5 * np.square(sigma[k:]).sum() for k in range(len(sigma) + 1)]
 
 
-def test_no_projection_costs_less_than_that_of_the_dual_bases():
-    G, F = positive(5, 1), positive(5, 2)
-    T, D, squares = narrow.dual_bases(G, F)
-    best = tail_sums(np.linalg.svd(square_root(G) @ square_root(F), compute_uv=False))
-    np.testing.assert_allclose(narrow.tails(squares), best, atol=1e-12)
-    for s in range(6):
-        miss = torch.eye(5) - T[:, :s] @ D[:, :s].T
-        assert torch.trace(miss.T @ G @ miss @ F).item() / 2 == pytest.approx(best[s], abs=1e-12)
-    torch.testing.assert_close(T.T @ D, torch.eye(5, dtype=torch.double))
-
-
 C, H, N = 6, 2, 40
 D_HEAD = C // H
 

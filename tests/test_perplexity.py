@@ -14,7 +14,7 @@ import tiktoken
 import torch
 from conftest import run_here, succeed
 from test_bad_input import write_byte_level_tokenizer
-from test_data import config_of
+from test_data import config_of, write_dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import perplexity
@@ -83,30 +83,9 @@ def test_printed_line_says_what_the_file_says(gpt2_dir, workdir):
     assert float(words[4]) == pytest.approx(result["loss"] / math.log(2), abs=1e-4)  # a token is a byte
 
 
-def test_rows_of_a_jsonl_are_joined_by_blank_lines(gpt2_dir, dense, workdir):
-    rows = ["Erste Zeile", "", "zweite\nZeile äöü", "dritte"]
-    workdir.joinpath("rows.jsonl").write_text("".join(json.dumps(dict(text=row)) + "\n" for row in rows))
-    ids = list("Erste Zeile\n\n\n\nzweite\nZeile äöü\n\ndritte".encode())
-    check(measure(gpt2_dir, "rows.jsonl")["rows.jsonl"], dense, ids)
-
-
-def write_bin(name, ids):
-    Path("data", name).mkdir(parents=True)
-    np.array(ids, dtype=np.uint16).tofile(f"data/{name}/val.bin")
-    Path("data", name, "meta.json").write_text('{"vocab_size": 256, "tokenizer": "bytes"}', encoding="utf-8")
-
-
-def test_data_set_is_scored_by_its_validation_split(gpt2_dir, dense, workdir):
-    ids = list("Überprüfung ".encode() * 9)
-    write_bin("mine", ids)
-    result = measure(gpt2_dir, "mine")["mine"]
-    check(result, dense, ids)
-    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
-
-
 def test_owt_scores_so_many_batches(gpt2_dir, dense, workdir):
     ids = list(some_bytes(400))
-    write_bin("openwebtext", ids)
+    write_dataset("openwebtext", b"", ids)
     check(measure(gpt2_dir, "owt", 2, "--batch_size=3")["owt"], dense, ids[:2 * 3 * CONTEXT])
     check(measure(gpt2_dir, "owt")["owt"], dense, ids)  # 200 batches are more than there is
 

@@ -68,14 +68,6 @@ def test_the_stream_is_what_generate_returns(model, prompt, served):
     assert events[0]["tokens_per_second"] is None and all(event["tokens_per_second"] > 0 for event in events[1:])
 
 
-def test_characters_come_whole(served, monkeypatch):
-    """An emoji of four tokens comes with the last of them, and half of one at the end is replaced."""
-    tokens = [torch.tensor([[byte]]) for byte in "a😀é".encode()[:-1]]
-    monkeypatch.setattr(served.players[0].model, "generate", lambda *args: iter(tokens), raising=False)
-    texts = [event["text"] for event in ask(served, "/generate", model=0, prompt="b", max_new_tokens=6)]
-    assert texts == ["a", "", "", "", "😀", "", "\ufffd"]
-
-
 @pytest.mark.parametrize("model", [0, 1])
 def test_the_loss_is_a_plain_cross_entropy(model, served):
     tokens = torch.from_numpy(np.frombuffer(TEXT.encode(), np.uint8).astype("int64"))

@@ -4,7 +4,7 @@ import torch
 from conftest import succeed
 from transformers import GPT2LMHeadModel
 
-from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer, UnknownTokenizer, stream_text
+from kronygpt.tokenizer import BytesTokenizer, GPT2Tokenizer, stream_text
 
 PROMPT = "Hä?"
 LINE = "\n" + "-" * 80 + "\n"
@@ -63,11 +63,6 @@ def test_the_prompt_may_come_from_a_file(mark, talker, workdir, greedy):
     assert sample(talker, "--start=FILE:prompt.txt", "--temperature=0") == greedy
 
 
-def test_of_a_long_prompt_the_model_sees_the_end(talker):
-    end = sample(talker, "--start=" + "abcd" * 8, "--temperature=0")
-    assert sample(talker, "--start=" + "abcd" * 10, "--temperature=0") == "abcdabcd" + end
-
-
 @pytest.mark.parametrize("text", ["plain", "Hä? 日本 🦜!", "🦜"])
 def test_streamed_text_comes_in_whole_characters(text):
     tokens = BytesTokenizer().encode("?" + text).tolist()
@@ -77,12 +72,6 @@ def test_streamed_text_comes_in_whole_characters(text):
     for cut in range(1, len(tokens)):  # also of incomplete characters
         pieces = list(stream_text(BytesTokenizer(), tokens[1:cut], last=tokens[0]))
         assert "".join(pieces) == BytesTokenizer().decode(tokens[:cut])[1:]
-
-
-def test_tokens_without_a_tokenizer_are_streamed_as_numbers():
-    tokens = iter([7, 30])
-    stream = stream_text(UnknownTokenizer(40), tokens, last=5)
-    assert next(stream) == " 7" and next(tokens) == 30  # nothing is read ahead
 
 
 def test_streamed_words_are_those_of_the_whole_text(shared):
