@@ -177,6 +177,11 @@ def refused(script, *args, status=(1, 2)):
     return said.stderr
 
 
+def snapshot(folder="."):
+    """{path: content of each file, and None for a directory}."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
 def kron_sum(A, B):
     whole = dict(memory_format=torch.contiguous_format)  # torch.kron trips over the strides of sides of length 1
     return sum(torch.kron(a.clone(**whole), b.clone(**whole)) for a, b in zip(A, B))
@@ -184,6 +189,12 @@ def kron_sum(A, B):
 
 def random_matrix(m, n, seed=0, dtype=torch.float64):
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def square_root(S):
+    """The symmetric one."""
+    values, vectors = np.linalg.eigh(np.asarray(S))
+    return vectors * np.sqrt(values.clip(0)) @ vectors.T
 
 
 def smallest_error(W, dim_1, dim_2, n_factors):

@@ -2,7 +2,6 @@
 
 test_fuzz.py adds inputs that nobody has.
 """
-import hashlib
 import json
 import os
 import pickle
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_here, succeed, write_dataset
+from conftest import run_here, snapshot, succeed, write_dataset
 
 from kronygpt import checkpoint
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
@@ -132,11 +131,6 @@ def world(tmp_path_factory, gpt2_dir):
     write_byte_level_tokenizer("byte_level")
     os.chdir(before)
     return root
-
-
-def snapshot(root):
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).digest() if path.is_file() else None
-            for path in Path(root).rglob("*")}
 
 
 def is_one_line_with(words, said):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import kron_sum, named_matrices, random_tokens, randomize_vectors, run_here, succeed
+from conftest import kron_sum, named_matrices, random_tokens, randomize_vectors, run_here, square_root, succeed
 from test_data import write_dataset
 from torch.nn import functional as F
 
@@ -79,15 +79,11 @@ def test_fisher_moments_and_spectra_are_those_of_a_plain_loop(monkeypatch):
         for name, g in zip(outputs, gradients):
             expected[name] += logp[row, position, label].exp().item() * (g[row].T @ g[row]).double().numpy() / tokens.numel()
 
-    def root(S):
-        values, vectors = np.linalg.eigh(S)
-        return vectors * np.sqrt(values.clip(0)) @ vectors.T
-
     for name, matrix in named_matrices(model):
         assert np.linalg.norm(fisher[name].numpy() - expected[name]) < 0.04 * np.linalg.norm(expected[name]), name
         covariance = np.cov(inputs[name].detach().flatten(0, 1).double().T.numpy(), bias=True)
         W = matrix.weight.detach().double().numpy()
-        sigma = np.linalg.svd(root(covariance) @ W @ root(fisher[name].numpy()), compute_uv=False)
+        sigma = np.linalg.svd(square_root(covariance) @ W @ square_root(fisher[name]), compute_uv=False)
         np.testing.assert_allclose(found.spectrum(name, matrix), sigma**2, rtol=1e-3, atol=1e-5 * sigma[0]**2)
 
 

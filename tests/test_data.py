@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_here, succeed
+from conftest import run_here, snapshot, succeed
 
 from experiments import prepare_pydocs
 from kronygpt import data
@@ -34,10 +34,6 @@ def write_dataset(name, train, val=b"", meta=META):
 def config_of(vocab_size, tokenizer=None):
     """The config of a model with this vocabulary, and perhaps the record of its tokenizer."""
     return KronyGPTConfig(block_size=32, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=8, tokenizer=tokenizer)
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def read_bin(path):
@@ -137,7 +133,7 @@ def test_a_written_data_set_is_documents_with_an_end_after_each(workdir):
     documents = [(split, BytesTokenizer().encode(text)) for split, text in (
         ("train", "one"), ("val", "two"), ("train", ""), ("train", "three"))]
     write_documents(data.DATA_DIR / "a", BytesTokenizer(), "a test", iter(documents))
-    assert contents(workdir / "data" / "a").keys() == {"train.bin", "val.bin", "meta.json"}
+    assert snapshot(workdir / "data" / "a").keys() == {"train.bin", "val.bin", "meta.json"}
     assert bytes(read_bin("data/a/train.bin").tolist()) == b"one\n\nthree\n"
     assert bytes(read_bin("data/a/val.bin").tolist()) == b"two\n"
     assert load_meta("a") == dict(META, tokens=dict(train=11, val=4), documents=dict(train=3, val=1), source="a test")
@@ -149,10 +145,10 @@ def test_a_failed_preparation_leaves_the_data_set_as_it_was(workdir, error):
         yield "train", np.arange(9, dtype=np.uint16)
         raise error
 
-    before = contents(write_dataset("a", range(9), range(3)))
+    before = snapshot(write_dataset("a", range(9), range(3)))
     with pytest.raises(error):
         write_documents(data.DATA_DIR / "a", BytesTokenizer(), "", documents())
-    assert contents(workdir / "data" / "a") == before
+    assert snapshot(workdir / "data" / "a") == before
 
 
 def test_score_is_the_loss_of_each_window(small_model, workdir):
@@ -177,7 +173,7 @@ def test_prepare_pydocs_holds_out_documents_the_same_way_every_time(workdir, run
     prepare_pydocs.main()
     result = run_script("experiments/prepare_pydocs.py", "--out=there", cwd=workdir, env={"PYTHONHASHSEED": "1"})
     assert result.returncode == 0, result.stderr
-    assert contents(workdir / "data" / "pydocs") == contents(workdir / "data" / "there")
+    assert snapshot(workdir / "data" / "pydocs") == snapshot(workdir / "data" / "there")
     meta, n_val = load_meta("there"), round(0.05 * len(texts))
     assert meta["documents"] == dict(train=len(texts) - n_val, val=n_val)
     train, val = (bytes(read_bin(f"data/there/{split}.bin").tolist()) for split in ("train", "val"))
@@ -210,7 +206,7 @@ def test_prepare_owt_writes_the_tokens_that_nanogpt_does(workdir, run_script, sh
         assert read_bin(f"data/mine/{split}.bin").tolist() == tokens
     meta = load_meta("mine")
     assert (meta["vocab_size"], meta["tokenizer"], meta["documents"]) == (50257, "gpt2", dict(train=54, val=6))
-    assert contents(workdir / "data" / "mine").keys() == {"train.bin", "val.bin", "meta.json"}
+    assert snapshot(workdir / "data" / "mine").keys() == {"train.bin", "val.bin", "meta.json"}
 
 
 def test_any_number_of_threads_writes_the_same_bytes(shared, workdir):
@@ -218,11 +214,11 @@ def test_any_number_of_threads_writes_the_same_bytes(shared, workdir):
     (workdir / "texts.jsonl").write_text("\n".join(lines))
     for threads in 1, 3:
         succeed("prepare_owt.py", f"--out={threads}", "--data_files=texts.jsonl", f"--threads={threads}")
-    assert contents(workdir / "data" / "1") == contents(workdir / "data" / "3")
+    assert snapshot(workdir / "data" / "1") == snapshot(workdir / "data" / "3")
 
 
 def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(shared, workdir):
-    before = contents(write_dataset("mine", range(9)))
+    before = snapshot(write_dataset("mine", range(9)))
     (workdir / "other.jsonl").write_text('{"title": "a"}\n{"title": "b"}\n')
     (workdir / "one.txt").write_text("only one")
     (workdir / "latin.txt").write_bytes("déjà\n\nvu".encode("latin-1"))
@@ -231,7 +227,7 @@ def test_prepare_owt_that_fails_says_why_in_a_line_and_changes_nothing(shared, w
             ("one.*", "1 documents are too few to split"), ("latin.txt", "cannot read latin.txt: UnicodeDecodeError"):
         result = run_here("prepare_owt.py", "--out=mine", f"--data_files={pattern}")
         assert result.returncode and message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
-        assert contents(workdir / "data" / "mine") == before
+        assert snapshot(workdir / "data" / "mine") == before
 
 
 def test_what_a_killed_preparation_leaves_is_cleared_by_the_next(workdir, shared):
@@ -241,4 +237,4 @@ def test_what_a_killed_preparation_leaves_is_cleared_by_the_next(workdir, shared
         left.write_text("left")
     Path("few.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
     succeed("prepare_owt.py", "--out=mine", "--data_files=few.txt")
-    assert contents(scratch.parent).keys() == {"train.bin", "val.bin", "meta.json"}
+    assert snapshot(scratch.parent).keys() == {"train.bin", "val.bin", "meta.json"}

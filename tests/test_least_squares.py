@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import kron_sum, random_matrix
+from conftest import kron_sum, random_matrix, square_root
 
 from kronygpt import least_squares
 from kronygpt.kron import van_loan
@@ -138,8 +138,7 @@ def test_reduced_rank_is_the_optimum_in_the_metric(m, n, r):
     _, _, _, problem = random_problem(m, n)
     root = torch.linalg.cholesky(problem.ridged_G).T.numpy()
     target = np.linalg.solve(root.T, problem.ridged_C.numpy())
-    values, vectors = np.linalg.eigh(problem.M.numpy())
-    half = vectors * np.sqrt(values) @ vectors.T  # M^(1/2)
+    half = square_root(problem.M)
     best = np.linalg.svd(target @ half, compute_uv=False)[r:]
     for A_is_column in (True, False):
         A, B = reduced_rank(problem, r, A_is_column)

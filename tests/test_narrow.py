@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import random_matrix
+from conftest import random_matrix, square_root
 
 from kronygpt import narrow
 from model import CausalSelfAttention, Embedding, KronyGPTConfig
@@ -13,11 +13,6 @@ from model import CausalSelfAttention, Embedding, KronyGPTConfig
 def positive(n, seed):
     A = random_matrix(2 * n, n, seed)
     return A.T @ A / (2 * n)
-
-
-def square_root(S):  # the symmetric one
-    values, vectors = np.linalg.eigh(np.asarray(S))
-    return vectors * np.sqrt(values.clip(0)) @ vectors.T
 
 
 def tail_sums(sigma):  # ½ Σ_{i>k} σ_i², k = 0, 1, ...

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import continuation, refused, succeed
 from test_data import config_of, write_dataset
+from test_perplexity import measure
 
 from kronygpt import checkpoint
 from kronygpt.configurator import UserError
@@ -205,8 +206,7 @@ def test_a_model_is_scored_with_its_own_tokenizer(german, workdir):
     ids = torch.tensor([german.encode(text).ids])
     expected = model(ids, labels=ids).loss.item()
     for options in [], ["--tokenizer=german"]:
-        succeed("perplexity.py", "german", "text.txt", "--json_out=out.json", *options)
-        result = json.loads(Path("out.json").read_text(encoding="utf-8"))["text.txt"]
+        result = measure("german", "text.txt", *options)["text.txt"]
         assert result["loss"] == pytest.approx(expected, rel=1e-5)
         bits = expected / math.log(2) * ids.numel() / len(text.encode())
         assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
@@ -236,8 +236,7 @@ def test_text_is_prepared_with_a_models_tokenizer_and_belongs_to_it(german, work
     shutil.copytree("german", "copy")
     assert load_tokens("satz", "train", config_of(300, tokenizer_record("copy"))) is not None  # the same under another name
     write_model("german", 300)
-    succeed("perplexity.py", "german", "satz", "--json_out=out.json")
-    assert json.loads(Path("out.json").read_text(encoding="utf-8"))["satz"]["bits_per_byte"] > 0
+    assert measure("german", "satz")["satz"]["bits_per_byte"] > 0
 
 
 def test_documents_need_an_end_and_a_tokenizer_without_one_is_a_line(german, workdir):
@@ -308,8 +307,7 @@ def test_nanogpts_characters_get_a_line_that_says_what_to_write_and_with_that_th
     assert not Path("pwned").exists()
     assert data_tokenizer("char") == dict(name="unknown", path=None)
     checkpoint.save("char.pt", model_of(65))
-    succeed("perplexity.py", "char.pt", "char", "--json_out=out.json")
-    result = json.loads(Path("out.json").read_text(encoding="utf-8"))["char"]
+    result = measure("char.pt", "char")["char"]
     assert result["bits_per_byte"] is None and result["tokens_scored"] == 500 - 16
     for vocab_size in 50257, 256, 66:
         with pytest.raises(UserError, match="holds unknown tokens"):
