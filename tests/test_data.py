@@ -55,10 +55,6 @@ def test_windows_begin_everywhere_that_a_block_and_its_last_target_fit():
     assert counts.min() > 150  # of 250 expected
 
 
-def test_evaluation_windows_spread_over_the_whole_split():
-    assert data.even_starts(1001, 100, 10).tolist() == [i * 100 for i in range(10)]  # the last token is the last target
-
-
 def test_tokens_beyond_the_vocabulary_are_an_error_that_names_the_place(workdir):
     write_dataset("a", [1, 2, 3, 256, 5, 6])
     tokens = load_tokens("a", "train", config_of(257, dict(name="bytes")))

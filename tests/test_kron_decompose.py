@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, kron_sum, random_matrix, run_here, smallest_error, succeed
+from conftest import ROOT, kron_sum, random_matrix, smallest_error, succeed
 from transformers import GPT2LMHeadModel
 
 
@@ -53,24 +53,17 @@ def table(stdout):
     return [tuple(map(int, row[:4])) for row in words], [(float(row[4]), int(row[5])) for row in words]
 
 
-@pytest.mark.parametrize("source, first", [
-    ("gpt2", [(81_972_576, 768, 768, 1), (82_958_208, 768, 1, 172)]),
-    ("gpt2-medium", [(None, 1024, 1, None)]),  # 220M is not half or a quarter of its MLPs
-])
-def test_table_begins_with_the_shapes_that_people_ask_for(source, first):
-    size = {"gpt2": "82M", "gpt2-medium": "220M"}[source]
-    said = run_here("kron_decompose.py", f"--init_from={source}", f"--budget={size}")
+def test_table_begins_with_the_shapes_that_people_ask_for():
+    said = succeed("kron_decompose.py", "--init_from=gpt2", "--budget=82M")
     rows, columns = table(said.stdout)
-    for row, wanted in zip(rows, first):
-        assert all(w is None or w == value for value, w in zip(row, wanted)), rows
-    assert source != "gpt2" or columns[0] == (0.25, 768)
-    costs = [cost for cost, _ in columns[len(first):]]
+    assert rows[:2] == [(81_972_576, 768, 768, 1), (82_958_208, 768, 1, 172)] and columns[0] == (0.25, 768)
+    costs = [cost for cost, _ in columns[2:]]
     assert costs == sorted(costs) and len(rows) == 20
     assert re.search(r"^\.\.\. and \d+ more", said.stdout.splitlines()[-1])
 
 
 def test_rank_in_the_table_is_what_random_factors_reach(gpt2_dir):
-    said = run_here("kron_decompose.py", f"--init_from={gpt2_dir}", "--budget=56K")
+    said = succeed("kron_decompose.py", f"--init_from={gpt2_dir}", "--budget=56K")
     rows, columns = table(said.stdout)
     assert min(rank for _, rank in columns) < 64
     for (_, dim_1, dim_2, r), (_, rank) in zip(rows[::5], columns[::5]):

@@ -4,15 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import (
-    continuation,
-    gpt2_weights,
-    kinds_of_shape,
-    kron_sum,
-    load_gpt2,
-    random_tokens,
-    to_gpt2,
-)
+from conftest import continuation, gpt2_weights, kinds_of_shape, kron_sum, load_gpt2, random_tokens, to_gpt2
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -22,18 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from kronygpt import checkpoint
 from model import KronLinear, KronyGPT, KronyGPTConfig, mlp_shapes
 
-MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-
 
 def tiny(**changes):
     torch.manual_seed(0)
     return KronyGPT(KronyGPTConfig(**dict(dict(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32), **changes)))
 
 
-def of_every_kind(**sizes):
+def of_every_kind():
     """Shapes of all four matrices: a Kronecker sum in the first block, low rank in the second."""
-    config = KronyGPTConfig(n_layer=2, n_head=2, n_embd=32, **sizes)
-    return {name: kinds_of_shape(m, n)[:2] for name, (m, n) in config.sizes(0).items()}
+    return {name: kinds_of_shape(m, n)[:2] for name, (m, n) in tiny().config.sizes(0).items()}
 
 
 def trained(model):
