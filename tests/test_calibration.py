@@ -121,14 +121,9 @@ def loss_of_samples(model, tokens, p, e):
     return -(p * logp).sum(1).mean()
 
 
-def compressed(model, shape):
-    """Van Loan's sums of (dim_1, dim_2, factors) in the place of the MLPs of a model."""
-    return factorize(model, mlp_shapes(*shape))
-
-
 def calibrate(model, tokens, shape, **options):
-    """A calibrated model, and the Fits."""
-    new = compressed(model, shape)
+    """A calibrated model with (dim_1, dim_2, factors) in the place of its MLPs, and the Fits."""
+    new = factorize(model, mlp_shapes(*shape))
     return new, calibration.calibrate(model, new, tokens[:, :-1], **options)
 
 
@@ -141,7 +136,7 @@ def loss(model, tokens):
 def test_calibration_keeps_more_of_the_model(trained, shape):
     model, tokens = trained
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    plain = loss(compressed(model, shape), tokens)
+    plain = loss(factorize(model, mlp_shapes(*shape)), tokens)
     new, fits = calibrate(model, tokens, shape)
     dense = loss(model, tokens)
     assert loss(new, tokens) - dense < 0.6 * (plain - dense)
@@ -172,13 +167,12 @@ def test_matrices_that_are_dense_stay_as_they_are(trained):
 
 def test_all_matrices_fitted_in_the_metric_keep_more_of_the_model(trained):
     model, tokens = trained
-    kinds = [*KINDS]
     fisher = calibration.statistics(model, tokens[:, :-1]).fisher
     shapes = {kind: [(m, 1, 6)] * 2 for kind, (m, n) in model.config.sizes(0).items()}
     losses = [loss(factorize(model, shapes), tokens)]
     for metric in None, fisher:
         new = factorize(model, shapes)
-        assert [f.name for f in calibration.calibrate(model, new, tokens[:, :-1], metric)] == kinds * 2
+        assert [f.name for f in calibration.calibrate(model, new, tokens[:, :-1], metric)] == [*KINDS] * 2
         losses.append(loss(new, tokens))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == loss(apply(model, Plan("", shapes, fisher=fisher), tokens[:, :-1])[0], tokens)
@@ -313,7 +307,7 @@ def test_script_calibrates(model):
     assert Path("a.pt").read_bytes() == Path("b.pt").read_bytes()
     text = data.calibration_text("pattern", 1024, model.config, "cpu")
     ordered = spread_units(model, text, 32)
-    expected = compressed(ordered, (32, 32, [1, 1]))
+    expected = factorize(ordered, mlp_shapes(32, 32, [1, 1]))
     fisher = calibration.statistics(ordered, text).fisher
     calibration.calibrate(ordered, expected, text, fisher)
     for (_, _, matrix), (_, _, other) in zip(new.matrices(), expected.matrices()):
