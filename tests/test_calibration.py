@@ -291,7 +291,7 @@ def test_pruning_by_contribution_and_refitting(model, trained):
 def model(trained, workdir):
     """The trained model, which is in dense.pt, and whose tokens are the data set pattern."""
     checkpoint.save("dense.pt", trained[0])
-    write_dataset("pattern", trained[1], trained[1])
+    write_dataset("pattern", trained[1].numpy(), trained[1].numpy())
     return trained[0]
 
 
