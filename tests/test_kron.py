@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronygpt import modeling_kronygpt
-from kronygpt.kron import balanced, van_loan
+from kronygpt.kron import balanced, leading_singular_vectors, van_loan
 from model import KronLinear, contraction_order, kron_linear, kron_weight, multiply_adds
 
 # Sides m1, n1, m2, n2 of A and B: each equal to 1 in turn and together, then narrow and wide ones.
@@ -135,6 +135,21 @@ def test_factors_share_their_norm_and_the_largest_element_of_the_smaller_side_is
         torch.testing.assert_close(A.norm(dim=(1, 2)), B.norm(dim=(1, 2)))
         small = A if dims == (3, 4) else B
         assert small.flatten(1).max(1).values.equal(small.flatten(1).abs().max(1).values)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.3], ids=["flat", "steep"])  # the Gram matrix in float32, and in float64
+def test_leading_singular_vectors_are_those_of_numpy(decay):
+    U, V = torch.linalg.qr(random_matrix(40, 24, 1)).Q, torch.linalg.qr(random_matrix(24, 24, 2)).Q
+    R = U * decay ** torch.arange(24, dtype=torch.float64) @ V.T
+    for n in (1, 5, 12, 24):
+        found, image = leading_singular_vectors(R, n)
+        _, values, Vt = np.linalg.svd(R.numpy(), full_matrices=False)
+        exact = torch.from_numpy(Vt[:n].T.copy())
+        torch.testing.assert_close(found.T @ found, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-10)
+        torch.testing.assert_close(image, R @ found, rtol=0, atol=1e-12)
+        if n <= 12:  # of values below the square root of float64's rounding, a Gram matrix knows little
+            torch.testing.assert_close(image.norm(dim=0), torch.from_numpy(values[:n].copy()), rtol=1e-6, atol=0)
+            torch.testing.assert_close((found * exact).sum(0).abs(), torch.ones(n, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_balanced_factors_have_the_same_products_and_equal_norms_but_a_side_of_one_element_is_1():
