@@ -155,8 +155,6 @@ def test_statistics_sample_a_long_text(trained, monkeypatch):
 
 def test_matrices_that_are_dense_stay_as_they_are(trained):
     model, tokens = trained
-    new, fits = calibrate(model, tokens, (32, 128, [1, 1]))
-    assert not fits and all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), new.state_dict().values()))
     new = factorize(model, {"attn.c_attn": [(32, 1, 8), (32, 96, 1)], "mlp.c_proj": [(128, 32, 1), (128, 1, 8)]})
     fits = calibration.calibrate(model, new, tokens[:, :-1])
     assert [(f.layer, f.name) for f in fits] == [(0, "attn.c_attn"), (1, "mlp.c_proj")]

@@ -112,14 +112,6 @@ def test_a_directory_of_nanogpt_holds_gpt2_tokens(workdir):
         assert load_tokens("a", "train", config_of(vocab_size)).tolist() == [50256, 11, 0]
 
 
-def test_data_and_a_model_of_other_vocabularies_are_an_error(workdir):
-    write_dataset("bytes", range(9))
-    write_dataset("gpt2", range(9), meta=None)
-    for name, vocab_size in ("bytes", 50257), ("gpt2", 256), ("bytes", 100):
-        with pytest.raises(UserError, match=f"vocabulary of {vocab_size}"):
-            load_tokens(name, "train", config_of(vocab_size))
-
-
 def test_tokens_of_a_padded_vocabulary_are_no_text(shared):
     tokenizer = GPT2Tokenizer()
     assert tokenizer.decode([*tokenizer.encode("text").tolist(), 50300]) == "text"

@@ -1,6 +1,7 @@
 """kron.py and the products of model.py against torch.kron and numpy.linalg.svd."""
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from conftest import kron_sum, random_matrix, smallest_error

@@ -77,9 +77,8 @@ def test_recomputing_the_activation_changes_nothing():
 
 
 def test_dropout_acts_in_training_only():
-    model = tiny(dropout=0.5)
+    model = tiny(dropout=0.5).train()
     idx = random_tokens(1, 8, vocab_size=64)
-    model.train()
     assert not torch.equal(model(idx), model(idx))
     text = continuation(model, idx, 8, temperature=0)
     model.eval()
