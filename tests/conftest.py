@@ -1,8 +1,10 @@
 """What the tests share. All of them run offline; those that use ../shared skip where it is absent."""
 import io
+import json
 import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is importe
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from kronygpt import device  # noqa: E402
 from model import KronyGPT, KronyGPTConfig, mlp_shapes  # noqa: E402
 
 
@@ -44,6 +47,35 @@ def workdir(tmp_path, monkeypatch):
 def no_picture(monkeypatch):
     """A train.py in this process draws no loss.png, which takes a quarter of a second; test_pictures.py draws."""
     monkeypatch.setattr("kronygpt.run_dir.draw_run", lambda log, path, title: None)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """Undo what a script may leave in this process."""
+    numbers = [getattr(signal, name) for name in device.STOP_SIGNALS if hasattr(signal, name)]
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def write_dataset(name, n_tokens):
+    """A data set of bytes, of which low ones are the more likely, so that a model can learn; returns the training tokens."""
+    directory = Path("data", name)
+    directory.mkdir(parents=True)
+    tokens = np.random.default_rng(0).geometric(0.05, n_tokens + 500).clip(max=255).astype(np.uint16)
+    tokens[:n_tokens].tofile(directory / "train.bin")
+    tokens[n_tokens:].tofile(directory / "val.bin")
+    directory.joinpath("meta.json").write_text(json.dumps(dict(vocab_size=256, tokenizer="bytes")))
+    return tokens[:n_tokens].astype(np.int64)
+
+
+@pytest.fixture
+def tokens(workdir):
+    """The training tokens of data/tiny."""
+    return write_dataset("tiny", 5000)
 
 
 class StandIn:
@@ -131,6 +163,25 @@ def run_here(script, *args):
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
+def succeed(script, *args):
+    """run_here for a command that must succeed."""
+    said = run_here(script, *args)
+    assert said.returncode == 0, said.stderr
+    return said
+
+
+def refused(script, *args, status=(1, 2)):
+    """run_here for a command that must fail; returns the one line that it says on stderr."""
+    said = run_here(script, *args)
+    assert said.returncode in status and said.stderr.count("\n") == 1, (said.returncode, said.stderr)
+    return said.stderr
+
+
+def snapshot(folder="."):
+    """{path: content of each file, and None for a directory}."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
 def kron_sum(A, B):
     whole = dict(memory_format=torch.contiguous_format)  # torch.kron trips over the strides of sides of length 1
     return sum(torch.kron(a.clone(**whole), b.clone(**whole)) for a, b in zip(A, B))
@@ -138,6 +189,12 @@ def kron_sum(A, B):
 
 def random_matrix(m, n, seed=0, dtype=torch.float64):
     return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def square_root(S):
+    """The symmetric one."""
+    values, vectors = np.linalg.eigh(np.asarray(S))
+    return vectors * np.sqrt(values.clip(0)) @ vectors.T
 
 
 def smallest_error(W, dim_1, dim_2, n_factors):

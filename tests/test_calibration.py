@@ -1,6 +1,5 @@
 """calibration.py against plain computations and the model's own losses."""
 import copy
-import json
 import math
 import re
 from pathlib import Path
@@ -8,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import kron_sum, named_matrices, random_tokens, randomize_vectors, run_here
+from conftest import kron_sum, named_matrices, random_tokens, randomize_vectors, run_here, square_root, succeed
+from test_data import write_dataset
 from torch.nn import functional as F
 
 from kronygpt import calibration, checkpoint, data, least_squares
 from kronygpt.budget import Plan, plan_widths
-from kronygpt.calibration import contributions, interleave
+from kronygpt.calibration import contributions
 from kronygpt.compress import apply, factorize, spread_units
 from kronygpt.export import to_compressed
 from model import KINDS, KronyGPT, KronyGPTConfig, mlp_shapes
@@ -79,15 +79,11 @@ def test_fisher_moments_and_spectra_are_those_of_a_plain_loop(monkeypatch):
         for name, g in zip(outputs, gradients):
             expected[name] += logp[row, position, label].exp().item() * (g[row].T @ g[row]).double().numpy() / tokens.numel()
 
-    def root(S):
-        values, vectors = np.linalg.eigh(S)
-        return vectors * np.sqrt(values.clip(0)) @ vectors.T
-
     for name, matrix in named_matrices(model):
         assert np.linalg.norm(fisher[name].numpy() - expected[name]) < 0.04 * np.linalg.norm(expected[name]), name
         covariance = np.cov(inputs[name].detach().flatten(0, 1).double().T.numpy(), bias=True)
         W = matrix.weight.detach().double().numpy()
-        sigma = np.linalg.svd(root(covariance) @ W @ root(fisher[name].numpy()), compute_uv=False)
+        sigma = np.linalg.svd(square_root(covariance) @ W @ square_root(fisher[name]), compute_uv=False)
         np.testing.assert_allclose(found.spectrum(name, matrix), sigma**2, rtol=1e-3, atol=1e-5 * sigma[0]**2)
 
 
@@ -125,19 +121,9 @@ def loss_of_samples(model, tokens, p, e):
     return -(p * logp).sum(1).mean()
 
 
-def test_strongest_units_share_no_factor():
-    order = interleave(torch.tensor([1.0, 9, 2, 8, 3, 7]), 3)
-    assert order.view(3, 2)[:, 0].tolist() == [1, 3, 5] and sorted(order.tolist()) == list(range(6))
-
-
-def compressed(model, shape):
-    """Van Loan's sums of (dim_1, dim_2, factors) in the place of the MLPs of a model."""
-    return factorize(model, mlp_shapes(*shape))
-
-
 def calibrate(model, tokens, shape, **options):
-    """A calibrated model, and the Fits."""
-    new = compressed(model, shape)
+    """A calibrated model with (dim_1, dim_2, factors) in the place of its MLPs, and the Fits."""
+    new = factorize(model, mlp_shapes(*shape))
     return new, calibration.calibrate(model, new, tokens[:, :-1], **options)
 
 
@@ -150,7 +136,7 @@ def loss(model, tokens):
 def test_calibration_keeps_more_of_the_model(trained, shape):
     model, tokens = trained
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    plain = loss(compressed(model, shape), tokens)
+    plain = loss(factorize(model, mlp_shapes(*shape)), tokens)
     new, fits = calibrate(model, tokens, shape)
     dense = loss(model, tokens)
     assert loss(new, tokens) - dense < 0.6 * (plain - dense)
@@ -167,17 +153,8 @@ def test_statistics_sample_a_long_text(trained, monkeypatch):
     assert all(torch.equal(found[name], F) for name, F in sample.items())
 
 
-def test_dropout_takes_no_part(trained):
-    model, tokens = trained
-    dropping = KronyGPT.from_state_dict(dict(model.config.as_plain_types(), dropout=0.5), model.state_dict()).train()
-    (one, fits), (other, same) = (calibrate(m, tokens, (32, 32, [1, 1])) for m in (model, dropping))
-    assert fits == same and all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))
-
-
 def test_matrices_that_are_dense_stay_as_they_are(trained):
     model, tokens = trained
-    new, fits = calibrate(model, tokens, (32, 128, [1, 1]))
-    assert not fits and all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), new.state_dict().values()))
     new = factorize(model, {"attn.c_attn": [(32, 1, 8), (32, 96, 1)], "mlp.c_proj": [(128, 32, 1), (128, 1, 8)]})
     fits = calibration.calibrate(model, new, tokens[:, :-1])
     assert [(f.layer, f.name) for f in fits] == [(0, "attn.c_attn"), (1, "mlp.c_proj")]
@@ -188,13 +165,12 @@ def test_matrices_that_are_dense_stay_as_they_are(trained):
 
 def test_all_matrices_fitted_in_the_metric_keep_more_of_the_model(trained):
     model, tokens = trained
-    kinds = [*KINDS]
     fisher = calibration.statistics(model, tokens[:, :-1]).fisher
     shapes = {kind: [(m, 1, 6)] * 2 for kind, (m, n) in model.config.sizes(0).items()}
     losses = [loss(factorize(model, shapes), tokens)]
     for metric in None, fisher:
         new = factorize(model, shapes)
-        assert [f.name for f in calibration.calibrate(model, new, tokens[:, :-1], metric)] == kinds * 2
+        assert [f.name for f in calibration.calibrate(model, new, tokens[:, :-1], metric)] == [*KINDS] * 2
         losses.append(loss(new, tokens))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == loss(apply(model, Plan("", shapes, fisher=fisher), tokens[:, :-1])[0], tokens)
@@ -257,26 +233,19 @@ def test_each_matrix_is_fitted_to_the_dense_model_behind_those_before_it(trained
         assert np.linalg.norm(best - W) > 0.5, "nothing to make up for"
 
 
-def test_hidden_units_that_are_gone_cost_nothing(trained):
-    model, tokens = copy.deepcopy(trained[0]), trained[1]
-    for block in model.transformer.h:
-        block.mlp.c_proj.A.data[:, ::2] = 0  # what pruning leaves
-    for shape in ((32, 1, [16, 16]), (32, 32, [1, 1])):
-        new, fits = calibrate(model, tokens, shape)
-        assert all(0 <= f.output_error < 1 for f in fits) and math.isfinite(loss(new, tokens))
-
-
 def make_dead(block, what):
-    """Zeros that models have after pruning or a bad start, each of which leaves some moments without a spread."""
+    """Zeros that models have after pruning or a bad start, most of which leave some moments without a spread."""
     mlp, norm = block.mlp, block.ln_2
     zeroed = {"c_fc": [mlp.c_fc.A], "c_proj": [mlp.c_proj.A], "half of c_fc": [mlp.c_fc.A[:, :, ::2]],
+              "half of the units": [mlp.c_proj.A[:, ::2]],
               "a block": [mlp.c_fc.A, mlp.c_fc.bias, mlp.c_proj.A, mlp.c_proj.bias],
               "columns of c_proj": [mlp.c_proj.A[:, :, :8]], "the layer norm": [norm.weight, norm.bias]}[what]
     for p in zeroed:
         p.data.zero_()
 
 
-@pytest.mark.parametrize("what", ["c_fc", "c_proj", "a block", "half of c_fc", "columns of c_proj", "the layer norm"])
+@pytest.mark.parametrize("what", ["c_fc", "c_proj", "a block", "half of c_fc", "half of the units", "columns of c_proj",
+                                  "the layer norm"])
 def test_zeros_are_fitted_to_zeros(trained, what):
     model, tokens = copy.deepcopy(trained[0]), trained[1]
     for block in model.transformer.h:
@@ -305,57 +274,38 @@ def test_the_strongest_units_stand_apart_in_the_same_function(mixed_model):
     assert all(torch.equal(p, before[name]) for name, p in mixed_model.state_dict().items())
 
 
-def test_contributions_find_the_units_that_matter(trained):
-    model, tokens = trained
-    order, losses = contributions(model, tokens[:, :-1])[0].argsort(), []
-    for units in order[:32], order[-32:]:
-        broken = copy.deepcopy(model)
-        broken.transformer.h[0].mlp.c_proj.A.data[0, units] = 0
-        losses.append(loss(broken, tokens))
-    assert losses[0] < losses[1]
-
-
-def test_pruning_by_contribution_and_refitting(trained, workdir):
-    model, tokens = trained
-    checkpoint.save("dense.pt", model)
-    make_data(tokens)
+def test_pruning_by_contribution_and_refitting(model, trained):
     losses = []
     for options in ([], ["--select=contribution"], ["--select=contribution", "--refit=True"]):
         calibrated = ["--calibrate=pattern", "--calibration_tokens=1024"] if options else []
-        done = run_here("prune.py", "--init_from=dense.pt", "--dim=hidden", "--out=pruned.pt", *options, *calibrated)
-        assert done.returncode == 0, done.stderr
+        succeed("prune.py", "--init_from=dense.pt", "--dim=hidden", "--out=pruned.pt", *options, *calibrated)
         pruned = checkpoint.load("pruned.pt")[0]
         assert pruned.transformer.h[0].mlp.c_fc.B.flatten().tolist() == [1, 0]
-        losses.append(loss(pruned, tokens))
+        losses.append(loss(pruned, trained[1]))
     assert losses == sorted(losses, reverse=True), losses
 
 
-def make_data(tokens):
-    directory = Path("data/pattern")
-    directory.mkdir(parents=True)
-    for split in ("train", "val"):
-        tokens.numpy().astype(np.uint16).tofile(directory / f"{split}.bin")
-    directory.joinpath("meta.json").write_text(json.dumps(dict(
-        vocab_size=256, tokenizer="bytes", tokens={}, documents={}, source="a test")))
+@pytest.fixture
+def model(trained, workdir):
+    """The trained model, which is in dense.pt, and whose tokens are the data set pattern."""
+    checkpoint.save("dense.pt", trained[0])
+    write_dataset("pattern", trained[1].numpy(), trained[1].numpy())
+    return trained[0]
 
 
 NUMBERS = ["--init_from=dense.pt", "--calibrate=pattern", "--calibration_tokens=1024"]
 
 
-def test_script_calibrates(trained, workdir):
-    model, tokens = trained
-    checkpoint.save("dense.pt", model)
-    make_data(tokens)
-    done = run_here("kron_decompose.py", 32, 32, 1, *NUMBERS, "--out=a.pt")
-    assert done.returncode == 0, done.stderr
+def test_script_calibrates(model):
+    done = succeed("kron_decompose.py", 32, 32, 1, *NUMBERS, "--out=a.pt")
     assert len(re.findall(r"^ +\d  mlp\.c_(?:fc|proj) +1  +[\d.]+ → +[\d.]+  +[\d.]+ → +[\d.]+$", done.stdout, re.M)) == 4
     new, rest = checkpoint.load("a.pt")
     assert new.config.shapes["mlp.c_fc"] == [(32, 32, 1)] * 2 and rest["config"]["calibrate"] == "pattern"
     run_here("kron_decompose.py", 32, 32, 1, *NUMBERS, "--out=b.pt")
-    assert (workdir / "a.pt").read_bytes() == (workdir / "b.pt").read_bytes()
+    assert Path("a.pt").read_bytes() == Path("b.pt").read_bytes()
     text = data.calibration_text("pattern", 1024, model.config, "cpu")
     ordered = spread_units(model, text, 32)
-    expected = compressed(ordered, (32, 32, [1, 1]))
+    expected = factorize(ordered, mlp_shapes(32, 32, [1, 1]))
     fisher = calibration.statistics(ordered, text).fisher
     calibration.calibrate(ordered, expected, text, fisher)
     for (_, _, matrix), (_, _, other) in zip(new.matrices(), expected.matrices()):
@@ -363,12 +313,8 @@ def test_script_calibrates(trained, workdir):
 
 
 @pytest.mark.parametrize("matrices", ["all", "mlp"])
-def test_script_compresses_the_whole_model_to_a_budget(trained, workdir, matrices):
-    model, tokens = trained
-    checkpoint.save("dense.pt", model)
-    make_data(tokens)
-    done = run_here("kron_decompose.py", *NUMBERS, "--budget=20K", f"--matrices={matrices}")
-    assert done.returncode == 0, done.stderr
+def test_script_compresses_the_whole_model_to_a_budget(model, matrices):
+    done = succeed("kron_decompose.py", *NUMBERS, "--budget=20K", f"--matrices={matrices}")
     new, rest = checkpoint.load("checkpoints/best_20K.pt")
     assert 19_000 < new.count_parameters()["total"] <= 20_000
     assert rest["config"]["budget"] == "20K" and rest["config"]["matrices"] == matrices
@@ -392,17 +338,13 @@ def test_script_compresses_the_whole_model_to_a_budget(trained, workdir, matrice
     assert [float(measured[i]) for i in (2, 3)] == pytest.approx([loss(m, windows) for m in (model, new)], abs=1e-4)
 
 
-def test_several_budgets_share_one_pass(trained, workdir):
-    model, tokens = trained
-    checkpoint.save("dense.pt", model)
-    make_data(tokens)
+def test_several_budgets_share_one_pass(model):
     planned = run_here("kron_decompose.py", *NUMBERS, "--budget=20K,80%", "--plan_only=True")
     assert planned.returncode == 0 and [path.name for path in Path("checkpoints").iterdir()] == ["plan.png"]
     total = model.count_parameters()["total"]
     rows = re.findall(r"^ +(20K|80%) +([\d.]+)% +([\d.]+) ", planned.stdout, re.M)
     assert [row[:2] for row in rows] == [("20K", f"{20_000 / total:.1%}"[:-1]), ("80%", "80.0")]
-    done = run_here("kron_decompose.py", *NUMBERS, "--budget=20K,80%")
-    assert done.returncode == 0, done.stderr
+    done = succeed("kron_decompose.py", *NUMBERS, "--budget=20K,80%")
     assert re.findall(r"added \(predicted, order only: ([\d.]+)\)", done.stdout) == [loss for *_, loss in rows]
     alone = run_here("kron_decompose.py", *NUMBERS, "--budget=20K", "--out=alone.pt")
     assert alone.returncode == 0
@@ -411,29 +353,13 @@ def test_several_budgets_share_one_pass(trained, workdir):
     assert 0.79 * total < checkpoint.load("checkpoints/best_80%.pt")[0].count_parameters()["total"] <= 0.8 * total
 
 
-@pytest.mark.parametrize("args, said", [
-    ([32, 32, 99], "99 factors"), (["--budget=1K"], "1,000 parameters is not between"),
-    (["--keep=heads,wings"], "--keep is a comma list of embedding, heads, hidden, not wings"),
-    (["--budget=1M"], "34,176, which the dense model has"), ([32, 32, 1, "--calibration_tokens=5"], "too few"),
-    ([32, 32, 1, "--device=abacus"], "abacus")])
-def test_wrong_arguments_are_found_before_the_work(trained, workdir, args, said):
-    checkpoint.save("dense.pt", trained[0])
-    make_data(trained[1])
-    done = run_here("kron_decompose.py", *NUMBERS, *args)
-    assert done.returncode and said in done.stderr and done.stderr.count("\n") == 1
-    assert not Path("checkpoints").exists()
-
-
-def test_peers_even_ranks(trained, workdir):
+def test_peers_even_ranks(model):
     """Without text the plain SVD; with text fitted to it, where all errors count alike."""
-    model, tokens = trained
-    checkpoint.save("dense.pt", model)
-    make_data(tokens)
     for options in [], NUMBERS[1:]:
-        done = run_here("experiments/peers.py", "even_ranks", "20K", NUMBERS[0], "--out=a.pt", *options)
-        assert done.returncode == 0, done.stderr
+        succeed("experiments/peers.py", "even_ranks", "20K", NUMBERS[0], "--out=a.pt", *options)
         new = checkpoint.load("a.pt")[0]
-        expected = factorize(model, {kind: shapes for kind, shapes in new.config.shapes.items()})
+        assert 19_000 < new.count_parameters()["total"] <= 20_000
+        expected = factorize(model, new.config.shapes)
         if options:
             calibration.calibrate(model, expected, data.calibration_text("pattern", 1024, model.config, "cpu"))
         for (_, _, old), (_, _, matrix), (_, name, other) in zip(model.matrices(), new.matrices(), expected.matrices()):
@@ -443,9 +369,3 @@ def test_peers_even_ranks(trained, workdir):
             if not options:
                 U, sigma, V = np.linalg.svd(W)
                 np.testing.assert_allclose(matrix.weight.detach(), U[:, :r] * sigma[:r] @ V[:r], atol=1e-5)
-
-
-def test_a_log_without_a_terminal_shows_how_far_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(calibration, "SECONDS", 0)
-    assert list(calibration.progress("abc", "fitting", "block")) == [*"abc"]
-    assert capsys.readouterr().err.splitlines()[2] == "fitting: block 2 of 3 after 0 s"

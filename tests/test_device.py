@@ -2,7 +2,7 @@
 import pytest
 import torch
 from conftest import StandIn
-from test_train import log_of, run_train, write_dataset
+from test_train import log_of, run_train
 
 from kronygpt import checkpoint, device
 from kronygpt.configurator import UserError
@@ -59,10 +59,9 @@ def test_autocast_multiplies_in_the_named_dtype(dtype):
         assert torch.is_autocast_enabled("cpu") == (dtype != "float32")
 
 
-def test_a_line_of_progress_counts_tokens_and_operations_by_the_clock(workdir, monkeypatch):
+def test_a_line_of_progress_counts_tokens_and_operations_by_the_clock(tokens, monkeypatch):
     now = iter(range(0, 1000, 2))  # two seconds pass from one look at it to the next
     monkeypatch.setattr(device, "time", StandIn(device.time, perf_counter=lambda: next(now)))
-    write_dataset("tiny", 5000)
     said = run_train("--max_iters=3")
     *_, entry, _ = log_of("out")
     assert entry["step"] == 3 and entry["tokens_per_second"] == 128 / 2

@@ -4,9 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run_here
-from test_bad_input import is_one_line_with, snapshot, write_byte_level_tokenizer
-from test_train import write_dataset
+from conftest import run_here, snapshot, write_dataset
+from test_bad_input import is_one_line_with, write_byte_level_tokenizer
 
 from kronygpt import checkpoint
 from model import KronyGPT, KronyGPTConfig, mlp_shapes

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, kron_sum, random_matrix, run_here, smallest_error
+from conftest import ROOT, kron_sum, random_matrix, smallest_error, succeed
 from transformers import GPT2LMHeadModel
 
 
@@ -13,19 +13,14 @@ def n_parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def mlp_weight(state_dict, layer, name):
-    return state_dict[f"transformer.h.{layer}.mlp.{name}.weight"]  # [in, out]
-
-
 def test_script_prints_and_writes_the_best_approximation(gpt2_dir, workdir):
-    said = run_here("kron_decompose.py", 32, 64, "2,3", f"--init_from={gpt2_dir}")
-    assert said.returncode == 0, said.stderr
+    said = succeed("kron_decompose.py", 32, 64, "2,3", f"--init_from={gpt2_dir}")
     dense = GPT2LMHeadModel.from_pretrained(gpt2_dir)
     found = torch.load("checkpoints/VL_32_64_2-3.pt", weights_only=True)["model"]
     errors = {tuple(line.split()[:3]): line.split()[3] for line in said.stdout.splitlines() if "%" in line[-1:]}
     for layer, factors in ((0, 2), (1, 3)):
         for name, dims in (("c_fc", (32, 64)), ("c_proj", (64, 32))):
-            W = mlp_weight(dense.state_dict(), layer, name)
+            W = dense.state_dict()[f"transformer.h.{layer}.mlp.{name}.weight"]  # [in, out]
             A, B = (found[f"transformer.h.{layer}.mlp.{name}_{side}"] for side in (0, 1))
             assert A.shape == (factors, *dims)
             smallest = smallest_error(W, *dims, factors)
@@ -39,7 +34,9 @@ def test_script_prints_and_writes_the_best_approximation(gpt2_dir, workdir):
 
 
 def test_everything_but_the_mlp_weights_is_kept(gpt2_dir, workdir):
-    assert run_here("kron_decompose.py", 64, 256, 1, f"--init_from={gpt2_dir}", "--out=dense.pt").returncode == 0
+    said = succeed("kron_decompose.py", 64, 256, 1, f"--init_from={gpt2_dir}", "--out=dense.pt")
+    assert "all weights stay as they were" in said.stdout and "mlp.c_fc" not in said.stdout
+    assert "next:" not in said.stdout  # the recipes are for GPT-2's vocabulary and context
     ours = torch.load("dense.pt", weights_only=True)["model"]
     for name, p in GPT2LMHeadModel.from_pretrained(gpt2_dir).state_dict().items():
         if name.endswith((".attn.c_attn.weight", ".attn.c_proj.weight")):
@@ -50,69 +47,29 @@ def test_everything_but_the_mlp_weights_is_kept(gpt2_dir, workdir):
             assert torch.equal(ours[name.replace("c_fc.", "c_fc_").replace("mlp.c_proj.", "mlp.c_proj_")], p), name
 
 
-@pytest.mark.parametrize("args, message", [
-    ((60, 64, 1), "mlp.c_fc [64, 256] cannot have the shape (60, 64, 1)"),
-    ((64, 64, 5), "5 factors of (64, 64), where a sum of 4 reaches every matrix"),
-    ((64, 64, "1,2,3"), "mlp.c_fc has 3 shapes for 2 blocks"),
-    ((64, 64, "many"), "dim_1, dim_2 and n_factors (perhaps a comma list): invalid literal"),
-    ((64, 64), "all three"),
-    ((64, 64, 1, "--init_from=nothing.pt"), "no checkpoint nothing.pt"),
-    ((64, 64, 1, "--out=q9/"), "q9/ names a directory"),
-    (("--matrices=attn",), "matrices is all or mlp"),
-    ((64, 64, 1, "--calibrate=nothing"), "data/nothing"),
-])
-def test_wrong_arguments_get_one_line_and_write_nothing(args, message, gpt2_dir, workdir):
-    said = run_here("kron_decompose.py", f"--init_from={gpt2_dir}", *args)
-    assert said.returncode and message in said.stderr and said.stderr.count("\n") == 1, said.stderr
-    assert not any(workdir.iterdir())
-
-
-def test_a_dense_start_stays_as_it_is(gpt2_dir, workdir):
-    said = run_here("kron_decompose.py", 64, 256, 1, f"--init_from={gpt2_dir}", "--out=dense.pt")
-    assert "all weights stay as they were" in said.stdout and "mlp.c_fc" not in said.stdout
-    assert "next:" not in said.stdout  # the recipes are for GPT-2's vocabulary and context
-
-
 def table(stdout):
     """Rows of (parameters, dim_1, dim_2, factors) and of (share of dense multiply-adds, rank)."""
     words = [line.replace("× dense", "").replace(",", "").split() for line in stdout.splitlines() if "× dense" in line]
     return [tuple(map(int, row[:4])) for row in words], [(float(row[4]), int(row[5])) for row in words]
 
 
-@pytest.mark.parametrize("source, first", [
-    ("gpt2", [(81_972_576, 768, 768, 1), (82_958_208, 768, 1, 172)]),
-    ("gpt2-medium", [(None, 1024, 1, None)]),  # 220M is not half or a quarter of its MLPs
-])
-def test_table_begins_with_the_shapes_that_people_ask_for(source, first):
-    size = {"gpt2": "82M", "gpt2-medium": "220M"}[source]
-    said = run_here("kron_decompose.py", f"--init_from={source}", f"--budget={size}")
+def test_table_begins_with_the_shapes_that_people_ask_for():
+    said = succeed("kron_decompose.py", "--init_from=gpt2", "--budget=82M")
     rows, columns = table(said.stdout)
-    for row, wanted in zip(rows, first):
-        assert all(w is None or w == value for value, w in zip(row, wanted)), rows
-    assert source != "gpt2" or columns[0] == (0.25, 768)
-    costs = [cost for cost, _ in columns[len(first):]]
+    assert rows[:2] == [(81_972_576, 768, 768, 1), (82_958_208, 768, 1, 172)] and columns[0] == (0.25, 768)
+    costs = [cost for cost, _ in columns[2:]]
     assert costs == sorted(costs) and len(rows) == 20
     assert re.search(r"^\.\.\. and \d+ more", said.stdout.splitlines()[-1])
 
 
 def test_rank_in_the_table_is_what_random_factors_reach(gpt2_dir):
-    said = run_here("kron_decompose.py", f"--init_from={gpt2_dir}", "--budget=56K")
+    said = succeed("kron_decompose.py", f"--init_from={gpt2_dir}", "--budget=56K")
     rows, columns = table(said.stdout)
     assert min(rank for _, rank in columns) < 64
     for (_, dim_1, dim_2, r), (_, rank) in zip(rows[::5], columns[::5]):
         A, B = random_matrix(r * dim_1, dim_2, 1), random_matrix(r * 64 // dim_1, 256 // dim_2, 2)
         W = kron_sum(A.view(r, dim_1, dim_2), B.view(r, 64 // dim_1, 256 // dim_2))
         assert torch.linalg.matrix_rank(W) == rank
-
-
-@pytest.mark.parametrize("size, message", [
-    ("lots", "82M"), ("nan", "82M"), ("-82M", "82M"),
-    ("1K", "no shape of the MLPs makes a model of 1,000 parameters: the nearest size is 67,890,432"),
-    ("50M", "With --calibrate=DATASET the whole model shares it"), ("500M", "nearest size is 124,439,808")])
-def test_a_budget_that_no_shape_meets_gets_one_line(size, message):
-    said = run_here("kron_decompose.py", f"--budget={size}")
-    assert said.returncode == 2
-    assert message in said.stderr and said.stderr.count("\n") == 1
 
 
 def test_help_comes_without_torch():

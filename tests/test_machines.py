@@ -12,11 +12,11 @@ from pathlib import Path
 
 import filelock._native._unix as flock_module
 import pytest
-from conftest import ROOT, StandIn, run_here
-from test_train import RUN, load, losses_of, run_train, write_dataset
+from conftest import ROOT, StandIn, refused, succeed
+from test_survival import steps_kept
+from test_train import RUN, load, losses_of, run_train
 
 from kronygpt import files
-from model import KronyGPT
 
 
 def failing(number):
@@ -29,8 +29,7 @@ def failing(number):
 
 # a file system without locks and a way to flush a folder, as a network's may be
 
-def test_a_run_on_a_poor_file_system_gets_one_warning(workdir, monkeypatch):
-    write_dataset("tiny", 5000)
+def test_a_run_on_a_poor_file_system_gets_one_warning(tokens, monkeypatch):
     is_folder = {True: failing(errno.EINVAL), False: os.fsync}
     monkeypatch.setattr(flock_module, "fcntl", StandIn(fcntl, flock=failing(errno.ENOLCK)))
     monkeypatch.setattr(files, "os", StandIn(os, fsync=lambda descriptor: is_folder[
@@ -39,8 +38,7 @@ def test_a_run_on_a_poor_file_system_gets_one_warning(workdir, monkeypatch):
         warnings.simplefilter("always")
         run_train("--max_iters=8", "--eval_interval=2", "--keep=2")
     assert [str(w.message).partition(" (")[0] for w in caught] == ["no locks in out"]
-    assert {path.name: load(path)["iter_num"] for path in Path("out").glob("ckpt*")} == {
-        "ckpt_0000006.pt": 6, "ckpt_0000008.pt": 8, "ckpt.pt": 8}
+    assert steps_kept() == {"ckpt_0000006.pt": 6, "ckpt_0000008.pt": 8, "ckpt.pt": 8}
 
 
 def test_a_file_that_cannot_be_flushed_is_an_error(workdir, monkeypatch):
@@ -60,19 +58,6 @@ def test_no_file_needs_a_module_of_unix():
         assert not unix & {alias.name for node in imports for alias in node.names}, path
 
 
-# memory
-
-def test_memory_that_is_too_small_is_one_line_with_what_to_lower(workdir, monkeypatch):
-    def forward(*args):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 99 bytes")
-
-    write_dataset("tiny", 5000)
-    monkeypatch.setattr(KronyGPT, "forward", forward)
-    said = run_here("train.py", *RUN)
-    assert said.returncode == 1 and said.stderr.count("\n") == 1
-    assert all(name in said.stderr for name in ("--batch_size", "--gradient_accumulation_steps", "--recompute=True"))
-
-
 # a locale without Unicode
 
 def test_the_locale_decides_nothing(workdir, gpt2_dir, run_script):
@@ -82,7 +67,7 @@ def test_the_locale_decides_nothing(workdir, gpt2_dir, run_script):
     done = run_script("perplexity.py", gpt2_dir, "text.txt", "é.py", cwd=workdir,
                       env=dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
     assert done.returncode == 0, done.stderr
-    assert run_here("perplexity.py", gpt2_dir, "text.txt", "--json_out=here.json").returncode == 0
+    succeed("perplexity.py", gpt2_dir, "text.txt", "--json_out=here.json")
     there, here = (re.sub('"tokens_per_second": .*', "", Path(name).read_text(encoding="utf-8"))
                    for name in ("there.json", "here.json"))
     assert there == here and "perplexity" in here
@@ -108,8 +93,7 @@ class FakeWandb(types.ModuleType):
 
 
 @pytest.fixture
-def wandb(workdir, monkeypatch):
-    write_dataset("tiny", 5000)
+def wandb(tokens, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -132,9 +116,7 @@ def test_a_wandb_that_does_not_start_is_one_line_and_touches_nothing(wandb):
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     wandb.error = RuntimeError("no\nnetwork")
     for options in (["--overwrite=True"], ["--init_from=resume"], ["--out_dir=new"]):
-        said = run_here("train.py", *RUN, "--wandb_mode=online", *options)
-        assert said.returncode == 1 and said.stderr.count("\n") == 1, said.stderr
-        assert said.stderr.startswith("error: RuntimeError: no (")
+        assert refused("train.py", *RUN, "--wandb_mode=online", *options).startswith("error: RuntimeError: no (")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before and not Path("new").exists()
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import run_here
+from conftest import run_here, succeed
 from test_bad_input import write_byte_level_tokenizer
-from test_data import config_of
+from test_data import config_of, write_dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import perplexity
@@ -47,8 +47,7 @@ def dense(gpt2_dir):
 
 def measure(ckpt, *args):
     """The results by data set."""
-    said = run_here("perplexity.py", ckpt, *args, "--json_out=results.json")
-    assert said.returncode == 0, said.stderr
+    succeed("perplexity.py", ckpt, *args, "--json_out=results.json")
     return json.loads(Path("results.json").read_text(encoding="utf-8"))
 
 
@@ -84,30 +83,9 @@ def test_printed_line_says_what_the_file_says(gpt2_dir, workdir):
     assert float(words[4]) == pytest.approx(result["loss"] / math.log(2), abs=1e-4)  # a token is a byte
 
 
-def test_rows_of_a_jsonl_are_joined_by_blank_lines(gpt2_dir, dense, workdir):
-    rows = ["Erste Zeile", "", "zweite\nZeile äöü", "dritte"]
-    workdir.joinpath("rows.jsonl").write_text("".join(json.dumps(dict(text=row)) + "\n" for row in rows))
-    ids = list("Erste Zeile\n\n\n\nzweite\nZeile äöü\n\ndritte".encode())
-    check(measure(gpt2_dir, "rows.jsonl")["rows.jsonl"], dense, ids)
-
-
-def write_bin(name, ids):
-    Path("data", name).mkdir(parents=True)
-    np.array(ids, dtype=np.uint16).tofile(f"data/{name}/val.bin")
-    Path("data", name, "meta.json").write_text('{"vocab_size": 256, "tokenizer": "bytes"}', encoding="utf-8")
-
-
-def test_data_set_is_scored_by_its_validation_split(gpt2_dir, dense, workdir):
-    ids = list("Überprüfung ".encode() * 9)
-    write_bin("mine", ids)
-    result = measure(gpt2_dir, "mine")["mine"]
-    check(result, dense, ids)
-    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2))
-
-
 def test_owt_scores_so_many_batches(gpt2_dir, dense, workdir):
     ids = list(some_bytes(400))
-    write_bin("openwebtext", ids)
+    write_dataset("openwebtext", b"", ids)
     check(measure(gpt2_dir, "owt", 2, "--batch_size=3")["owt"], dense, ids[:2 * 3 * CONTEXT])
     check(measure(gpt2_dir, "owt")["owt"], dense, ids)  # 200 batches are more than there is
 
@@ -115,8 +93,8 @@ def test_owt_scores_so_many_batches(gpt2_dir, dense, workdir):
 def test_all_forms_of_a_model_score_alike(gpt2_dir, workdir):
     workdir.joinpath("text.txt").write_bytes(some_bytes(200))
     options = [f"--init_from={gpt2_dir}", "--out=out/small/ckpt.pt"]
-    assert run_here("kron_decompose.py", 32, 64, 2, *options).returncode == 0
-    assert run_here("kron_to_gpt.py", "out/small/ckpt.pt").returncode == 0
+    succeed("kron_decompose.py", 32, 64, 2, *options)
+    succeed("kron_to_gpt.py", "out/small/ckpt.pt")
     exported = GPT2LMHeadModel.from_pretrained("models/small").eval()
     for form in ("out/small/ckpt.pt", "out/small", "models/small", "small"):
         check(measure(form, "text.txt")["text.txt"], exported, list(some_bytes(200)))
@@ -164,21 +142,6 @@ def test_bits_per_byte_spreads_the_loss_over_bytes(shared, workdir):
     ids = tiktoken.get_encoding("gpt2").encode(text)
     check(result, model.eval(), ids)
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * len(ids) / len(text.encode()) / math.log(2))
-
-
-@pytest.mark.parametrize("args, message", [
-    (["text.txt", "--stride=33"], "--stride is from 1 to the model's context of 32, not 33"),
-    (["nothing.txt"], "cannot read nothing.txt: FileNotFoundError"),
-    (["text.txt", "2"], "for a data set under data/ only, not for text.txt"),
-    (["empty.txt"], "empty.txt has 0 tokens"),
-])
-def test_wrong_arguments_get_one_line(args, message, gpt2_dir, workdir):
-    workdir.joinpath("text.txt").write_bytes(some_bytes(100))
-    workdir.joinpath("empty.txt").touch()
-    said = run_here("perplexity.py", gpt2_dir, *args, "--json_out=results.json")
-    assert said.returncode == 2
-    assert message in said.stderr and said.stderr.count("\n") == 1
-    assert not Path("results.json").exists()
 
 
 @pytest.mark.parametrize("script, args, words", [

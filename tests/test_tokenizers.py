@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import continuation, run_here
+from conftest import continuation, refused, succeed
 from test_data import config_of, write_dataset
+from test_perplexity import measure
 
 from kronygpt import checkpoint
 from kronygpt.configurator import UserError
@@ -205,9 +206,7 @@ def test_a_model_is_scored_with_its_own_tokenizer(german, workdir):
     ids = torch.tensor([german.encode(text).ids])
     expected = model(ids, labels=ids).loss.item()
     for options in [], ["--tokenizer=german"]:
-        said = run_here("perplexity.py", "german", "text.txt", "--json_out=out.json", *options)
-        assert said.returncode == 0, said.stderr
-        result = json.loads(Path("out.json").read_text(encoding="utf-8"))["text.txt"]
+        result = measure("german", "text.txt", *options)["text.txt"]
         assert result["loss"] == pytest.approx(expected, rel=1e-5)
         bits = expected / math.log(2) * ids.numel() / len(text.encode())
         assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
@@ -215,8 +214,7 @@ def test_a_model_is_scored_with_its_own_tokenizer(german, workdir):
 
 def test_a_model_speaks_with_its_own_tokenizer(german, workdir):
     write_model("german", 300)
-    said = run_here("sample.py", "german", "--start=über", "--max_new_tokens=5", "--temperature=0")
-    assert said.returncode == 0, said.stderr
+    said = succeed("sample.py", "german", "--start=über", "--max_new_tokens=5", "--temperature=0")
     model, _ = checkpoint.load("german")
     ids = continuation(model, torch.tensor([german.encode("über").ids]), 5, temperature=0)[0].tolist()
     assert model.config.tokenizer["name"].startswith("german-")
@@ -225,8 +223,7 @@ def test_a_model_speaks_with_its_own_tokenizer(german, workdir):
 
 def test_text_is_prepared_with_a_models_tokenizer_and_belongs_to_it(german, workdir):
     workdir.joinpath("text.txt").write_text("\n\n".join(f"{i} {TEXT[:70]}" for i in range(30)), encoding="utf-8")
-    said = run_here("prepare_owt.py", "--data_files=text.txt", "--out=satz", "--tokenizer=german", "--val_fraction=0.1")
-    assert said.returncode == 0, said.stderr
+    succeed("prepare_owt.py", "--data_files=text.txt", "--out=satz", "--tokenizer=german", "--val_fraction=0.1")
     record = tokenizer_record("german")
     meta = json.loads(Path("data/satz/meta.json").read_text(encoding="utf-8"))
     assert (meta["vocab_size"], meta["tokenizer"], meta["tokenizer_path"]) == (300, record["name"], record["path"])
@@ -239,9 +236,7 @@ def test_text_is_prepared_with_a_models_tokenizer_and_belongs_to_it(german, work
     shutil.copytree("german", "copy")
     assert load_tokens("satz", "train", config_of(300, tokenizer_record("copy"))) is not None  # the same under another name
     write_model("german", 300)
-    said = run_here("perplexity.py", "german", "satz", "--json_out=out.json")
-    assert said.returncode == 0, said.stderr
-    assert json.loads(Path("out.json").read_text(encoding="utf-8"))["satz"]["bits_per_byte"] > 0
+    assert measure("german", "satz")["satz"]["bits_per_byte"] > 0
 
 
 def test_documents_need_an_end_and_a_tokenizer_without_one_is_a_line(german, workdir):
@@ -249,9 +244,8 @@ def test_documents_need_an_end_and_a_tokenizer_without_one_is_a_line(german, wor
     Path("empty").mkdir()
     workdir.joinpath("text.txt").write_text("a\n\nb\n\nc")
     for directory in "german", "empty":
-        said = run_here("prepare_owt.py", "--data_files=text.txt", "--out=satz", f"--tokenizer={directory}")
-        assert said.returncode == 2 and said.stderr.count("\n") == 1 and not Path("data").exists()
-        assert f"{directory} has no tokenizer with an end-of-text token" in said.stderr
+        line = refused("prepare_owt.py", "--data_files=text.txt", "--out=satz", f"--tokenizer={directory}")
+        assert f"{directory} has no tokenizer with an end-of-text token" in line and not Path("data").exists()
 
 
 def test_an_export_takes_the_tokenizer_along_as_data(german, workdir):
@@ -259,8 +253,7 @@ def test_an_export_takes_the_tokenizer_along_as_data(german, workdir):
 
     write_model("german", 300)
     Path("german/evil.py").write_text("raise SystemExit", encoding="utf-8")
-    said = run_here("kron_to_gpt.py", "german", "exported")
-    assert said.returncode == 0, said.stderr
+    succeed("kron_to_gpt.py", "german", "exported")
     assert Path("exported/tokenizer.json").read_bytes() == Path("german/tokenizer.json").read_bytes()
     assert "auto_map" not in Path("exported/tokenizer_config.json").read_text(encoding="utf-8")
     assert not Path("exported/evil.py").exists()
@@ -274,8 +267,7 @@ def test_an_export_without_its_tokenizer_has_the_weights_and_a_line(german, work
     write_model("german", 300)
     Path("german/tokenizer.json").unlink()
     Path("german/vocab.txt").write_text("[PAD]", encoding="utf-8")
-    said = run_here("kron_to_gpt.py", "german", "exported")
-    assert said.returncode == 0, said.stderr
+    said = succeed("kron_to_gpt.py", "german", "exported")
     assert "in a form that is not read here (vocab.txt)" in said.stdout and "only the weights are written" in said.stdout
     assert Path("exported/model.safetensors").exists() and not list(Path("exported").glob("*token*"))
 
@@ -309,17 +301,13 @@ def test_nanogpts_characters_get_a_line_that_says_what_to_write_and_with_that_th
     (char / "meta.pkl").write_bytes(pickle.dumps(Pickled()))
     train = ["train.py", "--dataset=char", "--block_size=16", "--batch_size=2", "--gradient_accumulation_steps=1",
              "--n_layer=1", "--n_head=1", "--n_embd=16", "--max_iters=1", "--eval_iters=1"]
-    said = run_here(*train)
-    assert said.returncode == 2 and said.stderr.count("\n") == 1
-    assert 'write {"vocab_size": N, "tokenizer": "unknown"} into data/char/meta.json' in said.stderr
+    assert 'write {"vocab_size": N, "tokenizer": "unknown"} into data/char/meta.json' in refused(*train)
     (char / "meta.json").write_text('{"vocab_size": 65, "tokenizer": "unknown"}')
-    said = run_here(*train)
-    assert said.returncode == 0 and not Path("pwned").exists(), said.stderr
+    succeed(*train)
+    assert not Path("pwned").exists()
     assert data_tokenizer("char") == dict(name="unknown", path=None)
     checkpoint.save("char.pt", model_of(65))
-    said = run_here("perplexity.py", "char.pt", "char", "--json_out=out.json")
-    assert said.returncode == 0, said.stderr
-    result = json.loads(Path("out.json").read_text(encoding="utf-8"))["char"]
+    result = measure("char.pt", "char")["char"]
     assert result["bits_per_byte"] is None and result["tokens_scored"] == 500 - 16
     for vocab_size in 50257, 256, 66:
         with pytest.raises(UserError, match="holds unknown tokens"):
@@ -329,10 +317,8 @@ def test_nanogpts_characters_get_a_line_that_says_what_to_write_and_with_that_th
 def test_a_model_without_a_tokenizer_prints_numbers_and_takes_no_text(workdir):
     model = model_of(65)
     checkpoint.save("char.pt", model)
-    said = run_here("sample.py", "char.pt", "--start=", "--max_new_tokens=5", "--temperature=0")
-    assert said.returncode == 0, said.stderr
+    said = succeed("sample.py", "char.pt", "--start=", "--max_new_tokens=5", "--temperature=0")
     ids = continuation(model, torch.tensor([[0]]), 5, temperature=0)[0].tolist()
     assert said.stdout.split("\n")[1] == " ".join(map(str, ids))
-    said = run_here("sample.py", "char.pt", "--start=to be")
-    assert said.returncode == 2 and said.stderr.count("\n") == 1
-    assert "no tokenizer has the model's vocabulary of 65" in said.stderr and "--tokenizer=DIRECTORY" in said.stderr
+    line = refused("sample.py", "char.pt", "--start=to be")
+    assert "no tokenizer has the model's vocabulary of 65" in line and "--tokenizer=DIRECTORY" in line

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import StandIn, continuation, random_tokens, run_here
-from test_train import RUN, as_it_was, load, losses_of, run_train, same, write_dataset  # noqa: F401
+from conftest import StandIn, continuation, random_tokens, refused, succeed
+from test_train import RUN, load, losses_of, run_train, same
 from torch.nn.parallel import DistributedDataParallel
 
 from kronygpt import checkpoint, data
@@ -14,13 +14,7 @@ from kronygpt.device import default_dtype
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: cuBLAS is deterministic with it
 DEVICE = "cuda"
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("as_it_was"),
-              pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]  # -rs shows it
-
-
-@pytest.fixture
-def tokens(workdir):
-    return write_dataset("tiny", 5000)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")]
 
 
 @pytest.fixture
@@ -89,9 +83,8 @@ def test_a_calibrated_compression_is_that_of_the_cpu(gpt2_dir, tokens):
     x = random_tokens(4, 32)
     logits = []
     for where in ("cpu", DEVICE):
-        said = run_here("kron_decompose.py", 32, 64, 2, f"--init_from={gpt2_dir}", "--calibrate=tiny",
-                        "--calibration_tokens=2048", f"--device={where}", f"--out={where}.pt")
-        assert said.returncode == 0, said.stderr
+        succeed("kron_decompose.py", 32, 64, 2, f"--init_from={gpt2_dir}", "--calibrate=tiny",
+                "--calibration_tokens=2048", f"--device={where}", f"--out={where}.pt")
         model, _ = checkpoint.load(f"{where}.pt")
         with torch.no_grad():
             logits.append(model.eval()(x))
@@ -131,11 +124,10 @@ def test_memory_that_is_too_small_is_one_line(tokens):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.005)
     try:
-        said = run_here("train.py", *RUN, f"--device={DEVICE}", "--batch_size=65536", "--eval_interval=100")
+        line = refused("train.py", *RUN, f"--device={DEVICE}", "--batch_size=65536", "--eval_interval=100")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert said.returncode == 1 and said.stderr.count("\n") == 1
-    assert "out of memory: lower --batch_size" in said.stderr and "--recompute=True" in said.stderr
+    assert "out of memory: lower --batch_size" in line and "--recompute=True" in line
 
 
 def test_the_default_dtype_is_one_that_the_gpu_computes_in(tokens):
