@@ -49,6 +49,7 @@ DERIVED = (".attn.bias", ".attn.masked_bias",  # the causal mask, which older fi
 # the module and the part that the name of a tensor joins: transformer.h.0.mlp.c_fc and 0, or up.weight, or bias
 MODULE = re.compile(rf"(transformer\.(?:wte|wpe|ln_f|h\.\d+\.(?:ln_1|ln_2|{'|'.join(KINDS)}))|lm_head)[._](.+)")
 PUBLISHED = {"A": "_0", "B": "_1", "bias": "_bias", "pivots": "_pivots"}  # the endings of a factored matrix in a file
+IN_MEMORY = {"0": "A", "1": "B", "up.bias": "bias"}  # other parts of a matrix keep their names, or become A and B
 INDICES = ("pivots", "order", "row", "start", "columns")  # parts that are whole numbers
 TIED_RTOL, TIED_ATOL = 2**-8, 1e-6  # the rounding of half precision: an output matrix nearer to the embedding is tied
 COMPRESSED_TYPE = "kronygpt"  # model_type of modeling_kronygpt.py: factors that are not expanded
@@ -159,10 +160,9 @@ def read_config(directory):
 def weight_files(path):
     """The files with the tensors of a Hugging Face model: of a directory, or behind one of WEIGHTS in it."""
     if path.is_dir():
-        found = [path / name for name in WEIGHTS if (path / name).exists()]
-        if not found:
+        path = next((path / name for name in WEIGHTS if (path / name).exists()), None)
+        if path is None:
             raise ValueError(f"it has no weights: none of {', '.join(WEIGHTS)}")
-        path = found[0]
     if path.suffix != ".json":
         return [path]
     return [path.with_name(shard) for shard in sorted(set(read_json(path)["weight_map"].values()))]
@@ -331,16 +331,18 @@ def read_matrix(parts, transposed):
             and down.weight of nn.Linear. With pivots or order, one side of a low-rank matrix lacks an identity.
         transposed: whether a weight is [n, m].
     """
-    parts = {{"0": "A", "1": "B", "up.bias": "bias"}.get(part, part): p for part, p in parts.items()}
+    parts = {IN_MEMORY.get(part, part): p for part, p in parts.items()}
     if "0_0" in parts:
         factors = range(sum(part.endswith("_0") for part in parts))
         for side, name in enumerate("AB"):
             parts[name] = torch.stack([parts.pop(f"{f}_{side}") for f in factors])
     elif "down.weight" in parts:
         parts |= dict(A=parts.pop("down.weight")[:, :, None], B=parts.pop("up.weight").T[:, None])
-    elif dense := parts.keys() & {"weight", "up.weight"}:
-        W = parts.pop(part := dense.pop())
-        parts |= dict(A=(W.t() if transposed or part == "up.weight" else W)[None], B=W.new_ones(1, 1, 1))
+    elif "up.weight" in parts:
+        parts |= dict(A=parts.pop("up.weight").t()[None], B=torch.ones(1, 1, 1))
+    elif "weight" in parts:
+        W = parts.pop("weight")
+        parts |= dict(A=(W.t() if transposed else W)[None], B=torch.ones(1, 1, 1))
     if "A" not in parts or "B" not in parts:
         return parts  # infer() says what is missing
     A, B = parts["A"].float(), parts["B"].float()
