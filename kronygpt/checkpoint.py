@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from kronygpt.configurator import UserError
 from kronygpt.files import atomic_write
 from kronygpt.hub import WEIGHTS, download
-from kronygpt.kron import column_side, with_identity, without_identity
+from kronygpt.kron import with_identity, without_identity
 from kronygpt.tokenizer import check_no_pointer, read_json, tokenizer_record
 from model import KINDS, KronyGPT
 
@@ -43,25 +43,20 @@ GPT2_WIDTHS = (768, 1024, 1280, 1600)
 DEFAULTS = dict(optimizer=None, scaler=None, iter_num=0, best_val_loss=float("inf"), config={})
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")  # of several dicts of weights, the first is taken
 WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-MATRIX = r"(transformer\.h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))"
-IN_MEMORY = re.compile(MATRIX + r"\.(A|B|bias|pivots)")
-IN_FILE = re.compile(MATRIX + r"(_0|_1|_bias|_pivots|\.weight|\.bias)")
-LINEAR = re.compile(MATRIX + r"\.(?:up\.weight|up\.bias|down\.weight)")  # of a compressed export
-UNSTACKED = re.compile(r"(.*\.mlp\.c_(?:fc|proj))_(\d+)_([01])")
-PIVOTS = ("_pivots", ".pivots", ".order")  # places of an identity in a low-rank matrix
-INDICES = (*PIVOTS, ".row", ".start", ".columns")  # tensors of whole numbers
-EMBEDDINGS = ("transformer.wte.", "transformer.wpe.")
+LAST_NORM = "ln_f.weight"  # in every GPT-2: where it is, the weights are
 DERIVED = (".attn.bias", ".attn.masked_bias",  # the causal mask, which older files hold
            ".attn.places", ".attn.v_places")  # of heads in a compressed export
-LAST_NORM = "ln_f.weight"  # in every GPT-2: where it is, the weights are
-EMBEDDING, FACTORED, HEAD = "transformer.wte.weight", "transformer.wte.A", "lm_head.weight"
+# the module and the part that the name of a tensor joins: transformer.h.0.mlp.c_fc and 0, or up.weight, or bias
+MODULE = re.compile(rf"(transformer\.(?:wte|wpe|ln_f|h\.\d+\.(?:ln_1|ln_2|{'|'.join(KINDS)}))|lm_head)[._](.+)")
+PUBLISHED = {"A": "_0", "B": "_1", "bias": "_bias", "pivots": "_pivots"}  # the endings of a factored matrix in a file
+IN_MEMORY = {"0": "A", "1": "B", "up.bias": "bias"}  # other parts of a matrix keep their names, or become A and B
+INDICES = ("pivots", "order", "row", "start", "columns")  # parts that are whole numbers
 TIED_RTOL, TIED_ATOL = 2**-8, 1e-6  # the rounding of half precision: an output matrix nearer to the embedding is tied
 COMPRESSED_TYPE = "kronygpt"  # model_type of modeling_kronygpt.py: factors that are not expanded
 FUNCTION = {  # fields of a GPT-2's config.json that change its function: the default, and what computes the same
-    "model_type": ("gpt2", COMPRESSED_TYPE), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
-    "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,), "quantization_config": (None,)}
-GPT2_DEFAULTS = dict({name: values[0] for name, values in FUNCTION.items()}, n_head=12, tie_word_embeddings=True)
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    "quantization_config": (None,)}
 ALIASES = {"n_positions": "block_size", "max_position_embeddings": "block_size", "hidden_size": "n_embd",
            "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 
@@ -78,10 +73,8 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
         config: {option: value} of the script that writes it.
         scaler: a GradScaler whose state is kept for a resume, or None.
     """
-    state_dict = with_matrices(model.state_dict())
-    if not optimizer:
-        state_dict = with_identities(state_dict)
-    content = dict(model=to_file_names(state_dict), model_args=model.config.as_plain_types(),
+    state_dict = to_file_names(model.state_dict(), ranks_once=not optimizer)
+    content = dict(model=state_dict, model_args=model.config.as_plain_types(),
                    optimizer=optimizer.state_dict() if optimizer else None, iter_num=iter_num, best_val_loss=best_val_loss,
                    config=config or {}, **({"scaler": scaler.state_dict()} if scaler else {}))
     with atomic_write(path) as file:
@@ -110,9 +103,11 @@ def load(source, dropout=0.0):
     path = locate(str(source))
     try:
         tensors, content = read(path)
-        state_dict = upgrade(tensors)
-        model_args = infer(state_dict, content)
-        model = KronyGPT.from_state_dict(dict(model_args, dropout=dropout), state_dict)
+        stated = stated_fields(content)
+        modules = by_module(plain_names(tensors))
+        warn_of_exact_gelu(modules, stated, path)
+        state_dict = upgrade(modules)
+        model = KronyGPT.from_state_dict(dict(infer(state_dict, stated), dropout=dropout), state_dict)
         check(model)
     except (OSError, MemoryError, UserError):
         raise
@@ -143,41 +138,31 @@ def looks_like_hub_name(source):
 def read(path):
     """{name: tensor} of a model in a file or a directory, and all that lies beside it."""
     directory = path if path.is_dir() else path.parent
-    if path.is_dir() or (path.name in WEIGHTS and (directory / "config.json").exists()):
-        config, tensors = read_config(directory), {}
-        for file in weight_files(path):
-            tensors |= read_file(file)
-        tensors = find_weights(tensors)
-        is_tied = config["tie_word_embeddings"] or config["model_type"] == COMPRESSED_TYPE
-        if not is_tied and not any(name.endswith(HEAD) for name in tensors):
-            raise ValueError(f"its config.json says tie_word_embeddings=false, and it lacks {HEAD}")
-        return tensors, dict(model_args=dict(config, tokenizer=tokenizer_record(directory)))
-    content = read_file(path)
-    tensors = find_weights(content)
-    warn_of_exact_gelu(content, tensors, path)
-    return tensors, content
+    if not path.is_dir() and not (path.name in WEIGHTS and (directory / "config.json").exists()):
+        content = read_file(path)
+        return find_weights(content), content
+    config, tensors = read_config(directory), {}
+    for file in weight_files(path):
+        tensors |= read_file(file)
+    return find_weights(tensors), dict(model_args=dict(config, tokenizer=tokenizer_record(directory)))
 
 
 def read_config(directory):
-    """The fields of a Hugging Face GPT-2's config.json, defaults included; ValueError where a KronyGPT computes another
-    function."""
+    """The fields of a Hugging Face GPT-2's config.json, under our names."""
     if not (directory / "config.json").exists():
         raise ValueError("it holds no model: neither config.json (Hugging Face) nor ckpt.pt")
-    config = read_json(directory / "config.json")
-    config = GPT2_DEFAULTS | {ALIASES.get(name, name): value for name, value in config.items()}
-    for name, values in FUNCTION.items():
-        if config[name] not in values:
-            raise ValueError(f"its config.json says {name}={config[name]}, where {values[0]} is needed")
-    return config
+    config = {ALIASES.get(name, name): value for name, value in read_json(directory / "config.json").items()}
+    if config.get("model_type", "gpt2") not in ("gpt2", COMPRESSED_TYPE):
+        raise ValueError(f"its config.json says model_type={config['model_type']}, where gpt2 is needed")
+    return dict(n_head=12) | config  # the default of transformers
 
 
 def weight_files(path):
     """The files with the tensors of a Hugging Face model: of a directory, or behind one of WEIGHTS in it."""
     if path.is_dir():
-        found = [path / name for name in WEIGHTS if (path / name).exists()]
-        if not found:
+        path = next((path / name for name in WEIGHTS if (path / name).exists()), None)
+        if path is None:
             raise ValueError(f"it has no weights: none of {', '.join(WEIGHTS)}")
-        path = found[0]
     if path.suffix != ".json":
         return [path]
     return [path.with_name(shard) for shard in sorted(set(read_json(path)["weight_map"].values()))]
@@ -223,51 +208,20 @@ def find_weights(content):
     raise ValueError(f"it holds no weights of a GPT-2 (no {LAST_NORM}), but {keys}")
 
 
-def warn_of_exact_gelu(content, tensors, path):
-    """Warn of a file of nanoGPT or Krony-PT: their GELU is the exact one, where GPT-2's and KronyGPT's is the tanh form."""
-    stated = content.get("model_args") or {}
-    is_ours = "shapes" in stated or "dim_1" in stated  # dim_1: the first edition
-    if not is_ours and any(".mlp.c_fc" in name for name in tensors) and not is_conv1d(tensors):
-        warnings.warn(f"{path} is a file of nanoGPT or Krony-PT, which compute the exact GELU; here it is GPT-2's tanh "
-                      "form, and logits differ by up to 1e-3", stacklevel=4)
+def stated_fields(content):
+    """What a file says about its model: `model_args`, and the widths of a compressed export in it. The number of heads and
+    the tokenizer may be in `config`: nanoGPT repeats the one there, and the second edition kept the other. ValueError where
+    a KronyGPT computes another function."""
+    stated, config = (value if isinstance(value := content.get(key), dict) else {} for key in ("model_args", "config"))
+    for name, values in FUNCTION.items():
+        said = stated.get(name, config.get(name, values[0]))
+        if said not in values:
+            raise ValueError(f"its config says {name}={said}, where {values[0]} is needed")
+    return {"n_head": config.get("n_head"), "tokenizer": config.get("tokenizer"), **stated, **(stated.get("widths") or {})}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# upgrade, infer, check
-
-def upgrade(tensors):
-    """Convert the state dict of any file to that of a KronyGPT: stacked factors, all biases, one matrix for embedding and
-    output, contiguous float32 in memory of its own."""
-    state_dict = plain_names(from_int8(tensors))
-    tie(state_dict)
-    state_dict = without_identities(from_export(from_file_names(stack_factors(state_dict))))
-    for name, p in list(state_dict.items()):  # biases that an old file lacks were zero
-        if name.endswith(".B") and name.startswith("transformer.h."):
-            stem, A = name[:-2], state_dict[f"{name[:-1]}A"]
-            if p.shape == (1, 1, 1):  # A ⊗ [[b]] is b A
-                state_dict |= {f"{stem}.A": A.float() * p, name: torch.ones_like(p)}
-            state_dict.setdefault(f"{stem}.bias", p.new_zeros(A.shape[2] * p.shape[2]))
-        elif name.endswith((".ln_1.weight", ".ln_2.weight", ".ln_f.weight")):
-            state_dict.setdefault(name.replace("weight", "bias"), torch.zeros_like(p))
-    return {name: p.to(torch.long if name.endswith(INDICES) else torch.float32, memory_format=torch.contiguous_format,
-                       copy=True) for name, p in without_matrices(state_dict).items()}
-
-
-def from_int8(tensors):
-    """Tensors with weights in int8 times their scales."""
-    result = dict(tensors)
-    for name, p in tensors.items():
-        if p.dtype == torch.int8 and f"{name}_scale" in tensors:
-            scale = result.pop(f"{name}_scale")
-            result[name] = p * (scale if p.dim() > 1 else scale[owners(tensors, name), 0])
-    return result
-
-
-def owners(tensors, name):
-    """The token to which each number belongs in A of a modeling_kronygpt.FactoredEmbedding."""
-    row, columns = (tensors[name[:-1] + key] for key in ("row", "columns"))
-    return (tokens := row.argsort()).repeat_interleave(columns[tokens])
-
+# from a file's tensors to a KronyGPT's
 
 def plain_names(tensors):
     """Tensors under GPT-2's names, transformer.* and lm_head.weight, without the prefixes of wrappers. What lies outside of
@@ -284,188 +238,164 @@ def plain_names(tensors):
         if not name.startswith(root) or not plain.startswith(("transformer.", "lm_head.")):
             left_out.append(name)
         elif not name.endswith(DERIVED):
-            if not p.is_floating_point() and not name.endswith(INDICES):
-                raise ValueError(f"{name} holds no real numbers but {p.dtype}")
             result[plain] = p
     if left_out:
         warnings.warn(f"left out {len(left_out)} tensors that are no part of a GPT-2 language model, such as {left_out[0]}",
-                      stacklevel=4)
+                      stacklevel=3)
     return result
 
 
-def tie(state_dict):
+def by_module(tensors):
+    """{module: {part: tensor}} of tensors under GPT-2's names."""
+    modules = {}
+    for name, p in tensors.items():
+        module, part = match.groups() if (match := MODULE.fullmatch(name)) else name.rsplit(".", 1)
+        modules.setdefault(module, {})[part] = p
+    return modules
+
+
+def is_conv1d(modules):
+    """Whether dense weights are [in, out], as in transformers' GPT-2 and older exports, and not those of an nn.Linear."""
+    if any("A" in parts for module, parts in modules.items() if module.endswith(KINDS)):
+        return True
+    n_embd = len(modules["transformer.ln_f"]["weight"])
+    weight = modules.get("transformer.h.0.attn.c_attn", {}).get("weight")
+    return weight is not None and len(weight) == n_embd != weight.shape[1]
+
+
+def warn_of_exact_gelu(modules, stated, path):
+    """Warn of a file of nanoGPT or Krony-PT: their GELU is the exact one, where GPT-2's and KronyGPT's is the tanh form."""
+    is_ours = "shapes" in stated or "dim_1" in stated  # dim_1: the first edition
+    if not is_ours and not is_conv1d(modules):
+        warnings.warn(f"{path} is a file of nanoGPT or Krony-PT, which compute the exact GELU; here it is GPT-2's tanh "
+                      "form, and logits differ by up to 1e-3", stacklevel=3)
+
+
+def upgrade(modules):
+    """The state dict of a KronyGPT, contiguous float32 in memory of its own, from the {module: {part: tensor}} of any file.
+    Parts that are not known stay, and no KronyGPT takes them."""
+    tie(modules)
+    transposed, state_dict = not is_conv1d(modules), {}
+    for module, parts in modules.items():
+        dequantize(module, parts)
+        if module.endswith(KINDS):
+            parts = read_matrix(parts, transposed)
+        elif "A" in parts:
+            parts = read_embedding(parts)
+        elif ".ln_" in module:
+            parts.setdefault("bias", torch.zeros_like(parts["weight"]))  # which an old file lacks
+        for part, p in parts.items():
+            state_dict[f"{module}.{part}"] = p.to(torch.float32 if p.is_floating_point() else torch.long, copy=True,
+                                                  memory_format=torch.contiguous_format)
+    return state_dict
+
+
+def tie(modules):
     """Make one entry of embedding and output matrix, which may be there twice or under either name; ValueError where they
     differ."""
-    if FACTORED in state_dict:
+    embedding = modules.setdefault("transformer.wte", {})
+    if "A" in embedding:
         return
-    head = state_dict.pop(HEAD, state_dict.get(EMBEDDING))
-    embedding = state_dict.setdefault(EMBEDDING, head)
-    if head is None:
-        raise KeyError(EMBEDDING)
-    if head.data_ptr() == embedding.data_ptr():
+    head = modules.get("lm_head", {}).pop("weight", None)
+    weight = embedding.setdefault("weight", head)
+    if weight is None:
+        raise KeyError("transformer.wte.weight")
+    if head is None or head.data_ptr() == weight.data_ptr():
         return
-    if head.shape != embedding.shape or not torch.allclose(head.float(), embedding.float(), TIED_RTOL, TIED_ATOL, True):
+    if head.shape != weight.shape or not torch.allclose(head.float(), weight.float(), TIED_RTOL, TIED_ATOL, True):
         raise ValueError("it has an output matrix (lm_head.weight) that differs from its embedding, and a KronyGPT has one "
                          "matrix for both: tie them and train further, with the program that made it")
 
 
-def stack_factors(state_dict):
-    """Stack the factors of the oldest files, which have each by itself."""
-    result, sides = {}, {}  # sides: {name: {factor: tensor}}
-    for name, p in state_dict.items():
-        if match := UNSTACKED.fullmatch(name):
-            stem, factor, side = match.groups()
-            sides.setdefault(f"{stem}_{side}", {})[int(factor)] = p
-        else:
-            result[name] = p
-    return result | {name: torch.stack([factors[f] for f in range(len(factors))]) for name, factors in sides.items()}
+def dequantize(module, parts):
+    """Multiply the parts of a module that are int8 by their scales; ValueError where numbers are not real ones."""
+    for part in [part for part in parts if f"{part}_scale" in parts]:
+        scale = parts.pop(f"{part}_scale")
+        parts[part] = parts[part] * (scale if parts[part].dim() > 1 else scale[owners(parts["row"], parts["columns"]), 0])
+    for part, p in parts.items():
+        if not p.is_floating_point() and part not in INDICES:
+            raise ValueError(f"{module}.{part} holds no real numbers but {p.dtype}")
 
 
-def with_matrices(state_dict):
-    """A KronyGPT's state dict with embeddings of low rank as low-rank matrices, A [r, rows, 1] and B [r, 1, C]."""
-    result = dict(state_dict)
-    for stem in EMBEDDINGS:
-        if f"{stem}A" in state_dict and f"{stem}row" not in state_dict:
-            B = state_dict[f"{stem}B"]
-            result |= {f"{stem}A": state_dict[f"{stem}A"].view(-1, len(B)).T.unsqueeze(2), f"{stem}B": B.unsqueeze(1)}
-    return result
+def owners(row, columns):
+    """The token to which each number of A belongs in a modeling_kronygpt.FactoredEmbedding."""
+    tokens = row.argsort()
+    return tokens.repeat_interleave(columns[tokens])
 
 
-def without_matrices(state_dict):
-    """A KronyGPT's state dict from one that with_matrices() made."""
-    result = dict(state_dict)
-    for stem in EMBEDDINGS:
-        if f"{stem}A" in state_dict and f"{stem}row" not in state_dict:
-            A, B = state_dict[f"{stem}A"], state_dict[f"{stem}B"]
-            result |= {f"{stem}A": A.squeeze(2).T.reshape(-1), f"{stem}B": B.squeeze(1)}
-    return result
+def read_matrix(parts, transposed):
+    """A [r, m1, n1], B [r, m2, n2] and bias [n1 n2] of a KronLinear.
+
+    Args:
+        parts: of a matrix [m, n] in a file: 0 and 1 or A and B; 0_0, 0_1, 1_0, ... of the oldest ones; weight; or up.weight
+            and down.weight of nn.Linear. With pivots or order, one side of a low-rank matrix lacks an identity.
+        transposed: whether a weight is [n, m].
+    """
+    parts = {IN_MEMORY.get(part, part): p for part, p in parts.items()}
+    if "0_0" in parts:
+        factors = range(sum(part.endswith("_0") for part in parts))
+        for side, name in enumerate("AB"):
+            parts[name] = torch.stack([parts.pop(f"{f}_{side}") for f in factors])
+    elif "down.weight" in parts:
+        parts |= dict(A=parts.pop("down.weight")[:, :, None], B=parts.pop("up.weight").T[:, None])
+    elif "up.weight" in parts:
+        parts |= dict(A=parts.pop("up.weight").t()[None], B=torch.ones(1, 1, 1))
+    elif "weight" in parts:
+        W = parts.pop("weight")
+        parts |= dict(A=(W.t() if transposed else W)[None], B=torch.ones(1, 1, 1))
+    if "A" not in parts or "B" not in parts:
+        return parts  # infer() says what is missing
+    A, B = parts["A"].float(), parts["B"].float()
+    if "order" in parts:
+        parts["pivots"] = parts.pop("order")[:len(A)].long()
+    if "pivots" in parts:
+        A, B = without_identity(A, B, parts.pop("pivots"))
+    if B.shape == (1, 1, 1):  # A ⊗ [[b]] is b A
+        A, B = A * B, torch.ones_like(B)
+    return {"bias": B.new_zeros(A.shape[2] * B.shape[2]), **parts, "A": A, "B": B}
 
 
-def from_export(state_dict):
-    """Matrices and embeddings as with_identities() has them, from those of a compressed export, modeling_kronygpt.py."""
-    result = {name: p for name, p in state_dict.items() if not LINEAR.fullmatch(name)}
-    for stem in {match[1] for name in state_dict if (match := LINEAR.fullmatch(name))}:
-        up, down = state_dict[f"{stem}.up.weight"], state_dict.get(f"{stem}.down.weight")
-        A, B = (up.T[None], up.new_ones(1, 1, 1)) if down is None else (down.unsqueeze(2), up.T.unsqueeze(1))
-        result |= {f"{stem}.A": A, f"{stem}.B": B, f"{stem}.bias": state_dict[f"{stem}.up.bias"]}
-    for stem in EMBEDDINGS:
-        if f"{stem}start" in state_dict:
-            del result[f"{stem}start"]
-            A, B, columns = result[f"{stem}A"], result[f"{stem}B"], result.pop(f"{stem}columns")
-            if not columns.min():  # rows of the identity
-                result |= {f"{stem}A": A.view(-1, len(B)).T.unsqueeze(2), f"{stem}B": B.unsqueeze(1),
-                           f"{stem}pivots": result.pop(f"{stem}row").argsort()[:len(B)]}
-    return result
+def read_embedding(parts):
+    """A, B and perhaps row of a factored model.Embedding. A low-rank one in a file is A [r, rows, 1] and B [r, 1, C], which
+    with pivots [r] lacks an identity. In an export, A is flat, and `row`, `start` and `columns` tell where each token is."""
+    A, B = parts.pop("A").float(), parts.pop("B").float()
+    if "columns" in parts:
+        columns, _ = parts.pop("columns"), parts.pop("start")
+        if not columns.min():  # of the tokens whose vectors are a row of B each
+            parts["pivots"] = parts.pop("row").argsort()[:len(B)]
+            A, B = A.view(-1, len(B)).T[:, :, None], B[:, None]
+    if "pivots" in parts:
+        A, B = without_identity(A, B, parts.pop("pivots"))
+    if A.dim() == 3:
+        A, B = A[:, :, 0].T.flatten(), B[:, 0]
+    return dict(parts, A=A, B=B)
 
 
-def with_identities(state_dict):
-    """A KronyGPT's state dict with low-rank matrices as kron.with_identity makes them: [r, m - r, 1] of the side with the
-    columns, and pivots [r]."""
-    result = dict(state_dict)
-    for stem in [name[:-1] for name in state_dict if name.endswith(".A")]:
-        A, B = state_dict[f"{stem}A"], state_dict[f"{stem}B"]
-        side = column_side(A.shape, B.shape) if A.dim() == 3 else None  # a staircase has no identity
-        column, row = (B, A) if side == "B" else (A, B)
-        if side and column.shape[0] < column.shape[1] and row.shape[2] > 1:  # the sides of a column look alike
-            pivots, rest, row = with_identity(column.squeeze(2).T, row.squeeze(1))
-            column, row = rest.T.unsqueeze(2), row.unsqueeze(1)
-            A, B = (row, column) if side == "B" else (column, row)
-            result |= {f"{stem}A": A, f"{stem}B": B, f"{stem}pivots": pivots}
-    return result
-
-
-def without_identities(state_dict):
-    """The whole matrices, balanced, of a state dict that with_identities() made."""
-    result = dict(state_dict)
-    for name in [name for name in state_dict if name.endswith(".order")]:  # of a compressed export
-        stem = name.removesuffix("order")
-        result[f"{stem}pivots"] = result.pop(name)[:len(state_dict[f"{stem}A"])].long()
-    state_dict = dict(result)
-    for stem in [name.removesuffix("pivots") for name in state_dict if name.endswith(".pivots")]:
-        A, B, pivots = (state_dict[f"{stem}{name}"] for name in ("A", "B", "pivots"))
-        side = column_side(A.shape, B.shape)
-        rest, row = (B, A) if side == "B" else (A, B)
-        column, row = without_identity(pivots, rest.squeeze(2).T.float(), row.squeeze(1).float())
-        column, row = column.T.unsqueeze(2), row.unsqueeze(1)
-        A, B = (row, column) if side == "B" else (column, row)
-        result |= {f"{stem}A": A, f"{stem}B": B}
-        del result[f"{stem}pivots"]
-    return result
-
-
-def to_file_names(state_dict):
-    """A KronyGPT's state dict under the published names, contiguous."""
-    renamed = {}
-    for name, p in state_dict.items():
-        stem, part = match.groups() if (match := IN_MEMORY.fullmatch(name)) else (name, None)
-        is_dense_attention = ".attn." in stem and state_dict.get(f"{stem}.B", p).shape == (1, 1, 1)
-        if part and not is_dense_attention:
-            renamed[stem + {"A": "_0", "B": "_1", "bias": "_bias", "pivots": "_pivots"}[part]] = p
-        elif part == "A":
-            renamed[f"{stem}.weight"] = p[0].T  # [out, in], as nn.Linear has it
-        elif part != "B":
-            renamed[name] = p
-    if EMBEDDING in renamed:
-        renamed[HEAD] = renamed[EMBEDDING]  # the same memory, so once in the file
-    return {name: p.contiguous() for name, p in renamed.items()}
-
-
-def from_file_names(state_dict):
-    """A KronyGPT's state dict from one under the published names, or from a dense one of nanoGPT or transformers."""
-    renamed, transposed = {}, not is_conv1d(state_dict)
-    for name, p in state_dict.items():
-        stem, part = match.groups() if (match := IN_FILE.fullmatch(name)) else (name, None)
-        if not part:
-            new = {name: p}
-        elif part == ".weight":
-            new = {f"{stem}.A": (p.t() if transposed else p)[None], f"{stem}.B": p.new_ones(1, 1, 1)}
-        else:
-            new = {stem + {"_0": ".A", "_1": ".B", "_bias": ".bias", "_pivots": ".pivots", ".bias": ".bias"}[part]: p}
-        if twice := new.keys() & renamed.keys():
-            raise ValueError(f"{min(twice)} is there twice, under different names")
-        renamed |= new
-    return renamed
-
-
-def is_conv1d(state_dict):
-    """Whether dense weights are [in, out], as in transformers' GPT-2 and our class for it, and not those of an nn.Linear."""
-    if any(IN_MEMORY.fullmatch(name) for name in state_dict if name.endswith(".A")):
-        return True
-    n_embd = next(len(p) for name, p in state_dict.items() if name.endswith(LAST_NORM))
-    c_attn = next((p for name, p in state_dict.items() if name.endswith("h.0.attn.c_attn.weight")), None)
-    return c_attn is not None and c_attn.dim() == 2 and c_attn.shape[0] == n_embd != c_attn.shape[1]
-
-
-def infer(state_dict, content):
-    """The fields of KronyGPTConfig: sizes as the tensors have them, the number of heads and the tokenizer as the rest of the
-    file says, or else heads of width 64, as in GPT-2."""
+def infer(state_dict, stated):
+    """The fields of KronyGPTConfig: sizes as the tensors have them, the number of heads and the tokenizer as the file says,
+    or else heads of width 64, as in GPT-2."""
     n_embd = len(state_dict[f"transformer.{LAST_NORM}"])
     n_layer = len({name.split(".")[2] for name in state_dict if name.startswith("transformer.h.")})
-    shapes, rows, columns = {}, {}, {}
+    shapes, rows, columns, bands = {}, {}, {}, {}
     for kind in KINDS:
         A, B = ([state_dict[f"transformer.h.{layer}.{kind}.{side}"].shape for layer in range(n_layer)] for side in "AB")
         shapes[kind] = [(dim_1, dim_2, r) for r, dim_1, dim_2 in A]
         rows[kind], columns[kind] = ([a[side] * b[side] for a, b in zip(A, B)] for side in (1, 2))
-    stated = content.get("model_args")
-    stated = stated if isinstance(stated, dict) else {}
-    stated = stated | (stated.get("widths") or {})  # of a compressed export
-    bands = {name: stated[name] if f"transformer.{name}.row" in state_dict else
-             [E.shape] if (E := state_dict.get(f"transformer.{name}.weight")) is not None else
-             [(state_dict[f"transformer.{name}.A"].numel() // (r := len(state_dict[f"transformer.{name}.B"])), r)]
-             for name in ("wte", "wpe")}
+    for name in "wte", "wpe":
+        E = {part: state_dict.get(f"transformer.{name}.{part}") for part in ("weight", "A", "B", "row")}
+        if E["weight"] is not None:
+            bands[name] = [E["weight"].shape]
+        elif E["row"] is not None:
+            bands[name] = stated[name]
+        else:
+            bands[name] = [(E["A"].numel() // len(E["B"]), len(E["B"]))]
     vocab_size, block_size = (sum(n for n, _ in bands[name]) for name in ("wte", "wpe"))
     sizes = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd,
                  n_inner=columns["mlp.c_fc"])
     for name, size in sizes.items():
         if stated.get(name) not in (None, size) and [stated[name]] * n_layer != size:
             raise ValueError(f"it does not fit together: its config says {name}={stated[name]}, its weights {size}")
-    options = content.get("config")  # where nanoGPT repeats it, and the second edition kept the record of the tokenizer
-    options = options if isinstance(options, dict) else {}
-    for name, values in FUNCTION.items():  # where other programs repeat a config.json
-        for said in (stated, options):
-            if name in said and name != "model_type" and said[name] not in values:
-                raise ValueError(f"its config says {name}={said[name]}, where {values[0]} is needed")
-    n_head = stated.get("n_head", options.get("n_head"))
+    n_head = stated["n_head"]
     if n_head is None:
         n_head = max(1, n_embd // GPT2_HEAD_DIM)
         if n_embd not in GPT2_WIDTHS:
@@ -474,7 +404,7 @@ def infer(state_dict, content):
     head_v = stated.get("head_v") or [width // n_head for width in rows["attn.c_proj"]]
     head_qk = stated.get("head_qk") or [(width // n_head - v) // 2 for width, v in zip(columns["attn.c_attn"], head_v)]
     return dict(sizes, **bands, n_head=n_head, head_qk=head_qk, head_v=head_v, head_dim=stated.get("head_dim"),
-                shapes=shapes, tokenizer=stated.get("tokenizer", options.get("tokenizer")))
+                shapes=shapes, tokenizer=stated["tokenizer"])
 
 
 def check(model):
@@ -482,6 +412,31 @@ def check(model):
     for name, p in model.named_parameters():
         if not torch.stack(p.detach().aminmax()).isfinite().all():  # one pass, and nothing as large as the weights
             raise ValueError(f"its weights are not finite: {name}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# from a KronyGPT's tensors to a file's
+
+def to_file_names(state_dict, ranks_once=False):
+    """A KronyGPT's state dict under the published names, contiguous; with ranks_once, low-rank sides lack an identity."""
+    result = {}
+    for module, parts in by_module(state_dict).items():
+        is_matrix, names = module.endswith(KINDS), {}
+        if "A" in parts and "row" not in parts:  # a staircase has neither of these forms
+            A, B = parts["A"], parts["B"]
+            if not is_matrix:
+                A, B = A.view(-1, len(B)).T[:, :, None], B[:, None]
+            A, B, pivots = with_identity(A, B) if ranks_once else (A, B, None)
+            parts |= dict(A=A, B=B) if pivots is None else dict(A=A, B=B, pivots=pivots)
+        if is_matrix and ".attn." in module and parts["B"].shape == (1, 1, 1):
+            parts = dict(weight=parts["A"][0].T, bias=parts["bias"])  # [out, in], as nn.Linear has it
+        elif is_matrix:
+            names = PUBLISHED
+        for part, p in parts.items():
+            result[module + names.get(part, f".{part}")] = p.contiguous()
+    if "transformer.wte.weight" in result:
+        result["lm_head.weight"] = result["transformer.wte.weight"]  # the same memory, so once in the file
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------

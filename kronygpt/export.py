@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from kronygpt import __version__, checkpoint
 from kronygpt.compress import without_dropped_units
 from kronygpt.configurator import UserError
-from kronygpt.kron import column_side, with_identity
+from kronygpt.kron import column_side, others, with_identity
 from kronygpt.tokenizer import END_OF_TEXT, READABLE, GPT2Tokenizer, bytes_to_unicode, special_token
 from model import KINDS
 
@@ -39,82 +39,31 @@ def sizes(config):
         resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout)
 
 
-def state_dict_for_transformers(model, expand):
-    """A KronyGPT's state dict with the matrices W [in, out] expanded, or as modeling_kronygpt.py has them."""
-    state_dict = model.state_dict()
-    for layer, kind, matrix in model.matrices():
-        name = f"transformer.h.{layer}.{kind}"
-        new = {"weight": matrix.A[0] if matrix.is_dense else matrix.weight} if expand else linear_modules(matrix)
-        if new:
-            bias, *_ = (state_dict.pop(f"{name}.{key}") for key in ("bias", "A", "B"))
-            state_dict |= {f"{name}.{key}": p.detach() for key, p in new.items()}
-            state_dict[f"{name}.bias" if expand else f"{name}.up.bias"] = bias
-    for name in "wte", "wpe":
-        embedding = model.transformer.get_submodule(name)
-        if expand and not embedding.is_dense:
-            state_dict = {key: p for key, p in state_dict.items() if not key.startswith(f"transformer.{name}.")}
-            state_dict[f"transformer.{name}.weight"] = embedding.dense().detach()
-        elif not embedding.is_dense:
-            state_dict |= {f"transformer.{name}.{key}": p for key, p in factored_embedding(embedding).items()}
-    if model.transformer.wte.is_dense or expand:
-        state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
-    return state_dict
-
-
-def linear_modules(matrix):
-    """The weights of a modeling_kronygpt.LowRankLinear from a dense or low-rank model.KronLinear; {} from another one."""
-    if matrix.is_dense:
-        return {"up.weight": matrix.A[0].T.contiguous()}
-    side = column_side(matrix.A.shape, matrix.B.shape)
-    column, row = (matrix.B, matrix.A) if side == "B" else (matrix.A, matrix.B)
-    if not side or column.shape[0] >= column.shape[1]:
-        return {}
-    pivots, rest, row = with_identity(column.detach().squeeze(2).T, row.detach().squeeze(1))
-    is_rest = torch.ones(column.shape[1], dtype=torch.bool)
-    is_rest[pivots] = False
-    return {"down.weight": rest.T.contiguous(), "up.weight": row.T.contiguous(),
-            "order": torch.cat((pivots, is_rest.nonzero()[:, 0])).int()}
-
-
-def factored_embedding(embedding):
-    """The tensors of a modeling_kronygpt.FactoredEmbedding from a model.Embedding that is not dense."""
-    A, B, row = embedding.A.detach(), embedding.B.detach(), embedding.row
-    columns, starts = embedding.columns, embedding.starts
-    if row is None:
-        V, rank = embedding.bands[0]
-        pivots, rest, B = with_identity(A.view(V, rank), B)
-        row = torch.full((V,), -1)
-        row[pivots] = torch.arange(rank)
-        row[row < 0] = torch.arange(rank, V)
-        A, columns = rest.flatten(), torch.where(torch.arange(V) < rank, 0, rank)
-        starts = columns.cumsum(0) - columns
-    return dict(A=A, B=B, row=row.int(), start=starts[row].int(), columns=columns[row].int())
-
-
-def pad_widths(state_dict, config):
-    """The same function as an expanded state dict in which the heads of all blocks have the width head_dim, and all MLPs one
-    number of hidden units: zeros fill them up."""
-    def heads(t, widths):  # (..., sum of widths), one for each head of each part
-        return torch.cat([F.pad(head, (0, config.head_dim - head.shape[-1])) for head in t.split(widths, dim=-1)], dim=-1)
-
-    for layer in range(config.n_layer):
-        name, qk, v = f"transformer.h.{layer}", config.head_qk[layer], config.head_v[layer]
-        for end in "weight", "bias":
-            state_dict[f"{name}.attn.c_attn.{end}"] = heads(state_dict[f"{name}.attn.c_attn.{end}"], [*qk, *qk, *v])
-            units = 0, max(config.n_inner) - config.n_inner[layer]
-            state_dict[f"{name}.mlp.c_fc.{end}"] = F.pad(state_dict[f"{name}.mlp.c_fc.{end}"], units)
-        state_dict[f"{name}.attn.c_proj.weight"] = heads(state_dict[f"{name}.attn.c_proj.weight"].T, v).T
-        state_dict[f"{name}.mlp.c_proj.weight"] = F.pad(state_dict[f"{name}.mlp.c_proj.weight"], (0, 0, *units))
-    return {key: t.contiguous() for key, t in state_dict.items()}
-
-
 def to_dense(model):
-    """The transformers GPT2LMHeadModel that computes the same function as a KronyGPT, with the Kronecker sums expanded and
-    narrow heads padded with zeros."""
+    """The transformers GPT2LMHeadModel that computes the same function as a KronyGPT: Kronecker sums are expanded, and zeros
+    pad narrow heads to the width head_dim, and all MLPs to one number of hidden units."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return with_weights(GPT2LMHeadModel, GPT2Config(**sizes(model.config)),
-                        pad_widths(state_dict_for_transformers(model, expand=True), model.config))
+    config, state_dict = model.config, layer_norms(model)
+
+    def pad_heads(t, widths):  # (..., sum of widths), one for each head of each part
+        return torch.cat([F.pad(head, (0, config.head_dim - head.shape[-1])) for head in t.split(widths, dim=-1)], dim=-1)
+
+    for layer, kind, matrix in model.matrices():
+        W, bias, qk, v = matrix.weight, matrix.bias, config.head_qk[layer], config.head_v[layer]
+        units = 0, max(config.n_inner) - config.n_inner[layer]
+        if kind == "attn.c_attn":
+            W, bias = pad_heads(W, [*qk, *qk, *v]), pad_heads(bias, [*qk, *qk, *v])
+        elif kind == "attn.c_proj":
+            W = pad_heads(W.T, v).T
+        elif kind == "mlp.c_fc":
+            W, bias = F.pad(W, units), F.pad(bias, units)
+        else:
+            W = F.pad(W, (0, 0, *units))
+        state_dict |= {f"transformer.h.{layer}.{kind}.weight": W, f"transformer.h.{layer}.{kind}.bias": bias}
+    for name in "wte", "wpe":
+        state_dict[f"transformer.{name}.weight"] = model.transformer.get_submodule(name).dense()
+    return with_weights(GPT2LMHeadModel, GPT2Config(**sizes(config)), state_dict)
 
 
 def to_compressed(model, int8=False):
@@ -130,36 +79,75 @@ def to_compressed(model, int8=False):
         widths=widths, int8=int8,
         shapes={kind: [list(shape) for shape in of_blocks] for kind, of_blocks in model.config.shapes.items()},
         auto_map={auto: f"{CODE.stem}.{name}" for auto, name in classes.items()}, **sizes(model.config))
-    state_dict = state_dict_for_transformers(model, expand=False)
+    modules = {f"transformer.h.{layer}.{kind}": linear_parts(matrix) for layer, kind, matrix in model.matrices()}
+    modules |= {f"transformer.{name}": embedding_parts(model.transformer.get_submodule(name)) for name in ("wte", "wpe")}
     for layer, (qk, v) in enumerate(zip(model.config.head_qk, model.config.head_v)):
         if {*qk, *v} != {model.config.head_dim}:
-            state_dict |= {f"transformer.h.{layer}.attn.{name}": places for name, places in head_places(qk, v).items()}
-    return with_weights(KronyGPTForCausalLM, config, rounded(state_dict) if int8 else state_dict)
+            modules[f"transformer.h.{layer}.attn"] = head_places(qk, v)
+    state_dict = layer_norms(model)
+    for module, parts in modules.items():
+        state_dict |= {f"{module}.{part}": p for part, p in (rounded(parts) if int8 else parts).items()}
+    return with_weights(KronyGPTForCausalLM, config, state_dict)
 
 
-def rounded(state_dict):
-    """The state dict of a KronyGPTForCausalLM with weights in int8: multiples of a scale that is 1/127 of the largest number
-    in an output column of a matrix or a factor, or in a token of an embedding."""
-    result = {name: p for name, p in state_dict.items() if name != checkpoint.HEAD}
-    for name, p in result.copy().items():
+def layer_norms(model):
+    return {name: p for name, p in model.state_dict().items() if ".ln_" in name}
+
+
+@torch.no_grad()
+def linear_parts(matrix):
+    """The tensors of a modeling_kronygpt.LowRankLinear from a dense or low-rank model.KronLinear, or else those of its
+    KronLinear."""
+    if matrix.is_dense:
+        return {"up.weight": matrix.A[0].T, "up.bias": matrix.bias}
+    A, B, pivots = with_identity(matrix.A, matrix.B)
+    if pivots is None:
+        return dict(A=A, B=B, bias=matrix.bias)
+    rest, row = (B, A) if column_side(A.shape, B.shape) == "B" else (A, B)
+    order = torch.cat((pivots, others(pivots, rest.shape[1] + len(pivots))))
+    return {"down.weight": rest[:, :, 0], "up.weight": row[:, 0].T, "up.bias": matrix.bias, "order": order.int()}
+
+
+@torch.no_grad()
+def embedding_parts(embedding):
+    """The tensors of a modeling_kronygpt.FactoredEmbedding from a model.Embedding, or its weight where it is dense."""
+    if embedding.is_dense:
+        return dict(weight=embedding.weight)
+    A, B, row, columns = embedding.A, embedding.B, embedding.row, embedding.columns
+    if row is None:
+        V, rank = embedding.bands[0]
+        A, B, pivots = with_identity(A.view(V, rank).T[:, :, None], B[:, None])
+        A, B, columns = A[:, :, 0].T.flatten(), B[:, 0], torch.where(torch.arange(V) < rank, 0, rank)
+        row = torch.cat((pivots, others(pivots, V))).argsort()
+    starts = columns.cumsum(0) - columns
+    return dict(A=A, B=B, row=row.int(), start=starts[row].int(), columns=columns[row].int())
+
+
+def rounded(parts):
+    """The tensors of a module with weights in int8: multiples of a scale that is 1/127 of the largest number in an output
+    column of a matrix or a factor, or in a token of an embedding."""
+    result = dict(parts)
+    for part, p in parts.items():
         if p.dim() > 1:
             largest = p.abs().amax(-1 if p.dim() == 2 else 1, keepdim=True)
-        elif name.endswith(".A"):
-            tokens = checkpoint.owners(state_dict, name)
-            largest = torch.zeros(len(state_dict[f"{name[:-1]}row"])).scatter_reduce(0, tokens, p.abs(), "amax")[:, None]
+        elif part == "A":
+            tokens = checkpoint.owners(parts["row"], parts["columns"])
+            largest = torch.zeros(len(parts["row"])).scatter_reduce(0, tokens, p.abs(), "amax")[:, None]
         else:
             continue
         scale = torch.where(largest > 0, largest / 127, 1.0)
         each = scale if p.dim() > 1 else scale[tokens, 0]
-        result |= {name: (p / each).round().to(torch.int8), f"{name}_scale": scale}
+        result |= {part: (p / each).round().to(torch.int8), f"{part}_scale": scale}
     return result
 
 
 def with_weights(cls, config, state_dict):
-    """A transformers model that takes over the tensors of a state dict."""
+    """A transformers model that takes over the tensors of a state dict, and has one matrix for embedding and output."""
     with torch.device("meta"):  # nothing to initialize
         hf_model = cls(config)
-    hf_model.load_state_dict(state_dict, assign=True)
+    if "lm_head.weight" in hf_model.state_dict():
+        state_dict["lm_head.weight"] = state_dict["transformer.wte.weight"]
+    hf_model.load_state_dict({name: p.detach().contiguous() for name, p in state_dict.items()}, assign=True)
     hf_model.tie_weights()
     return hf_model.eval()
 

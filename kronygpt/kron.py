@@ -94,16 +94,25 @@ def column_side(A_shape, B_shape):
     return "A" if n1 == m2 == 1 else "B" if m1 == n2 == 1 else None
 
 
-def with_identity(column, row, largest=1.5):
-    """The same product column [m, r] @ row [r, n], r < m, as one in which r rows of the column side are the identity: those
-    r² numbers need not be stored. The rows are such that no number of the column side is above `largest`: partial pivoting
-    finds r rows, and then rows are exchanged as long as one gains (S. Goreinov et al., How to find a good submatrix, 2010).
-    PIFA (arXiv 2501.19090) stores low rank like this.
+def with_identity(A, B, largest=1.5):
+    """The same matrix of low rank, in which r rows of the side with the columns, [r, m, 1], are the identity: those r²
+    numbers need not be stored. The rows are such that no other number of the side is above `largest`: partial pivoting finds
+    r rows, and then rows are exchanged as long as one gains (S. Goreinov et al., How to find a good submatrix, 2010). PIFA
+    (arXiv 2501.19090) stores low rank like this.
+
+    Args:
+        A, B: [r, m, 1] and [r, 1, n], or the other way round.
 
     Returns:
-        pivots [r], the rows of the identity; rest [m - r, r], the others; row [r, n].
+        A, B and pivots [r], the rows of the identity; the side with the columns has only the other rows, [r, m - r, 1].
+        A and B as they are and None where the sum is not of low rank, or r is not below m.
     """
-    Q = torch.linalg.qr(float64(column)).Q
+    side = column_side(A.shape, B.shape)
+    column, row = (B, A) if side == "B" else (A, B)
+    if side is None or column.shape[0] >= column.shape[1] or row.shape[2] == 1:  # of a column, the sides look alike
+        return A, B, None
+    column = float64(column[:, :, 0].T)  # [m, r]
+    Q = torch.linalg.qr(column).Q
     order = torch.arange(len(Q))
     for i, j in enumerate((torch.linalg.lu_factor(Q).pivots - 1).tolist()):
         order[[i, j]] = order[[j, i]]
@@ -115,21 +124,30 @@ def with_identity(column, row, largest=1.5):
         change[j] -= 1
         T -= torch.outer(T[:, j] / T[i, j], change)  # row i is a unit vector now, and the old row of the identity is not
         pivots[j] = i
-    is_rest = torch.ones(len(T), dtype=torch.bool)
-    is_rest[pivots] = False
-    return pivots, T[is_rest].to(column), (float64(column)[pivots] @ float64(row)).to(row)
+    column, row = T[others(pivots, len(T))].to(row).T[:, :, None], (column[pivots] @ float64(row[:, 0])).to(row)[:, None]
+    return (row, column, pivots) if side == "B" else (column, row, pivots)
 
 
-def without_identity(pivots, rest, row):
-    """column [m, r] and row [r, n] of with_identity(), whole and balanced: columns of one and rows of the other are
-    orthogonal and of equal norms, as an SVD has them, so that training changes both sides alike."""
-    column = torch.empty(len(rest) + len(pivots), len(pivots), dtype=torch.float64)
-    is_rest = torch.ones(len(column), dtype=torch.bool)
-    is_rest[pivots] = False
-    column[pivots], column[is_rest] = torch.eye(len(pivots), dtype=torch.float64), rest.double()
-    (Q, R), (P, S) = torch.linalg.qr(column), torch.linalg.qr(row.double().T)
+def without_identity(A, B, pivots):
+    """The inverse of with_identity(), balanced: columns of one side and rows of the other are orthogonal and of equal norms,
+    as an SVD has them, so that training changes both sides alike."""
+    side = column_side(A.shape, B.shape)
+    rest, row = (B, A) if side == "B" else (A, B)
+    r, n_rest, _ = rest.shape
+    column = torch.empty(n_rest + r, r, dtype=torch.float64)
+    column[pivots], column[others(pivots, n_rest + r)] = torch.eye(r, dtype=torch.float64), rest[:, :, 0].T.double()
+    (Q, R), (P, S) = torch.linalg.qr(column), torch.linalg.qr(row[:, 0].double().T)
     U, sigma, V = torch.linalg.svd(R @ S.T, full_matrices=False)
     column, row = (Q @ U) * sigma.sqrt(), sigma.sqrt()[:, None] * (V @ P.T)
     signs = column.gather(0, column.abs().argmax(0, keepdim=True)).sign()  # singular vectors come with either sign
-    unused = len(pivots) - len(row)  # factors beyond the number of columns, which no matrix needs
-    return F.pad(column * signs, (0, unused)).to(rest), F.pad(row * signs.T, (0, 0, 0, unused)).to(rest)
+    unused = r - len(row)  # factors beyond the number of columns, which no matrix needs
+    column = F.pad(column * signs, (0, unused)).float().T[:, :, None]
+    row = F.pad(row * signs.T, (0, 0, 0, unused)).float()[:, None]
+    return (row, column) if side == "B" else (column, row)
+
+
+def others(pivots, m):
+    """The rows of m that are no pivots, in ascending order."""
+    is_other = torch.ones(m, dtype=torch.bool)
+    is_other[pivots] = False
+    return is_other.nonzero()[:, 0]

@@ -1,6 +1,5 @@
 """Every layout of a model loads to the same logits, and everything else is refused in one line."""
 import os
-import pickle
 import re
 import shutil
 import struct
@@ -47,15 +46,6 @@ def unstacked(state_dict):
         else:
             result[name] = p
     return result
-
-
-def nanogpt(hf_model):
-    """The state dict of nanoGPT's dense model: transformers' with Linear weights [out, in], and its causal masks."""
-    def is_conv1d(name):
-        return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-    state_dict = {name: p.T.contiguous() if is_conv1d(name) else p for name, p in hf_model.state_dict().items()}
-    return state_dict | {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril() for layer in range(2)}
 
 
 def refusal(source):
@@ -158,16 +148,18 @@ def test_a_factor_of_one_number_counts(tmp_path, gpt2_dir):
 
 @pytest.mark.parametrize("source", ["nanogpt_ckpt.pt", "nanogpt_nobias_ckpt.pt", "krony_pt_bare.pt", "transformers_4",
                                     "hub_2019", "n_inner_half"])
-def test_files_of_other_programs_have_the_logits_of_those_programs(source, shared):
+def test_files_of_other_programs_have_the_logits_of_those_programs(source, shared, recwarn):
     """n_inner_half has float16 weights. They become float32 exactly, and expected.pt computed with them in float32, so
-    that half precision costs nothing more."""
+    that half precision costs nothing more. The GELU of nanoGPT and Krony-PT is the exact one, which is told."""
     foreign = shared / "data" / "foreign"
     expected = torch.load(foreign / "expected.pt", weights_only=True)
     model, _ = checkpoint.load(str(foreign / source))
     with torch.no_grad():
         found = model.eval()(expected["idx"])
-    # our GELU is the tanh form, theirs may be the exact one
     torch.testing.assert_close(found, expected.get(f"{source}:tanh", expected[source]), rtol=0, atol=1e-5)
+    is_exact = source.startswith(("nanogpt", "krony"))
+    assert any("which compute the exact GELU" in str(warning.message) for warning in recwarn) == is_exact
+    assert ((found - expected[source]).abs().max() > 1e-5) == is_exact
 
 
 def test_a_checkpoint_of_the_first_edition_has_its_logits():
@@ -188,20 +180,6 @@ def test_a_run_of_the_first_edition_is_not_resumed_but_started_from(gpt2_dir):
 
 
 # what a resume needs
-
-def test_a_run_of_ours_is_resumed(model, tmp_path):
-    optimizer = train_a_step(model)
-    checkpoint.save(tmp_path / "a.pt", model, optimizer, iter_num=1, best_val_loss=2)
-    again, rest = checkpoint.load(tmp_path / "a.pt", dropout=0.5)
-    assert again.config.dropout == 0.5
-    resumed = again.configure_optimizers(1e-3, 0.1, (0.9, 0.95))
-    load_optimizer_state(resumed, rest["optimizer"], "a.pt")
-    for run, its_optimizer in (model, optimizer), (again.eval(), resumed):
-        run.zero_grad()
-        run(IDX, IDX.flip(0)).backward()
-        its_optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
-
 
 def test_a_resumed_run_has_the_moments_of_the_file_and_the_options_of_its_own(small_model, tmp_path):
     """Compared with AdamW's formula."""
@@ -239,7 +217,6 @@ def test_moments_of_other_parameters_or_shapes_are_refused(mixed_model):
 
 # other layouts
 
-
 def test_the_oldest_layout_has_no_mlp_biases(small_model, tmp_path):
     for block in small_model.transformer.h:
         block.mlp.c_fc.bias.data.zero_()
@@ -256,16 +233,12 @@ def test_one_of_the_two_tied_matrices_is_enough(missing, small_model, tmp_path):
     assert torch.equal(load_logits(tmp_path / "a.pt"), logits(small_model))
 
 
-def test_half_precision_weights_load_as_float32(small_model, tmp_path):
-    torch.save({name: p.half() for name, p in published(small_model).items()}, tmp_path / "a.pt")
-    model, _ = checkpoint.load(str(tmp_path / "a.pt"))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert all(torch.equal(p, q.half().float()) for p, q in zip(model.parameters(), small_model.parameters()))
-
-
 def test_a_dense_nanogpt_checkpoint_has_the_logits_of_transformers(gpt2_dir, tmp_path):
+    """Its Linear weights are [out, in], and older ones hold causal masks."""
     hf_model = load_gpt2(gpt2_dir)
-    state_dict = {f"_orig_mod.{name}": p for name, p in nanogpt(hf_model).items()}
+    state_dict = {f"_orig_mod.{name}": p.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else p
+                  for name, p in hf_model.state_dict().items()}
+    state_dict["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
     torch.save(dict(model=state_dict, model_args=dict(n_head=4, n_embd=64, bias=True), iter_num=5), tmp_path / "a.pt")
     model, rest = checkpoint.load(str(tmp_path / "a.pt"))
     torch.testing.assert_close(logits(model), logits(hf_model), rtol=0, atol=1e-5)
@@ -312,7 +285,7 @@ def test_a_directory_with_ckpt_pt_is_a_checkpoint(small_model, workdir):
 
 # what is refused
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_what_is_no_checkpoint_is_refused(small_model, tmp_path):
     torch.save({"weights": 3, "epoch": {0: torch.ones(1)}}, tmp_path / "a.pt")
     assert "no weights of a GPT-2 (no ln_f.weight), but weights, epoch" in refusal(tmp_path / "a.pt")
     torch.save(torch.ones(3), tmp_path / "a.pt")
@@ -320,6 +293,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for text in "", "hello", "PK\x03\x04 not really a zip":
         (tmp_path / "a.pt").write_text(text)
         refusal(tmp_path / "a.pt")
+    for is_zip in True, False:  # torch's format and its older one
+        torch.save(published(small_model), tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+        os.truncate(tmp_path / "a.pt", 100_000)
+        assert "truncated or damaged" in refusal(tmp_path / "a.pt")
 
 
 def test_one_flipped_bit_is_found(small_model, tmp_path):
@@ -336,39 +313,6 @@ def test_one_flipped_bit_is_found(small_model, tmp_path):
         damaged[begin + record.file_size // 2] ^= 1
         path.write_bytes(damaged)
         assert f"the checksum of {record.filename} is wrong" in refusal(path)
-
-
-@pytest.mark.parametrize("is_zip", [True, False])  # torch's format and its older one
-def test_a_truncated_checkpoint_is_refused(is_zip, small_model, tmp_path):
-    path = tmp_path / "a.pt"
-    torch.save(published(small_model), path, _use_new_zipfile_serialization=is_zip)
-    assert torch.equal(load_logits(path), logits(small_model))
-    whole = path.read_bytes()
-    for length in 1, 30, 300, 1000, len(whole) // 2, len(whole) - 100, len(whole) - 1:
-        path.write_bytes(whole[:length])
-        said = refusal(path)
-    assert "truncated or damaged" in said
-
-
-class Trap:
-    """Unpickled, it makes a directory."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_a_pickle_that_would_run_code_does_not(small_model, tmp_path):
-    trap = Trap(tmp_path / "sprung")
-    path = tmp_path / "a.pt"
-    for write in torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)):
-        write(dict(model=published(small_model), config=trap), path)
-        assert "could run code" in refusal(path)
-    assert not (tmp_path / "sprung").exists()
-    pickle.loads(path.read_bytes())
-    assert (tmp_path / "sprung").exists()  # the trap works
 
 
 def test_weights_that_do_not_fit_together_are_refused(small_model, tmp_path):
