@@ -12,9 +12,9 @@ starts = """
 4.5M Van Loan: kron_decompose.py 256 256 1 | --learning_rate=1e-3
 4.5M Krony-PT's pruning: prune.py --keep=4 | --learning_rate=1e-3
 4.5M hidden units pruned, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pysource | --learning_rate=1e-3
-4.5M SVD-LLM: experiments/peers.py svd_llm 4.542M --calibrate=pysource | --learning_rate=3e-4
-4.5M activation-aware SVD, even ranks: experiments/peers.py even_ranks 4.542M --calibrate=pysource | --learning_rate=3e-4
-4.5M ours: kron_decompose.py --budget=4.542M --calibrate=pysource | --learning_rate=1e-4
+4.5M SVD-LLM: experiments/peers.py svd_llm 4.542M --calibrate=pysource | --learning_rate=1e-4
+4.5M activation-aware SVD, even ranks: experiments/peers.py even_ranks 4.542M --calibrate=pysource | --learning_rate=1e-4
+4.5M ours: kron_decompose.py --budget=4.542M --calibrate=pysource | --learning_rate=3e-5
 3.5M SVD-LLM: experiments/peers.py svd_llm 3.451M --calibrate=pysource | --learning_rate=3e-4
 3.5M activation-aware SVD, even ranks: experiments/peers.py even_ranks 3.451M --calibrate=pysource | --learning_rate=3e-4
 3.5M ours: kron_decompose.py --budget=3.451M --calibrate=pysource | --learning_rate=3e-4
