@@ -59,10 +59,9 @@ RUNS = {
                             "report: what each part is worth"),
     "compare_kronecker": Run("-m experiments.compare config/compare_kronecker.py", "out/compare_kronecker/results.json",
                              "report: Kronecker products against low rank"),
-    "predict": Run("-m experiments.predict --init_from=out/base/best.pt --calibrate=pysource --budgets=0.8,0.66,0.5,0.4,0.3 "
-                   "--shares=0.25 --calibration_tokens=32768 --eval_tokens=32768 --out_dir=out/predict_base",
-                   "out/predict_base/table.md",
-                   "report: predicted and measured loss"),
+    "predict": Run("-m experiments.predict --init_from=out/base/best.pt --calibrate=pysource --budgets=0.66,0.5,0.3 "
+                   "--shares=0.25 --calibration_tokens=16384 --eval_tokens=16384 --out_dir=out/predict_base",
+                   "out/predict_base/table.md", "report: predicted and measured loss"),
     "compare_bytes": Run("-m experiments.compare config/compare_bytes.py", "out/compare_bytes/results.json",
                          "appendix: results over bytes", BYTES_BASE),
     "bench": Run("-m experiments.bench --repeats=3 --shapes='768,768,1 768,1,288,288'", "out/bench/results.json",
