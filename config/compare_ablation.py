@@ -11,7 +11,7 @@ starts = """
 ranks: kron_decompose.py --budget=3.451M --keep=embedding,heads,hidden --calibrate=pysource | --learning_rate=3e-4
 ranks, heads: kron_decompose.py --budget=3.451M --keep=embedding,hidden --calibrate=pysource | --learning_rate=3e-4
 ranks, hidden units: kron_decompose.py --budget=3.451M --keep=embedding,heads --calibrate=pysource | --learning_rate=3e-4
-ranks, embeddings: kron_decompose.py --budget=3.451M --keep=heads,hidden --calibrate=pysource | --learning_rate=3e-4
-ranks, heads, hidden units: kron_decompose.py --budget=3.451M --keep=embedding --calibrate=pysource | --learning_rate=3e-4
-all: kron_decompose.py --budget=3.451M --calibrate=pysource | --learning_rate=3e-4
+ranks, embeddings: kron_decompose.py --budget=3.451M --keep=heads,hidden --calibrate=pysource | --learning_rate=1e-4
+ranks, heads, hidden units: kron_decompose.py --budget=3.451M --keep=embedding --calibrate=pysource | --learning_rate=1e-4
+all: kron_decompose.py --budget=3.451M --calibrate=pysource | --learning_rate=1e-4
 """

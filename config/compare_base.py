@@ -17,6 +17,6 @@ starts = """
 4.5M ours: kron_decompose.py --budget=4.542M --calibrate=pysource | --learning_rate=3e-5
 3.5M SVD-LLM: experiments/peers.py svd_llm 3.451M --calibrate=pysource | --learning_rate=3e-4
 3.5M activation-aware SVD, even ranks: experiments/peers.py even_ranks 3.451M --calibrate=pysource | --learning_rate=3e-4
-3.5M ours: kron_decompose.py --budget=3.451M --calibrate=pysource | --learning_rate=3e-4
+3.5M ours: kron_decompose.py --budget=3.451M --calibrate=pysource | --learning_rate=1e-4
 2.1M ours: kron_decompose.py --budget=2.071M --calibrate=pysource | --learning_rate=3e-4
 """
