@@ -5,11 +5,13 @@ import statistics
 SAME_SIZE = 1.1  # starts whose numbers of parameters differ by less than this factor share a panel
 MARKERS = "osD^vPX*hd"  # beside the ten colors of matplotlib's cycle, C0 to C9
 ACCENT, GREY = "#c2410c", "0.5"  # of this project's method, and of all else
-LINES = {  # method: in draw_added(), its label, the point that has it, the offset from there in points, and its marker
+# method: in draw_added(), its label, the point that has it (the first one is before training), the offset from there in
+# points, and its marker
+LINES = {
     "Van Loan": ("Van Loan", -1, (9, -5), "s"),
     "Krony-PT's pruning": ("Krony-PT's pruning", -1, (9, -5), "P"),
     "hidden units pruned, refitted": ("hidden units pruned", -1, (9, -5), "D"),
-    "SVD-LLM": ("SVD-LLM", 0, (6, 2), "v"),
+    "SVD-LLM": ("SVD-LLM", 0, (-72, -4), "v"),
     "activation-aware SVD, even ranks": ("activation-aware SVD", -1, (9, -5), "^"),
     "ours": ("KronyGPT", -1, (9, -5), "o"),
 }
@@ -85,8 +87,8 @@ def draw_added(rows, path):
         style = dict(marker=marker, color=color, linewidth=width, markersize=7)
         axes.plot(x, before, linestyle="--", markerfacecolor="white", **style)
         axes.plot(x, after, **style)
-        axes.annotate(label, (x[at], after[at]), offset, textcoords="offset points", color=color, fontsize=13,
-                      weight="bold" if name == "ours" else "normal")
+        axes.annotate(label, (x[at], (after if at else before)[at]), offset, textcoords="offset points", color=color,
+                      fontsize=13, weight="bold" if name == "ours" else "normal")
     axes.plot([], [], "o--", color="k", markerfacecolor="white", label="before training")
     axes.plot([], [], "o-", color="k", label="after training")
     axes.set_yscale("log")
@@ -96,7 +98,7 @@ def draw_added(rows, path):
     axes.set_ylabel("loss added over dense (nats per token)", fontsize=13)
     axes.tick_params(labelsize=13)
     axes.grid(alpha=0.3)
-    axes.set_xlim(25, 95)
+    axes.set_xlim(25, 90)
     figure.legend(fontsize=13, loc="outside upper center", ncols=2)
     save_figure(figure, path)
 
