@@ -5,7 +5,7 @@ base = "../shared/data/gpt2-bytes"
 train_config = "config/compare_bytes_train.py"
 dataset = "pydocs"
 out_dir = "out/compare_bytes"
-seeds = "1,2,3"
+seeds = "1,2"
 
 starts = f"""
 dense, trained further: kron_decompose.py 256 1024 1 | --learning_rate=3e-5

@@ -1,7 +1,7 @@
 """Make every picture and table of docs/report.md and docs/learning_rates.md, and the tables of README.md, from runs.
 
     python -m experiments.figures                      # the runs that are missing, then all pictures and tables
-    python -m experiments.figures compare_bytes        # ... and this run of the list below, again
+    python -m experiments.figures compare_base         # ... and this run of the list below, again
     python -m experiments.figures --make_runs=False    # pictures and tables of the runs that are there
     python -m experiments.figures --only=plan          # one picture or table, without runs
 

@@ -1,8 +1,8 @@
 """Compress a GPT-2 by the methods of others, for the comparisons.
 
-    python -m experiments.peers even_ranks 0.931M --init_from=out/base/best.pt  # → checkpoints/even_ranks_0.931M.pt
-    python -m experiments.peers even_ranks 0.931M --init_from=out/base/best.pt --calibrate=pydocs
-    python -m experiments.peers svd_llm 0.931M --init_from=out/base/best.pt --calibrate=pydocs
+    python -m experiments.peers even_ranks 3.451M --init_from=out/base/best.pt  # → checkpoints/even_ranks_3.451M.pt
+    python -m experiments.peers even_ranks 3.451M --init_from=out/base/best.pt --calibrate=pysource
+    python -m experiments.peers svd_llm 3.451M --init_from=out/base/best.pt --calibrate=pysource
 
 In all of them each matrix of each block becomes low rank and keeps the same share of its parameters.
 

@@ -1,5 +1,4 @@
-"""Make data/pysource from the Python source in this environment: a hundred megabytes of text with a real vocabulary, and
-no download.
+"""Make data/pysource from the Python source in this environment: 74 MB of text with a real vocabulary, and no download.
 
     python -m experiments.prepare_pysource      # → data/pysource: train.bin, val.bin, meta.json, tokenizer/
 
