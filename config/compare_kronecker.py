@@ -8,7 +8,7 @@ seeds = "1"
 n_batches = 100
 
 starts = """
-Kronecker (256, 256, 1): kron_decompose.py 256 256 1 --calibrate=pysource | --learning_rate=1e-3
+Kronecker (256, 256, 1): kron_decompose.py 256 256 1 --calibrate=pysource | --learning_rate=3e-4
 Kronecker (64, 64, 16): kron_decompose.py 64 64 16 --calibrate=pysource | --learning_rate=1e-3
 low rank (256, 1, 53): kron_decompose.py 256 1 53 --calibrate=pysource | --learning_rate=3e-4
 low rank, ranks by loss: kron_decompose.py --budget=4.542M --matrices=mlp --calibrate=pysource | --learning_rate=3e-4
