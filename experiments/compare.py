@@ -179,7 +179,7 @@ def conclusion(rows):
     if not smaller:
         return "No start is smaller than the dense model."
     best, trained = min(smaller, key=mean_loss), pictures.dense_start(rows)
-    gap = mean_loss(best) - (mean_loss(trained) if trained else rows[0]["before"])
+    gap = mean_loss(best) - pictures.loss_of_dense(rows)
     return (f"The best smaller model, \"{best['name']}\", has {best['parameters'] / rows[0]['parameters']:.0%} of the "
             f"parameters of the dense model and ends at {mean_loss(best):.3f}, {abs(gap):.3f} nats "
             f"{'above' if gap > 0 else 'below'} the dense model{' trained as long' * bool(trained)}.")

@@ -41,8 +41,7 @@ def draw_pareto(rows, path, dataset):
 
     figure, dense = new_figure(11, 5.5), dense_start(rows)
     left, right = figure.subplots(1, 2)
-    loss_of_dense = statistics.mean(r["after"] for r in dense["runs"]) if dense else rows[0]["before"]
-    for axes, title, loss in ((left, "before training", rows[0]["before"]), (right, "after training", loss_of_dense)):
+    for axes, title, loss in ((left, "before training", rows[0]["before"]), (right, "after training", loss_of_dense(rows))):
         axes.plot(rows[0]["parameters"] / 1e6, loss, "k*", markersize=14)
         axes.axhline(loss, color="k", linestyle=":", linewidth=1)
         axes.set(xlabel="parameters (millions)", ylabel=f"loss on held-out {dataset} (nats per token)", title=title)
