@@ -23,7 +23,6 @@ of what the model has learnt. It takes minutes, and a GPU helps.
 """
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from kronygpt import configurator
@@ -39,8 +38,7 @@ calibrate: str | None = None  # data set under data/: its training split is cali
 calibration_tokens = 131072  # number of tokens to calibrate on
 device = ""  # where to calibrate; default: CUDA if available, else the CPU
 
-GPT2_SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
-SHOWN = 20  # rows that are printed
+SHOWN = 20  # shapes that are printed
 CURVE = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the parameters in the picture of several budgets
 PICTURE = "checkpoints/plan.png"
 
@@ -49,26 +47,27 @@ def parse_shapes(dim_1, dim_2, n_factors, config):
     """The positional arguments as the shapes of the MLPs, which fit a KronyGPTConfig."""
     from model import mlp_shapes
 
-    try:
-        factors = [int(n) for n in n_factors.split(",")]
-        shapes = mlp_shapes(int(dim_1), int(dim_2), factors * config.n_layer if len(factors) == 1 else factors)
-        replace(config, shapes=shapes)  # which checks them
-    except ValueError as error:
-        raise UserError(f"dim_1, dim_2 and n_factors (perhaps a comma list): {error}") from None
-    a, b = int(dim_1) * int(dim_2), config.n_embd * config.n_inner[0] // (int(dim_1) * int(dim_2))
+    dim_1, dim_2, factors = int(dim_1), int(dim_2), [int(n) for n in n_factors.split(",")]
+    shapes = mlp_shapes(dim_1, dim_2, factors * config.n_layer if len(factors) == 1 else factors)
+    replace(config, shapes=shapes)  # which checks them
+    a, b = dim_1 * dim_2, config.n_embd * config.n_inner[0] // (dim_1 * dim_2)
     if (most := max(factors)) > min(a, b):
         raise UserError(f"{most} factors of ({dim_1}, {dim_2}), where a sum of {min(a, b)} reaches every matrix")
     return shapes
 
 
-def print_table(shapes):
-    """Print the first of some budget.MLPShapes."""
-    print(f"{'parameters':>12}  dim_1  dim_2  factors  multiply-adds of an MLP  rank, at most")
-    for s in shapes[:SHOWN]:
-        print(f"{s.parameters:>12,}  {s.dim_1:>5}  {s.dim_2:>5}  {s.n_factors:>7}  {s.multiply_adds:>16.2f} × dense  "
-              f"{s.rank:>13}")
-    if len(shapes) > SHOWN:
-        print(f"... and {len(shapes) - SHOWN} more with as many multiply-adds or more")
+def print_shapes(config, limit):
+    """Print the shapes of the MLPs with which a model of a KronyGPTConfig has about `limit` parameters."""
+    from kronygpt.budget import shapes_within
+
+    if not (found := shapes_within(config, limit)):
+        raise UserError(f"no shape of the MLPs makes a model of {limit:,} parameters: with --calibrate=DATASET the whole "
+                        "model shares them")
+    print(f"{'parameters':>12}  dim_1  dim_2  factors  multiply-adds of an MLP")
+    for size, (dim_1, dim_2, r), macs in found[:SHOWN]:
+        print(f"{size:>12,}  {dim_1:>5}  {dim_2:>5}  {r:>7}  {macs:>16.2f} × dense")
+    if len(found) > SHOWN:
+        print(f"... and {len(found) - SHOWN} more with as many multiply-adds or more")
 
 
 def print_plan(plan):
@@ -87,26 +86,9 @@ def print_plan(plan):
           f"predicted loss added (order only): {plan.loss:.4f} nats per token: {parts}")
 
 
-def sizes_of(source):
-    """The KronyGPTConfig of a model, which OpenAI's four need not be downloaded for."""
-    from kronygpt import checkpoint
-    from model import KronyGPTConfig
-
-    if source not in GPT2_SIZES:
-        return checkpoint.load(source)[0].config
-    n_layer, n_embd = GPT2_SIZES[source]
-    return KronyGPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // checkpoint.GPT2_HEAD_DIM)
-
-
 def print_choice(names, plans, path, total):
-    """Print what some budgets are predicted to cost, and draw it beside other shares of a model's parameters.
-
-    Args:
-        names: of the budgets.
-        plans: {number of parameters: Plan}, of these budgets and others.
-        path: of the picture.
-        total: parameters of the dense model.
-    """
+    """Print what some budgets, {name: number of parameters}, are predicted to cost, and draw it with that of all `plans`,
+    {number of parameters: Plan}. total: parameters of the dense model."""
     from matplotlib.ticker import EngFormatter
 
     from kronygpt.run_dir import new_figure, save_figure
@@ -133,18 +115,7 @@ def print_choice(names, plans, path, total):
 
 def main(dim_1=None, dim_2=None, n_factors=None):
     from kronygpt import calibration, checkpoint, compress, data
-    from kronygpt.budget import (
-        NARROWS,
-        Plan,
-        count_parameters,
-        is_dense,
-        parse_budget,
-        plan_ranks,
-        plan_widths,
-        room,
-        shapes_within,
-        smallest,
-    )
+    from kronygpt.budget import NARROWS, Plan, is_dense, parse_budget, plan_widths, room, smallest
     from kronygpt.files import output_file
     from model import KINDS
 
@@ -156,10 +127,6 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         raise UserError("give all three of dim_1 dim_2 n_factors, or a --budget without them")
     if out and len(texts) > 1:
         raise UserError("--out is for one budget; several go to checkpoints/best_....pt")
-    if not (dim_1 or calibrate):
-        config = sizes_of(init_from)
-        total = count_parameters(config, KINDS)
-        return [print_table(shapes_within(config, *parse_budget(text, total))) for text in texts]
 
     dense, _ = checkpoint.load(init_from)
     config, options, start = dense.config, dict(init_from=init_from), time.perf_counter()
@@ -167,16 +134,17 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     if dim_1:
         name = f"{'calibrated' if calibrate else 'VL'}_{dim_1}_{dim_2}_{n_factors.replace(',', '-')}"
         names, plans = {name: 0}, {0: Plan("one shape for all MLPs", parse_shapes(dim_1, dim_2, n_factors, config))}
+    elif not calibrate:
+        return [print_shapes(config, parse_budget(text, total)) for text in texts]
     else:
         kinds = [kind for kind in KINDS if matrices == "all" or kind.startswith("mlp.")]
         is_whole = matrices == "all" and is_dense(dense)  # else ranks alone are chosen
         narrows = [part for part in NARROWS if is_whole and part not in kept]
-        names = {f"best_{text}": parse_budget(text, total)[0] for text in texts}
+        names = {f"best_{text}": parse_budget(text, total) for text in texts}
         for limit in names.values():
             room(config, kinds, limit, narrows)  # an error comes before the work
         options |= dict(budget=budget, matrices=matrices, keep=keep)
-    paths = [output_file(out or f"checkpoints/{name}.pt") for name in names]
-    text = None
+    paths, text = [output_file(out or f"checkpoints/{name}.pt") for name in names], None
     if calibrate:
         text = data.calibration_text(calibrate, calibration_tokens, config, device)
         held_out = data.load_tokens(calibrate, "val", config, config.block_size)
@@ -187,8 +155,7 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         if shown:
             least = smallest(config, kinds, narrows)
             limits += [limit for share in CURVE if (limit := int(share * total)) >= least]
-        plan = partial(plan_widths, narrows=narrows) if is_whole else partial(plan_ranks, kinds=kinds)
-        plans = dict(zip(limits, plan(dense, limits=limits, statistics=calibration.statistics(dense, text))))
+        plans = dict(zip(limits, plan_widths(dense, limits, calibration.statistics(dense, text), narrows, kinds)))
         if shown:
             print_choice(dict(zip(texts, names.values())), plans, output_file(PICTURE), total)
             plans = {limit: plans[limit] for limit in names.values()}

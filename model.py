@@ -69,9 +69,12 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
-        qkv = self.c_attn(x)
+        return self.resid_dropout(self.c_proj(self.between(self.c_attn(x), cache)))  # (B, T, C)
+
+    def between(self, qkv, cache=None):
+        """From the output of c_attn to the input of c_proj."""
         if self.columns is not None:  # zeros make the heads equally wide
-            qkv = qkv.new_zeros(*x.shape[:-1], sum(self.widths)).index_copy(-1, self.columns, qkv)
+            qkv = qkv.new_zeros(*qkv.shape[:-1], sum(self.widths)).index_copy(-1, self.columns, qkv)
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, head_qk or head_v)
                    for part in qkv.split(self.widths, dim=-1))
         if cache is not None:
@@ -80,9 +83,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
         y = y.transpose(1, 2).flatten(-2)
-        if self.v_columns is not None:
-            y = y.index_select(-1, self.v_columns)
-        return self.resid_dropout(self.c_proj(y))  # (B, T, C)
+        return y if self.v_columns is None else y.index_select(-1, self.v_columns)
 
 
 def padded_columns(parts):
@@ -104,8 +105,11 @@ class MLP(nn.Module):
         self.c_proj = KronLinear(*config.size_and_shape("mlp.c_proj", layer))
         self.dropout = nn.Dropout(config.dropout)
 
+    def between(self, x):
+        return F.gelu(x, approximate="tanh")
+
     def project(self, x):
-        return self.c_proj(F.gelu(x, approximate="tanh"))
+        return self.c_proj(self.between(x))
 
     def forward(self, x):
         x = self.c_fc(x)  # (B, T, n_inner)
@@ -236,20 +240,17 @@ class KronyGPTConfig:
             if name != "n_inner":
                 widths = [[width] * self.n_head if isinstance(width, int) else list(width) for width in widths]
             setattr(self, name, widths)
-        for name, rows in dict(wte=self.vocab_size, wpe=self.block_size).items():
-            bands = [tuple(band) for band in getattr(self, name) or [(rows, self.n_embd)]]
-            if sum(n for n, _ in bands) != rows:
-                raise ValueError(f"the bands of {name} have {sum(n for n, _ in bands)} rows, not {rows}")
-            setattr(self, name, bands)
+        self.wte = [tuple(band) for band in self.wte or [(self.vocab_size, self.n_embd)]]
+        self.wpe = [tuple(band) for band in self.wpe or [(self.block_size, self.n_embd)]]
         if unknown := self.shapes.keys() - set(KINDS):
             raise ValueError(f"a block has no matrix {min(unknown)}")
-        sizes = [self.sizes(layer) for layer in range(self.n_layer)]
         for kind in KINDS:
-            shapes = [Shape(*shape) for shape in self.shapes.get(kind, [(*of_block[kind], 1) for of_block in sizes])]
+            sizes = [self.sizes(layer)[kind] for layer in range(self.n_layer)]
+            shapes = [Shape(*shape) for shape in self.shapes.get(kind, [(*size, 1) for size in sizes])]
             if len(shapes) != self.n_layer:
                 raise ValueError(f"{kind} has {len(shapes)} shapes for {self.n_layer} blocks: "
                                  "give one number of factors, or one for each block")
-            for shape, (m, n) in zip(shapes, (of_block[kind] for of_block in sizes)):
+            for shape, (m, n) in zip(shapes, sizes):
                 if min(shape) < 1 or m % shape.dim_1 or n % shape.dim_2:
                     raise ValueError(f"{kind} [{m}, {n}] cannot have the shape {tuple(shape)}: dim_1 divides its rows and "
                                      "dim_2 its columns")
@@ -329,24 +330,20 @@ class KronyGPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
-        """Yield the tokens (B, 1) that continue idx, as they come. The model is in eval mode from then on.
+        """Yield the tokens (B, 1) that continue idx (B, T), as they come. The model sees the last block_size tokens, and is
+        in eval mode from then on. ValueError where logits are not finite.
 
         Args:
-            idx: (B, T) tokens to continue; the model sees the last block_size of them.
-            max_new_tokens: number of tokens to add.
             temperature: divides the logits; 0 takes the most likely token.
             top_k: sample among this many most likely tokens only.
             seed: seed for sampling; default: torch's global generator.
-
-        Raises:
-            ValueError: a negative temperature, or logits that are not finite.
         """
         if temperature < 0:
             raise ValueError(f"the temperature is at least 0, not {temperature}")
         self.eval()
         block_size = self.config.block_size
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
-        cache = KVCache(self.config.n_layer, min(idx.shape[1] + max_new_tokens, block_size))
+        cache = KVCache()
         for _ in range(max_new_tokens):
             fits = idx.shape[1] <= block_size  # else the window slides, every token has a new position, nothing can be kept
             x = self.hidden(idx[:, cache.seen:], cache) if fits else self.hidden(idx[:, -block_size:])
@@ -381,11 +378,9 @@ class KronyGPT(nn.Module):
         return {"total": sum(counts.values()), "mlp": mlp, **counts}
 
     def flops_per_token(self, context=None):
-        """Floating point operations per token of a training step on windows of `context` tokens (default: block_size).
-
-        Two per multiply-add, and backward costs twice forward; attention is counted as in PaLM (arXiv 2204.02311,
-        appendix B). A factored matrix counts its cheapest contraction, not the dense product.
-        """
+        """Floating point operations per token of a training step on windows of `context` tokens (default: block_size): two
+        per multiply-add, where backward costs twice forward, attention counts as in PaLM (arXiv 2204.02311, appendix B), and
+        a factored matrix counts its cheapest contraction."""
         matrices = sum(min(multiply_adds(matrix.A.shape, matrix.B.shape).values()) for _, _, matrix in self.matrices())
         attention = sum(sum(block.attn.widths[1:]) for block in self.transformer.h) * (context or self.config.block_size)
         return 6 * (matrices + sum(p.numel() for p in self.transformer.wte.parameters()) + attention)
@@ -397,10 +392,8 @@ class KronyGPT(nn.Module):
                 p.requires_grad &= kind == "factors"
 
     def configure_optimizers(self, learning_rate, weight_decay, betas, factor_lr_scale=1.0):
-        """AdamW over three groups: Kronecker factors and other matrices (with weight decay), vectors (without).
-
-        A schedule multiplies the learning rate of a group by its `lr_scale`: factor_lr_scale for the factors, else 1.
-        """
+        """AdamW over three groups: factors and other matrices (with weight decay), vectors (without). A schedule multiplies
+        the learning rate of a group by its `lr_scale`: factor_lr_scale for the factors, else 1."""
         groups = []
         for kind, group in self.parameters_by_kind().items():
             if params := [(name, p) for name, p in group.items() if p.requires_grad]:
@@ -430,19 +423,15 @@ class KronyGPT(nn.Module):
 class KVCache:
     """Keys and values of the tokens seen so far, in every block."""
 
-    def __init__(self, n_layer, length):
-        self.stores = [None] * n_layer  # keys and values of a block, each (B, n_head, length, width)
-        self.length = length
-        self.seen = 0
+    def __init__(self):
+        self.of_layer, self.seen = {}, 0
 
     def extend(self, layer, *new):
         """Append keys and values (B, n_head, T, width) of the newest tokens; returns those of all tokens."""
-        if self.stores[layer] is None:
-            self.stores[layer] = [t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in new]
-        end = self.seen + new[0].shape[2]
-        for store, t in zip(self.stores[layer], new):
-            store[:, :, self.seen:end] = t
-        return [store[:, :, :end] for store in self.stores[layer]]
+        if layer in self.of_layer:
+            new = [torch.cat(pair, 2) for pair in zip(self.of_layer[layer], new)]
+        self.of_layer[layer] = new
+        return new
 
 
 # ----------------------------------------------------------------------------------------------------------------------

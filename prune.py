@@ -4,9 +4,7 @@
     python prune.py --offset=1          # the odd ones
     python prune.py --keep=4            # one in four
     python prune.py --dim=hidden        # hidden units: c_fc's columns and c_proj's rows
-    python prune.py --dim=hidden --plain=True       # the kept units alone: a plain GPT-2 of a smaller n_inner
     python prune.py --epsilon=0.01      # let the dropped rows learn
-    python prune.py --dim=layer         # whole blocks, every other one, as DistilGPT2 began → checkpoints/layers_2_0.pt
     python prune.py --dim=hidden --select=contribution --refit=True --calibrate=openwebtext
 
 A holds the kept rows, and B = [1, 0]ᵀ puts them into the even places: the model starts as the pruned one and is trained
@@ -14,16 +12,13 @@ further as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 
 
 --select=contribution keeps the hidden units that add most on real text: they are first moved to the even places, which
 leaves the model's function unchanged. --refit fits the kept units by least squares to the output of all units on real
-text. --plain=True writes the kept units without B, as a dense model with n_inner = 4 n_embd / N for every program that
-reads GPT-2.
+text. As long as B is 1 and zeros, kron_to_gpt.py writes a GPT-2 of the kept units alone, n_inner = 4 n_embd / N.
 """
-import re
-
 from kronygpt.configurator import UserError, check_choice, run
 
 init_from = "gpt2"  # the model to prune: a hub name, a Hugging Face directory or a checkpoint
-out: str | None = None  # file to write; default: checkpoints/prune_....pt, plain_....pt or layers_....pt
-dim = "embd"  # units to drop: embd or hidden (a side of the MLPs), or layer (whole blocks)
+out: str | None = None  # file to write; default: checkpoints/prune_....pt
+dim = "embd"  # side of the MLPs whose units are dropped: embd or hidden
 keep = 2  # keep one in N
 offset = 0  # position of the kept one among N: 0 for even, 1 for odd
 select = "even"  # units to keep: even (those at the offset), or by contribution, with --dim=hidden
@@ -32,7 +27,6 @@ calibrate: str | None = None  # data set under data/ for --refit and --select=co
 calibration_tokens = 131072  # number of its tokens
 device = ""  # where to calibrate; default: CUDA if available, else the CPU
 epsilon = 0.0  # value in B in place of the zeros
-plain = False  # with --dim=hidden: write the kept units as dense matrices of a smaller n_inner, without B
 
 
 def prune_matrix(W, dim_1, dim_2, offset=0, epsilon=0.0):
@@ -51,39 +45,19 @@ def prune_matrix(W, dim_1, dim_2, offset=0, epsilon=0.0):
     return W[row::m2, column::n2].contiguous()[None], B
 
 
-def without_layers(model):
-    """The model with one block in `keep`. The start of DistilGPT2 (V. Sanh et al., DistilBERT, arXiv 1910.01108)."""
-    args, kept = model.config.as_plain_types(), range(offset, model.config.n_layer, keep)
-    args |= {name: args[name][offset::keep] for name in ("n_inner", "head_qk", "head_v")}
-    shapes = {kind: of_blocks[offset::keep] for kind, of_blocks in args["shapes"].items()}
-    state_dict = {}
-    for name, p in model.state_dict().items():
-        block = re.match(r"transformer\.h\.(\d+)\.(.*)", name)
-        if not block:
-            state_dict[name] = p
-        elif int(block[1]) in kept:
-            state_dict[f"transformer.h.{kept.index(int(block[1]))}.{block[2]}"] = p
-    return model.from_state_dict(dict(args, n_layer=len(kept), shapes=shapes), state_dict)
-
-
 def check_options(config):
     """Raise UserError for options that do not go together, of which one would have no effect."""
-    check_choice(globals(), "dim", "embd", "hidden", "layer")
+    check_choice(globals(), "dim", "embd", "hidden")
     check_choice(globals(), "select", "even", "contribution")
-    n_units = {"embd": config.n_embd, "hidden": config.n_inner[0], "layer": config.n_layer}[dim]
-    by_contribution = select == "contribution"
-    rules = {
-        "--keep is at least 2, and --offset from 0 to keep - 1": keep >= 2 and 0 <= offset < min(keep, n_units),
-        f"--keep={keep} must divide the {n_units} units of --dim={dim}": dim == "layer" or n_units % max(keep, 1) == 0,
-        "--dim=layer goes without --refit and --epsilon": dim != "layer" or not (refit or epsilon),
-        "--plain=True goes with --dim=hidden, without --epsilon": not plain or (dim == "hidden" and not epsilon),
-        "--select=contribution goes with --dim=hidden, without --offset":
-            not by_contribution or (dim == "hidden" and not offset),
-        "--refit and --select=contribution, and nothing else, go with --calibrate":
-            bool(calibrate) == (refit or by_contribution)}
-    for rule, holds in rules.items():
-        if not holds:
-            raise UserError(rule)
+    n_units = config.n_embd if dim == "embd" else config.n_inner[0]
+    if keep < 2 or not 0 <= offset < keep:
+        raise UserError("--keep is at least 2, and --offset from 0 to keep - 1")
+    if n_units % keep:
+        raise UserError(f"--keep={keep} must divide the {n_units} units of --dim={dim}")
+    if select == "contribution" and (dim != "hidden" or offset):
+        raise UserError("--select=contribution goes with --dim=hidden, without --offset")
+    if bool(calibrate) != (refit or select == "contribution"):
+        raise UserError("--refit and --select=contribution, and nothing else, go with --calibrate")
 
 
 def main():
@@ -94,17 +68,11 @@ def main():
     config = dense.config
     check_options(config)
     dim_1, dim_2 = config.n_embd // (keep if dim == "embd" else 1), config.n_inner[0] // (keep if dim == "hidden" else 1)
-    name = f"layers_{keep}_{offset}" if dim == "layer" else f"{'plain' if plain else 'prune'}_{dim_1}_{dim_2}"
-    if dim != "layer":
-        remarks = {f"offset{offset}": offset, select: select != "even", "refit": refit}
-        name = "_".join((name, *(remark for remark, holds in remarks.items() if holds)))
+    remarks = {f"offset{offset}": offset, select: select != "even", "refit": refit}
+    name = "_".join((f"prune_{dim_1}_{dim_2}", *(remark for remark, holds in remarks.items() if holds)))
     path = output_file(out or f"checkpoints/{name}.pt")
-    options = dict(init_from=init_from, dim=dim, keep=keep, offset=offset, plain=plain, epsilon=epsilon, select=select,
-                   refit=refit, calibrate=calibrate, calibration_tokens=calibration_tokens)
-    if dim == "layer":
-        print(f"blocks that are kept: {', '.join(map(str, range(offset, config.n_layer, keep)))}")
-        return compress.write(path, dense, without_layers(dense), options, "config/train_gpt2.py")
-
+    options = dict(init_from=init_from, dim=dim, keep=keep, offset=offset, epsilon=epsilon, select=select, refit=refit,
+                   calibrate=calibrate, calibration_tokens=calibration_tokens)
     sides = {"mlp.c_fc": (dim_1, dim_2), "mlp.c_proj": (dim_2, dim_1)}
     if calibrate:
         text = data.calibration_text(calibrate, calibration_tokens, config, device)
@@ -115,7 +83,6 @@ def main():
         (layer, kind): prune_matrix(matrix.weight.detach(), *sides[kind], offset, epsilon)
         for layer, kind, matrix in dense.matrices() if kind in sides})
     compress.report(dense, new, calibration.calibrate(dense, new, text, fixed_B=True) if refit else [])
-    new = compress.without_dropped_units(new) if plain else new
     compress.write(path, dense, new, options, "config/train_gpt2.py" if dim == "hidden" else "config/train_gpt2_96m.py")
 
 

@@ -84,7 +84,7 @@ def main(method, budget):
         raise UserError(f"the method is {' or '.join(METHODS)}, and svd_llm needs --calibrate")
     path, start = output_file(out or f"checkpoints/{method}_{budget}.pt"), time.perf_counter()
     dense, _ = checkpoint.load(init_from)
-    limit, _ = parse_budget(budget, dense.count_parameters()["total"])
+    limit = parse_budget(budget, dense.count_parameters()["total"])
     shapes, fits, text = even_ranks(dense.config, limit), [], None
     if calibrate:
         text = data.calibration_text(calibrate, calibration_tokens, dense.config, device)

@@ -1,20 +1,20 @@
-"""Budgets: the widths and ranks that cost a model least, and the table of shapes that fit a number of parameters."""
+"""Budgets: the widths and ranks that cost a model least, and the shapes of the MLPs that make a number of parameters."""
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
-from typing import NamedTuple
+from itertools import product
 
 import torch
 
 from kronygpt.calibration import progress
 from kronygpt.configurator import UserError
 from kronygpt.device import float64
-from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, N_BANDS, Block, Staircase, grid, narrowed, tails
+from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, N_BANDS, Block, Choice, Staircase, Table, grid, narrowed, rank_table
 from model import KINDS, KronyGPT, Shape, multiply_adds
 
-SLACK = 0.99  # share of the budget that a shape in the table must use
+NEAR = 0.01  # relative difference from the number of parameters that is asked for, at which a shape of the MLPs is listed
 NARROWS = ("embedding", "heads", "hidden")  # parts of a model that can become narrower
 CAUTION = 2.0  # times the predicted loss of an embedding, which is the furthest below the measured one
 HALVINGS = 100  # of the interval in which the price of a parameter is searched
@@ -44,15 +44,15 @@ class Plan:
 
     def add(self, choice, rows):
         """Take over a Choice with a row of each of its tables."""
-        if choice.name:
-            self.losses.setdefault(choice.name, []).append(choice.loss)
+        if choice.widths:
+            self.losses.setdefault("hidden" if "n_inner" in choice.widths else "heads", []).append(choice.loss)
         for name, width in choice.widths.items():
             self.widths.setdefault(name, []).append(width)
         for (kind, table), row in zip(choice.tables.items(), rows):
-            if isinstance(table, BandTable):
-                self.bands[kind] = table.bands[row]
+            if kind in KINDS:
+                self.shapes.setdefault(kind, []).append(table.option(row))
             else:
-                self.shapes.setdefault(kind, []).append(table.shape(row))
+                self.bands[kind] = table.option(row)
             self.losses.setdefault(kind, []).append(table.losses[row].item())
 
     def take(self):
@@ -69,17 +69,11 @@ class Plan:
 
 
 def parse_budget(text, total):
-    """A number of parameters such as 82M, 1.5B, 82000000 or, of a model of `total` parameters, 66%, and the largest that is
-    written so: 82M is 82.x million."""
-    units = {"K": 10**3, "M": 10**6, "B": 10**9, "%": Decimal(total) / 100}
-    unit = units.get(text[-1:].upper(), 1)
+    """A number of parameters such as 82M, 1.5B, 82000000 or, of a model of `total` parameters, 66%."""
+    unit = {"K": 10**3, "M": 10**6, "B": 10**9, "%": Decimal(total) / 100}.get(text[-1:].upper())
     try:
-        number = Decimal(text[:-1] if unit != 1 else text)
-        if number <= 0:
-            raise ValueError
-        last_digit = Decimal(1).scaleb(number.as_tuple().exponent) * unit
-        return int(number * unit), int(number * unit + last_digit) - 1
-    except (ArithmeticError, ValueError, TypeError):
+        return int(Decimal(text[:-1]) * unit if unit else Decimal(text))
+    except (ArithmeticError, ValueError):
         raise UserError(f"--budget takes a number of parameters such as 82M or 66%, not {text}") from None
 
 
@@ -90,62 +84,30 @@ def count_parameters(config, without=()):
         return KronyGPT(replace(config, shapes=shapes)).count_parameters()["total"]
 
 
-@dataclass
-class MLPShape:
-    """One shape of the MLPs: its parameters in all, multiply-adds of an MLP over dense ones, and largest rank."""
-
-    dim_1: int
-    dim_2: int
-    n_factors: int
-    parameters: int
-    multiply_adds: float
-    rank: int
-
-
-def shapes_within(config, limit, largest=None):
-    """The MLPShapes with which a model of a KronyGPTConfig, whose own shapes do not matter, fits a number of parameters.
-
-    Args:
-        config: a KronyGPTConfig.
-        limit: number of parameters, of which a model must use SLACK.
-        largest: the most that it may have; default: limit.
+def shapes_within(config, limit):
+    """Shapes of the MLPs with which a model of a KronyGPTConfig, whose own shapes do not matter, has about `limit`
+    parameters.
 
     Returns:
-        The shapes in the order of people's interest: Krony-PT's, with one factor and all of n_embd in A, low rank, and the
-        others by multiply-adds.
-
-    Raises:
-        UserError: there is none; names the nearest number of parameters that can be had.
+        [(parameters, Shape of c_fc, multiply-adds of an MLP over dense ones)]: first Krony-PT's, with one factor and all of
+        n_embd in A, then low rank, and the others by multiply-adds.
     """
-    C, hidden, largest = config.n_embd, config.n_inner[0], largest or limit
-    total = count_parameters(config, KINDS)
-    rest = total - 2 * config.n_layer * C * hidden
-    shapes = []
-    for dim_1 in (d for d in range(1, C + 1) if C % d == 0):
-        for dim_2 in (d for d in range(1, hidden + 1) if hidden % d == 0):
-            m1, n1, m2, n2 = dim_1, dim_2, C // dim_1, hidden // dim_2
-            is_low_rank = n1 == m2 == 1 or m1 == n2 == 1
+    C, hidden, largest = config.n_embd, config.n_inner[0], int((1 + NEAR) * limit)
+    rest, found = count_parameters(config, KINDS) - 2 * config.n_layer * C * hidden, []
+    for dim_1, dim_2 in product(*([d for d in range(1, n + 1) if n % d == 0] for n in (C, hidden))):
+        m1, n1, m2, n2 = dim_1, dim_2, C // dim_1, hidden // dim_2
+        is_low_rank = n1 == m2 == 1 or m1 == n2 == 1
 
-            def size(r):  # each rank counts once, as in KronLinear
-                saved = r * r * ((r < C) + (r < hidden)) if is_low_rank else 0  # noqa: B023
-                return rest + config.n_layer * (2 * r * (m1 * n1 + m2 * n2) - saved)  # noqa: B023
+        def size(r):  # each rank counts once, as in KronLinear
+            saved = r * r * ((r < C) + (r < hidden)) if is_low_rank else 0  # noqa: B023
+            return rest + config.n_layer * (2 * r * (m1 * n1 + m2 * n2) - saved)  # noqa: B023
 
-            r = max(1, bisect_right(range(1, min(m1 * n1, m2 * n2) + 1), largest, key=size))
+        r = max(1, bisect_right(range(1, min(m1 * n1, m2 * n2) + 1), largest, key=size))
+        if (1 - NEAR) * limit <= size(r) <= largest:
             sides = ((r, m1, n1), (r, m2, n2)), ((r, n1, m1), (r, n2, m2))  # of c_fc, and of c_proj, its mirror image
             macs = sum(min(multiply_adds(*pair).values()) for pair in sides)
-            shapes.append(MLPShape(dim_1, dim_2, r, size(r), macs / (2 * C * hidden),
-                                   min(C, r * min(m1, n1) * min(m2, n2))))
-    fitting = [shape for shape in shapes if SLACK * limit <= shape.parameters <= largest]
-    if not fitting:
-        nearest = min((min(shape.parameters, total) for shape in shapes), key=lambda size: abs(size - limit))
-        raise UserError(f"no shape of the MLPs makes a model of {limit:,} parameters: the nearest size is {nearest:,}, and "
-                        f"{rest:,} are outside of the MLP matrices. With --calibrate=DATASET the whole model shares it")
-
-    def interest(shape):
-        is_krony_pt, is_low_rank = shape.dim_1 == C and shape.n_factors == 1, (shape.dim_1, shape.dim_2) == (C, 1)
-        return not is_krony_pt, not is_low_rank, round(shape.multiply_adds, 2), -shape.rank, shape.dim_1, shape.dim_2
-
-    return sorted(fitting, key=interest)
+            found.append((size(r), Shape(dim_1, dim_2, r), macs / (2 * C * hidden)))
+    return sorted(found, key=lambda row: ((row[1].dim_1, row[1].factors) != (C, 1), row[1][:2] != (C, 1), row[2]))
 
 
 def smallest(config, kinds, narrows=()):
@@ -184,44 +146,19 @@ def is_dense(model):
     return all(member.is_dense for member in model.members()) and widths == {model.config.head_dim}
 
 
-def plan_ranks(dense, kinds, limits, statistics):
-    """Ranks for some numbers of parameters by predicted loss; each matrix is free to stay dense.
-
-    Args:
-        dense: a KronyGPT.
-        kinds: names of the matrices of a block to compress, such as "mlp.c_fc"; the shapes of the others stay.
-        limits: [number of parameters in all], which are never exceeded.
-        statistics: calibration.Statistics of the model.
-
-    Returns:
-        [Plan], one for each limit.
-
-    Raises:
-        UserError: a limit is too small for any rank, or large enough for the dense model.
-    """
-    spare, parts, plans = [room(dense.config, kinds, limit) for limit in limits], [], []
-    for layer, kind, matrix in dense.matrices():
-        if kind in kinds:
-            squares = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)
-            parts.append([Choice({}, 0, 0.0, {kind: rank_table(*matrix.weight.shape, squares)})])
-    for limit, numbers in zip(limits, spare):
-        plans.append(plan := Plan(f"ranks for {limit:,} parameters, by predicted loss", fisher=statistics.fisher))
-        for choice, ranks in cheapest(parts, numbers):
-            plan.add(choice, ranks)
-    return plans
-
-
-def plan_widths(dense, limits, statistics, narrows=NARROWS):
+def plan_widths(dense, limits, statistics, narrows=NARROWS, kinds=KINDS):
     """Widths and ranks of a model for some numbers of parameters by predicted loss.
 
     The attention of each block chooses the widths of its heads and the ranks of its two matrices, its MLP a number of
     hidden units and two ranks, and each embedding a rank or a staircase. Each is free to stay as it is.
 
     Args:
-        dense: a KronyGPT that is_dense().
+        dense: a KronyGPT; one that is_dense() unless `narrows` is empty.
         limits: [number of parameters in all], which are never exceeded.
         statistics: calibration.Statistics of the model.
         narrows: what may change beside ranks.
+        kinds: names of the matrices of a block whose ranks may change, such as "mlp.c_fc"; all of them unless `narrows` is
+            empty. The shapes of the others stay.
 
     Returns:
         [Plan], one for each limit.
@@ -229,46 +166,39 @@ def plan_widths(dense, limits, statistics, narrows=NARROWS):
     Raises:
         UserError: a limit is too small for any plan, or large enough for the dense model.
     """
-    config, parts, plans = dense.config, [], []
-    spare = [room(config, KINDS, limit, narrows) for limit in limits]
-    blocks = [Block(dense, layer, statistics) for layer in range(config.n_layer)]
-    for block in progress(blocks, "widths", "block"):
-        for name, options in (("heads", block.attention("heads" in narrows)), ("hidden", block.mlp("hidden" in narrows))):
-            parts.append([Choice(option.widths, option.n_biases, option.loss,
-                                 {kind: rank_table(*matrix) for kind, matrix in option.matrices.items()}, name)
-                          for option in options])
-    embeddings = {}
+    config, parts, plans, blocks, embeddings = dense.config, [], [], [], {}
+    spare = [room(config, kinds, limit, narrows) for limit in limits]
+    if narrows:
+        blocks = [Block(dense, layer, statistics) for layer in range(config.n_layer)]
+        for block in progress(blocks, "widths", "block"):
+            parts += block.attention("heads" in narrows), block.mlp("hidden" in narrows)
+    else:
+        for layer, kind, matrix in dense.matrices():
+            if kind in kinds:
+                squares = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)
+                m, n = matrix.weight.shape
+                parts.append([Choice({}, n, 0.0, {kind: rank_table(m, n, squares)})])
     if "embedding" in narrows:
         found = statistics
         E, P = (float64(getattr(dense.transformer, name).weight.detach()) for name in ("wte", "wpe"))
         embeddings["wte"] = Staircase(E, (found.frequencies + found.probabilities) / 2,
                                       found.embedding_fisher + found.uncertainty * found.hidden, N_BANDS)
         embeddings["wpe"] = Staircase(P, torch.full_like(P[:, 0], 1 / len(P)), found.embedding_fisher)
-        parts += [[Choice({}, 0, 0.0, {name: band_table(staircase)})] for name, staircase in embeddings.items()]
-    biases = sum(n for layer in range(config.n_layer) for _, n in config.sizes(layer).values())  # which change with widths
+    for name, staircase in embeddings.items():
+        bands, sizes, losses = zip(*staircase.options())
+        table = Table(torch.tensor(sizes), CAUTION * torch.tensor(losses, dtype=torch.float64), bands.__getitem__)
+        parts.append([Choice({}, 0, 0.0, {name: table})])
+    biases = sum(config.sizes(layer)[kind][1] for layer in range(config.n_layer) for kind in kinds)  # change with widths
     for limit, numbers in zip(limits, spare):
-        plans.append(plan := Plan(f"widths and ranks for {limit:,} parameters, by predicted loss"))
-        for choice, ranks in cheapest(parts, numbers + biases):
-            plan.add(choice, ranks)
-        plan.narrow = partial(narrowed, dense, blocks, plan.widths, embeddings, plan.bands)
+        free = "widths and ranks" if narrows else "ranks"
+        plans.append(plan := Plan(f"{free} for {limit:,} parameters, by predicted loss"))
+        for choice, rows in cheapest(parts, numbers + biases):
+            plan.add(choice, rows)
+        if narrows:
+            plan.narrow = partial(narrowed, dense, blocks, plan.widths, embeddings, plan.bands)
+        else:
+            plan.fisher = statistics.fisher
     return plans
-
-
-@dataclass
-class Choice:
-    """One way to make a part of a model.
-
-    widths: {name: width}, such as {"n_inner": 512}, or {}.
-    size, loss: parameters and predicted loss in nats per token that it has in any case.
-    tables: {kind: rank_table() of each matrix whose rank is free, or band_table() of an embedding}.
-    name: of the part in Plan.losses, under which its own loss counts.
-    """
-
-    widths: dict
-    size: int
-    loss: float
-    tables: dict
-    name: str = ""
 
 
 def cheapest(parts, limit):
@@ -319,35 +249,3 @@ def priced(choice, price):
     costs = [table.losses + price * table.sizes for table in choice.tables.values()]
     rows = [int(cost.argmin()) for cost in costs]
     return choice.loss + price * choice.size + sum(cost[i].item() for cost, i in zip(costs, rows)), choice, rows
-
-
-class RankTable(NamedTuple):
-    """A matrix [m, n] at rank 1, 2, ... and dense: sizes rise, losses fall."""
-
-    m: int
-    n: int
-    sizes: torch.Tensor
-    losses: torch.Tensor
-
-    def shape(self, row):
-        return Shape(self.m, self.n, 1) if row + 1 == len(self.sizes) else Shape(self.m, 1, row + 1)
-
-
-def rank_table(m, n, squares):
-    """The RankTable of a matrix [m, n] with the σ² of narrow.spectrum(). Each rank is stored once: r (m + n - r) numbers."""
-    ranks = torch.arange(1, min(m, n))
-    return RankTable(m, n, torch.cat((ranks * (m + n - ranks), torch.tensor([m * n]))), tails(squares.cpu())[1:])
-
-
-class BandTable(NamedTuple):
-    """An embedding in bands of a model.Embedding: sizes rise, losses fall."""
-
-    bands: list
-    sizes: torch.Tensor
-    losses: torch.Tensor
-
-
-def band_table(staircase):
-    """The BandTable of a narrow.Staircase."""
-    bands, sizes, losses = zip(*staircase.options())
-    return BandTable(bands, torch.tensor(sizes), CAUTION * torch.tensor(losses, dtype=torch.float64))

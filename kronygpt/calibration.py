@@ -7,7 +7,6 @@ matrix compensates for the errors of the earlier ones.
 """
 import math
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -23,20 +22,13 @@ TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
 GRADIENT_TOKENS = 1024  # in a batch of a backward pass
 STATISTICS_TOKENS = 32768  # at most, of statistics(); with a quarter or four times as many the loss is within 0.001
 HALVES = {"attn": ("ln_1", "c_attn"), "mlp": ("ln_2", "c_fc")}  # the norm and the first matrix; the second is c_proj
-SECONDS = 30  # between two lines of progress where there is no terminal
+SECONDS = 30  # between two states of a bar in a log
 
 
 def progress(items, what, unit):
-    """Yield the items of a sequence, and show how far it is: a bar on a terminal, elsewhere a line now and then."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, what, unit=unit, leave=False)
-        return
-    begin = last = time.monotonic()
-    for i, item in enumerate(items):
-        if (now := time.monotonic()) - last >= SECONDS:
-            last = now
-            print(f"{what}: {unit} {i} of {len(items)} after {now - begin:.0f} s", file=sys.stderr, flush=True)
-        yield item
+    """Yield the items of a sequence, and show how far it is: a bar of tqdm, in a log a new state every SECONDS."""
+    seconds = 0.1 if sys.stderr.isatty() else SECONDS
+    return tqdm(items, what, unit=unit, leave=False, delay=seconds, mininterval=seconds, maxinterval=SECONDS)
 
 
 class ResidualStream:
@@ -62,20 +54,15 @@ class ResidualStream:
             x (tokens, C), z (tokens, 3 C or n_inner): input and output of the first matrix, c_attn or c_fc;
             h (tokens, C or n_inner), y (tokens, C): those of the second, c_proj.
         """
-        module, seen = self.model.transformer.h[layer].get_submodule(half), {}
-
-        def keep(matrix, inputs, output):
-            seen[matrix] = inputs[0].flatten(0, -2), output.flatten(0, -2)
-
-        matrices = module.get_submodule(HALVES[half][1]), module.c_proj
-        hooks = [matrix.register_forward_hook(keep) for matrix in matrices]
+        module = self.model.transformer.h[layer].get_submodule(half)
         for rows in batches(self.x):
-            y = module(self.input(layer, half, rows))
-            yield rows, *seen[matrices[0]], *seen[matrices[1]]
+            x = self.input(layer, half, rows)
+            z = module.get_submodule(HALVES[half][1])(x)
+            h = module.between(z)
+            y = module.c_proj(h)
+            yield rows, *(t.flatten(0, -2) for t in (x, z, h, y))
             if move:
                 self.x[rows] += y
-        for hook in hooks:
-            hook.remove()
 
     def move(self, layer, half):
         """Move through a half block in one call."""

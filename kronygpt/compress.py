@@ -77,28 +77,22 @@ def spread_units(model, text, n_groups):
 
 @torch.no_grad()
 def report(dense, new, fits=()):
-    """Print the relative errors of the matrices in which a new model differs from the one that it was made of.
+    """Print the relative errors of the matrices in which a new KronyGPT differs from the one that it was made of.
 
     Args:
-        dense, new: KronyGPTs.
         fits: the Fits of a calibration; then errors of the output are shown, too.
     """
+    what, heads = "relative errors of the weights ‖W - Ŵ‖/‖W‖", ["weights"]
+    rows = [(layer, kind, len(matrix.A), f"{share((old.weight - matrix.weight).norm(), old.weight.norm()):.4f}")
+            for (layer, kind, old), (_, _, matrix) in zip(dense.matrices(), new.matrices())
+            if not fits and not torch.equal(old.weight, matrix.weight)]
     if fits:
-        print("relative errors of the weights ‖W - Ŵ‖/‖W‖ and of the output on text, before → after calibration\n"
-              f"{'block':>5}  {'matrix':<11}  {'factors':>7}  {'weights':>17}  {'output':>17}")
-        for fit in fits:
-            print(f"{fit.layer:>5}  {fit.name:<11}  {fit.n_factors:>7}  "
-                  f"{fit.weight_error_before:>7.4f} → {fit.weight_error:>7.4f}  "
-                  f"{fit.output_error_before:>7.4f} → {fit.output_error:>7.4f}")
-        return
-    changed = [(layer, kind, old.weight, matrix) for (layer, kind, old), (_, _, matrix)
-               in zip(dense.matrices(), new.matrices()) if not torch.equal(old.weight, matrix.weight)]
-    if not changed:
-        return print("all weights stay as they were")
-    print(f"{'block':>5}  {'matrix':<11}  {'factors':>7}  {'error ‖W - Ŵ‖/‖W‖':>18}  {'energy kept':>11}")
-    for layer, kind, W, matrix in changed:
-        error = share((W - matrix.weight).norm(), W.norm())
-        print(f"{layer:>5}  {kind:<11}  {len(matrix.A):>7}  {error:>18.4f}  {1 - error**2:>11.1%}")
+        what, heads = f"{what} and of the output on text, before → after calibration", ["weights", "output"]
+        rows = [(fit.layer, fit.name, fit.n_factors, f"{fit.weight_error_before:.4f} → {fit.weight_error:.4f}",
+                 f"{fit.output_error_before:.4f} → {fit.output_error:.4f}") for fit in fits]
+    print(what)
+    for layer, kind, n_factors, *errors in [("block", "matrix", "factors", *heads), *rows]:
+        print(f"{layer:>5}  {kind:<11}  {n_factors:>7}", *(f"{error:>17}" for error in errors), sep="  ")
 
 
 def report_loss(dense, new, tokens, plan):

@@ -4,12 +4,15 @@ costs and the weights that go with it.
 All costs are second-order: an error e in an activation at one token adds about ½ e F eᵀ to the loss, where F holds second
 moments of the loss's gradient there (calibration.statistics). Everything is float64.
 """
+from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from kronygpt.device import float64
-from model import KronyGPT
+from model import KINDS, KronyGPT, Shape
 
 RIDGE = 1e-3  # added to the covariance of hidden units, as a share of its mean diagonal
 HEAD_STEPS, HIDDEN_STEPS = 8, 32  # widths that are tried, of a head and of an MLP
@@ -63,18 +66,7 @@ def dual_bases(moments, fisher):
     return R_F @ Vh.mT * scale, R_x @ U * scale, sigma.square()
 
 
-@dataclass
-class HeadBases:
-    """Bases for the heads of a block, columns in descending order of importance; width s takes the first s.
-
-    qk = (T_q, T_k) and vo = (T_v, T_o), each T [n_head, d, d]; qk_costs and vo_costs [n_head, d + 1], loss in nats per token
-    that each width of each head is predicted to add.
-    """
-
-    qk: tuple
-    vo: tuple
-    qk_costs: torch.Tensor
-    vo_costs: torch.Tensor
+HeadBases = namedtuple("HeadBases", "qk vo qk_costs vo_costs")  # as in head_bases()
 
 
 def diagonal_blocks(S, n_head):
@@ -99,7 +91,9 @@ def head_bases(W_attn, b_attn, W_proj, n_head, mean, covariance, head_covariance
         stream_fisher: [C, C], at that of c_proj.
 
     Returns:
-        HeadBases.
+        HeadBases: qk = (T_q, T_k) and vo = (T_v, T_o), each T [n_head, d, d] with columns in descending order of importance,
+        of which width s takes the first s; qk_costs and vo_costs [n_head, d + 1], the loss in nats per token that each width
+        of each head is predicted to add.
     """
     C = len(W_attn)
     W_q, mean_q = W_attn[:, :C], mean @ W_attn[:, :C] + b_attn[:C]
@@ -248,20 +242,39 @@ class Staircase:
 # ----------------------------------------------------------------------------------------------------------------------
 # the widths of a block, what each of them costs, and the block that has it
 
-@dataclass
-class Option:
-    """Widths of a half block, attention or MLP, before its matrices get ranks.
+class Table(NamedTuple):
+    """What a matrix or an embedding can become: parameters, which rise from row to row, and losses, which fall."""
 
-    widths: {"head_qk": [of each head], "head_v": [of each head]} or {"n_inner"}.
-    loss: nats per token that the widths are predicted to add.
-    n_biases: numbers in the biases.
-    matrices: {kind: (m, n, σ² of spectrum())} of its two matrices in these widths.
+    sizes: torch.Tensor
+    losses: torch.Tensor
+    option: Callable  # of a row: the Shape of a matrix, or the bands of a model.Embedding
+
+
+def rank_table(m, n, squares):
+    """The Table of a matrix [m, n] at rank 1, 2, ... and dense, with the σ² of spectrum(). Each rank is stored once:
+    r (m + n - r) numbers."""
+    ranks = torch.arange(1, min(m, n))
+    sizes = torch.cat((ranks * (m + n - ranks), torch.tensor([m * n])))
+
+    def shape(row):
+        return Shape(m, 1, row + 1) if row + 1 < len(sizes) else Shape(m, n, 1)
+
+    return Table(sizes, tails(squares.cpu())[1:], shape)
+
+
+@dataclass
+class Choice:
+    """One way to make a part of a model.
+
+    widths: {"head_qk": [of each head], "head_v": [of each head]}, {"n_inner": number} or {}.
+    size, loss: parameters, those of biases, and predicted loss in nats per token that it has in any case.
+    tables: {kind, "wte" or "wpe": Table} of each matrix or embedding whose rank is free.
     """
 
     widths: dict
+    size: int
     loss: float
-    n_biases: int
-    matrices: dict
+    tables: dict
 
 
 def grid(width, steps):
@@ -277,8 +290,8 @@ class Block:
     """
 
     def __init__(self, model, layer, statistics):
-        self.config, self.layer, kinds = model.config, layer, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-        names = {kind: f"transformer.h.{layer}.{kind}" for kind in kinds}
+        self.config = model.config
+        names = {kind: f"transformer.h.{layer}.{kind}" for kind in KINDS}
         self.W = {kind: float64(model.get_submodule(name).weight.detach()) for kind, name in names.items()}
         self.b = {kind: float64(model.get_submodule(name).bias.detach()) for kind, name in names.items()}
         self.F, self.mean, self.G = ({kind: of_all[name] for kind, name in names.items()} for of_all in (
@@ -286,7 +299,7 @@ class Block:
         self.bases = self.order = None
 
     def attention(self, is_narrowed):
-        """Options for the heads at all multiples of an eighth of their mean width, or at their own only. Each head has the
+        """Choices for the heads at all multiples of an eighth of their mean width, or at their own only. Each head has the
         share of it that costs least."""
         head, H, C = self.config.head_dim, self.config.n_head, self.config.n_embd
         W, F = self.W["attn.c_attn"], self.F["attn.c_attn"]
@@ -307,19 +320,19 @@ class Block:
         S_qk = [W[:, at] @ F[at][:, at] @ W[:, at].T for at in in_qk]
         for n_v, v in zip(totals, of_v):
             at_v = columns(v)
-            proj = n_v, C, squares(W_proj[at_v].T @ G[at_v][:, at_v] @ W_proj[at_v], R_proj)[:n_v]
+            proj = rank_table(n_v, C, squares(W_proj[at_v].T @ G[at_v][:, at_v] @ W_proj[at_v], R_proj)[:n_v])
             FW = F[:, 2 * C + at_v] @ W[:, 2 * C + at_v].T  # (3 C, C)
             for n_qk, qk, at, S in zip(totals, of_qk, in_qk, S_qk):
                 cross = W[:, at] @ FW[at]
                 S = S + cross + cross.T + W[:, 2 * C + at_v] @ FW[2 * C + at_v]  # W F Wᵀ of these columns
-                attn = C, 2 * n_qk + n_v, squares(S, R_attn)[:2 * n_qk + n_v]
+                attn = rank_table(C, 2 * n_qk + n_v, squares(S, R_attn)[:2 * n_qk + n_v])
                 loss = bases.qk_costs[heads, qk].sum() + bases.vo_costs[heads, v].sum()
-                result.append(Option(dict(head_qk=qk, head_v=v), float(loss), 2 * n_qk + n_v + C,
+                result.append(Choice(dict(head_qk=qk, head_v=v), 2 * n_qk + n_v + C, float(loss),
                                      {"attn.c_attn": attn, "attn.c_proj": proj}))
         return result
 
     def mlp(self, is_narrowed):
-        """Options for the hidden units at all multiples of a 32nd of their number, or with all of them only."""
+        """Choices for the hidden units at all multiples of a 32nd of their number, or with all of them only."""
         W, G, n = self.W["mlp.c_proj"], self.G["mlp.c_proj"], len(self.W["mlp.c_proj"])
         R_fc, R_proj = root(self.G["mlp.c_fc"]), root(self.F["mlp.c_proj"])
         self.order, costs = torch.arange(n), torch.zeros(n + 1)
@@ -329,10 +342,10 @@ class Block:
         for width in grid(n, HIDDEN_STEPS) if is_narrowed else [n]:
             kept = self.kept(width)
             W_fc, W_proj = self.W["mlp.c_fc"][:, kept], self.output(kept)
-            fc = *W_fc.shape, squares(W_fc @ self.F["mlp.c_fc"][kept][:, kept] @ W_fc.T, R_fc)[:width]
-            proj = *W_proj.shape, squares(W_proj.T @ G[kept][:, kept] @ W_proj, R_proj)[:width]
-            result.append(Option(dict(n_inner=width), float(costs[n - width]), width + self.config.n_embd,
-                                 {"mlp.c_fc": fc, "mlp.c_proj": proj}))
+            fc = squares(W_fc @ self.F["mlp.c_fc"][kept][:, kept] @ W_fc.T, R_fc)[:width]
+            proj = squares(W_proj.T @ G[kept][:, kept] @ W_proj, R_proj)[:width]
+            result.append(Choice(dict(n_inner=width), width + self.config.n_embd, float(costs[n - width]), {
+                "mlp.c_fc": rank_table(*W_fc.shape, fc), "mlp.c_proj": rank_table(*W_proj.shape, proj)}))
         return result
 
     def kept(self, width):
@@ -343,14 +356,13 @@ class Block:
         return W if len(kept) == len(W) else without_units(W, self.G["mlp.c_proj"], kept)
 
     def narrowed(self, head_qk, head_v, n_inner):
-        """(weights, biases, fisher) by kind, in these widths."""
+        """{kind: (weight, bias, Fisher metric of the output)} in these widths."""
         (T, D), kept = head_maps(self.bases, head_qk, head_v), self.kept(n_inner)
-        D_v = D[2 * self.config.n_embd:, 2 * sum(head_qk):]
-        W = {"attn.c_attn": self.W["attn.c_attn"] @ T, "attn.c_proj": D_v.T @ self.W["attn.c_proj"],
-             "mlp.c_fc": self.W["mlp.c_fc"][:, kept], "mlp.c_proj": self.output(kept)}
-        b = dict(self.b, **{"attn.c_attn": self.b["attn.c_attn"] @ T, "mlp.c_fc": self.b["mlp.c_fc"][kept]})
-        F = dict(self.F, **{"attn.c_attn": D.T @ self.F["attn.c_attn"] @ D, "mlp.c_fc": self.F["mlp.c_fc"][kept][:, kept]})
-        return W, b, F
+        D_v, W, b, F = D[2 * self.config.n_embd:, 2 * sum(head_qk):], self.W, self.b, self.F
+        return {"attn.c_attn": (W["attn.c_attn"] @ T, b["attn.c_attn"] @ T, D.T @ F["attn.c_attn"] @ D),
+                "attn.c_proj": (D_v.T @ W["attn.c_proj"], b["attn.c_proj"], F["attn.c_proj"]),
+                "mlp.c_fc": (W["mlp.c_fc"][:, kept], b["mlp.c_fc"][kept], F["mlp.c_fc"][kept][:, kept]),
+                "mlp.c_proj": (self.output(kept), b["mlp.c_proj"], F["mlp.c_proj"])}
 
 
 @torch.no_grad()
@@ -369,15 +381,10 @@ def narrowed(dense, blocks, widths, embeddings, bands):
             t = t.to(norm.device, torch.long if part == "row" else norm.dtype)
             state_dict[f"transformer.{name}.{part}"] = t.contiguous()
     for layer, block in enumerate(blocks):
-        for values, end in zip(block.narrowed(*(widths[name][layer] for name in ("head_qk", "head_v", "n_inner"))), "AbF"):
-            for kind, value in values.items():
-                name = f"transformer.h.{layer}.{kind}"
-                if end == "F":
-                    fisher[name] = value
-                elif end == "b":
-                    state_dict[f"{name}.bias"] = value.to(state_dict[f"{name}.bias"])
-                else:
-                    state_dict[f"{name}.A"] = value[None].to(state_dict[f"{name}.bias"])
-                    state_dict[f"{name}.B"] = state_dict[f"{name}.A"].new_ones(1, 1, 1)
+        new = block.narrowed(*(widths[name][layer] for name in ("head_qk", "head_v", "n_inner")))
+        for kind, (W, bias, F) in new.items():
+            name = f"transformer.h.{layer}.{kind}"
+            fisher[name] = F
+            state_dict |= {f"{name}.A": W[None].to(norm), f"{name}.B": norm.new_ones(1, 1, 1), f"{name}.bias": bias.to(norm)}
     model_args = dict(dense.config.as_plain_types(), **widths, **bands, shapes={})
     return KronyGPT.from_state_dict(model_args, state_dict).eval(), fisher

@@ -37,29 +37,34 @@ def test_table_lists_every_shape_that_comes_near_the_budget(n_layer, n_embd, lim
     def divisors(n):
         return [d for d in range(1, n + 1) if n % d == 0]
 
-    expected = set()
+    expected, largest = set(), int(1.01 * limit)
     for dim_1, dim_2 in itertools.product(divisors(n_embd), divisors(hidden)):
         a, b = dim_1 * dim_2, n_embd * hidden // (dim_1 * dim_2)
         is_low_rank = (dim_1, dim_2) in ((n_embd, 1), (1, hidden))
         sizes = {r: rest + n_layer * (2 * r * (a + b) - is_low_rank * r * r * (1 + (r < n_embd)))
                  for r in range(1, min(a, b) + 1)}
-        fitting = [r for r, size in sizes.items() if size <= 1.005 * limit]
+        fitting = [r for r, size in sizes.items() if size <= largest]
         total = sizes[max(fitting, default=1)]
         if fitting and total >= 0.99 * limit:
             expected.add((total, dim_1, dim_2, max(fitting)))
-    shapes = budget.shapes_within(config, limit, int(1.005 * limit))
-    assert {(s.parameters, s.dim_1, s.dim_2, s.n_factors) for s in shapes} == expected
-    assert len(shapes) == len(expected) > 1
-    s = shapes[-1]
-    assert n_parameters(config, mlp_shapes(s.dim_1, s.dim_2, [s.n_factors] * n_layer)) == s.parameters
+    found = budget.shapes_within(config, limit)
+    assert {(size, *shape) for size, shape, _ in found} == expected
+    assert len(found) == len(expected) > 1
+    size, (dim_1, dim_2, r), _ = found[-1]
+    assert n_parameters(config, mlp_shapes(dim_1, dim_2, [r] * n_layer)) == size
 
 
-@pytest.mark.parametrize("text, smallest, largest", [
-    ("67M", 67_000_000, 67_999_999), ("67.9M", 67_900_000, 67_999_999), ("1.5B", 1_500_000_000, 1_599_999_999),
-    ("900K", 900_000, 900_999), ("82000000", 82_000_000, 82_000_000), ("1.716m", 1_716_000, 1_716_999),
-    ("66%", 6_600, 6_699)])
-def test_a_budget_means_its_last_digit(text, smallest, largest):
-    assert budget.parse_budget(text, 10_000) == (smallest, largest)
+def test_table_begins_with_the_shapes_that_people_ask_for():
+    sizes, shapes, costs = zip(*budget.shapes_within(KronyGPTConfig(), 82_000_000))
+    assert list(zip(sizes, shapes))[:2] == [(81_972_576, (768, 768, 1)), (82_790_304, (768, 1, 170))]
+    assert round(costs[0], 2) == 0.25 and list(costs[2:]) == sorted(costs[2:])
+
+
+@pytest.mark.parametrize("text, number", [
+    ("67M", 67_000_000), ("67.9M", 67_900_000), ("1.5B", 1_500_000_000), ("900K", 900_000), ("82000000", 82_000_000),
+    ("1.716m", 1_716_000), ("66%", 6_600)])
+def test_a_budget_is_a_number(text, number):
+    assert budget.parse_budget(text, 10_000) == number
 
 
 class Spectra:
@@ -89,7 +94,7 @@ def test_ranks_lose_little_more_than_the_best_of_all_combinations(share, seed):
     statistics = random_statistics(TINY, KINDS, seed)
     dense, least = n_parameters(TINY), n_parameters(TINY, {kind: [(m, 1, 1)] for kind, (m, n) in TINY.sizes(0).items()})
     limit = int(least + share * (dense - least))
-    plan, = budget.plan_ranks(KronyGPT(TINY), KINDS, [limit], statistics)
+    plan, = budget.plan_widths(KronyGPT(TINY), [limit], statistics, ())
 
     choices = []  # of each matrix: (parameters, loss), by rank, and dense
     for kind, (m, n) in TINY.sizes(0).items():
@@ -105,7 +110,7 @@ def test_ranks_lose_little_more_than_the_best_of_all_combinations(share, seed):
 
 
 @pytest.mark.parametrize("choose", [
-    even_ranks, lambda config, limit: budget.plan_ranks(KronyGPT(config), ["mlp.c_fc"], [limit], None),
+    even_ranks, lambda config, limit: budget.plan_widths(KronyGPT(config), [limit], None, (), ["mlp.c_fc"]),
     lambda config, limit: budget.plan_widths(KronyGPT(config), [limit], None)])
 def test_a_budget_out_of_range_is_one_clear_line(choose):
     dense = n_parameters(CONFIG)

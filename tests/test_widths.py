@@ -260,10 +260,11 @@ def test_a_plan_loses_little_more_than_the_best_of_all(share):
         parts.append([])
         for option in options:
             matrices = []
-            for m, n, squares in option.matrices.values():
-                tail = [squares[r:].sum().item() / 2 for r in range(1, min(m, n))]
-                matrices.append([*((r * (m + n - r), tail[r - 1]) for r in range(1, min(m, n))), (m * n, 0.0)])
-            parts[-1] += [(option.n_biases + a + b, option.loss + x + y) for (a, x), (b, y) in itertools.product(*matrices)]
+            for table in option.tables.values():
+                m, n, _ = table.option(len(table.sizes) - 1)
+                assert table.sizes.tolist() == [*(r * (m + n - r) for r in range(1, len(table.sizes))), m * n]
+                matrices.append(list(zip(table.sizes.tolist(), table.losses.tolist())))
+            parts[-1] += [(option.size + a + b, option.loss + x + y) for (a, x), (b, y) in itertools.product(*matrices)]
     E, P = model.transformer.wte.weight.double(), model.transformer.wpe.weight.double()
     for stairs in (narrow.Staircase(E, (found.frequencies + found.probabilities) / 2,
                                     found.embedding_fisher + found.uncertainty * found.hidden, 16),
