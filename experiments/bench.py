@@ -87,7 +87,7 @@ def peak_memory(function, torch_device):
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # restart the peak
     before = read("VmRSS")
     function()
-    return read("VmHWM") - before
+    return max(4096, read("VmHWM") - before)  # a page at least
 
 
 def make_candidates(shape, is_first):
@@ -156,16 +156,12 @@ def measure(candidates, torch_device):
 
 def main():
     output_directory(out_dir)
-    measured_shapes, torch_device = [tuple(map(int, shape.split(","))) for shape in shapes.split()], pick_device(device)
-    results = {}
-    for shape in measured_shapes:
-        candidates = make_candidates(shape, is_first=not results)
-        print(", ".join(candidates))
-        measurements = measure(candidates, torch_device)
+    torch_device, results = pick_device(device), {}
+    for shape in [tuple(map(int, shape.split(","))) for shape in shapes.split()]:
+        measurements = measure(make_candidates(shape, is_first=not results), torch_device)
         for name, measured in measurements.items():
             ratios = {what: measurements["dense"][what] / value for what, value in measured.items()}
             results.setdefault(name, dict(measured=measured, faster_than_dense=ratios))
-        del candidates  # before the next ones are made
     columns = list(results["dense"]["measured"])
     rows = [(name, *(f"{result['faster_than_dense'][column]:.2f} ×" for column in columns))
             for name, result in results.items()]
