@@ -72,7 +72,6 @@ GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (7
                (32, 64, 4)]  # of c_fc
 GPT2_RANK = 288  # of all matrices of GPT-2 with 82M parameters in all
 OURS = "KronyGPT"  # what tables call the method that configs call "ours"
-HEADS_LISTED = 4  # heads of a block whose widths are listed one by one; of more heads, the smallest and the largest
 NOT_KNOWN = "—"
 BATCH_SIZE = 8  # windows that are scored together
 
@@ -303,10 +302,6 @@ def sizes_table(rows):
             f"{seeds_of(rows)}. The dense model: {dense}.")
 
 
-def width_cell(widths):
-    return " ".join(map(str, widths)) if len(widths) <= HEADS_LISTED else f"{min(widths)}–{max(widths)}"
-
-
 def bands_text(bands, C):
     """The bands [(rows, columns)] of an embedding, in words."""
     if len(bands) == 1:
@@ -322,7 +317,8 @@ def plan_table(rows):
     for i, n_inner in enumerate(widths["n_inner"]):
         shapes = [row["shapes"][kind][i] for kind in kinds]
         ranks = [factors if dim_2 == 1 else "dense" for _, dim_2, factors in shapes]
-        body.append((i, width_cell(widths["head_qk"][i]), width_cell(widths["head_v"][i]), n_inner, *ranks))
+        heads = [" ".join(map(str, widths[name][i])) for name in ("head_qk", "head_v")]
+        body.append((i, *heads, n_inner, *ranks))
     head = "block", "queries and keys", "values", "hidden units", *(f"`{kind}`" for kind in kinds)
     return f"{markdown(head, body)}\n\nwte: {bands_text(widths['wte'], C)}; wpe: {bands_text(widths['wpe'], C)}."
 

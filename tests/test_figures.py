@@ -156,7 +156,6 @@ def test_what_a_budget_chose(monkeypatch):
     table = figures.plan_table(comparison())
     assert cells(table) == [["0", "5", "7", "32", *["2"] * 4], ["1", "6", "8", "48", *["3"] * 4]]
     assert table.endswith("wte: 2 bands of 9, 2 columns; wpe: rank 4.")
-    assert figures.width_cell([8, 3, 5, 9]) == "8 3 5 9" and figures.width_cell([8, 3, 5, 9, 7]) == "3–9"
 
 
 def test_a_picture_is_the_same_each_time_and_small(workdir):
