@@ -48,7 +48,7 @@ RESULT_FORMAT = 6  # of the kept results; those of another format are computed a
 def call(script, *args, cwd=None):
     """Run a script of the repository, in a folder, and show its output; UserError if it fails."""
     words = ["-m", script.removesuffix(".py").replace("/", "."), *args]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
+    print(f"\n$ python {shlex.join(words)}" + (f"    # in {cwd}" if cwd else ""), flush=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # in another folder, too
     if subprocess.run([sys.executable, *words], cwd=cwd, env=environment).returncode:
         raise UserError(f"{script} failed; see above", status=1)
