@@ -8,20 +8,11 @@ export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=4294967296:glibc.malloc.tri
 .PHONY: help install demo base gpt2 figures test stress lint clean
 
 help:
-	@echo 'make install   the packages, in $(VENV): 1.6 GB'
-	@echo 'make demo      compress, train, export and score a small GPT-2 on the documentation of Python, and show the result'
-	@echo 'make base      train a GPT-2 with a real vocabulary on the Python source of this environment: an hour; on a CPU with'
-	@echo '               bfloat16 units, make base DTYPE=bfloat16 is faster'
-	@echo 'make gpt2      compress GPT-2 in several ways and score each: needs a network, and hours without a GPU'
-	@echo 'make test      the tests'
-	@echo 'make stress    kills, full disks and damaged files'
-	@echo 'make lint      the linter'
-	@echo 'make figures   the runs, pictures and tables of docs/report.md'
-	@echo 'make clean     remove what the demo made'
+	@sed -n 's/^\([a-z0-9]*\):.*## /make \1\t/p' Makefile
 
-install: $(VENV)/runtime
+install: $(VENV)/runtime  ## the packages, in .venv: 1.6 GB
 
-demo: $(VENV)/runtime
+demo: $(VENV)/runtime  ## compress, train, export and score a small GPT-2 on the documentation of Python, and show the result
 	$(VENV)/bin/python -m experiments.prepare_pydocs
 	$(VENV)/bin/python train.py config/demo_base.py
 	$(VENV)/bin/python -m experiments.compare config/compare_demo.py
@@ -30,23 +21,23 @@ demo: $(VENV)/runtime
 	@echo "to play with it beside the dense model, trained as long:" \
 	  "$(VENV)/bin/python play.py out/demo/dense_trained_further_128_512_1/seed_1337/best.pt out/demo/small"
 
-base: $(VENV)/runtime
+base: $(VENV)/runtime  ## train a GPT-2 on the Python source of this environment: an hour; DTYPE=bfloat16 where a CPU has units for it
 	$(VENV)/bin/python -m experiments.prepare_pysource
 	$(VENV)/bin/python train.py config/base.py --dtype=$(DTYPE)
 
-gpt2: $(VENV)/runtime
+gpt2: $(VENV)/runtime  ## compress GPT-2 in several ways and score each: needs a network, and hours without a GPU
 	HF_HUB_OFFLINE=0 $(VENV)/bin/python -m experiments.gpt2
 
-figures: $(VENV)/runtime
+figures: $(VENV)/runtime  ## the runs, pictures and tables of docs/report.md
 	$(VENV)/bin/python -m experiments.figures
 
-test: $(VENV)/dev
+test: $(VENV)/dev  ## the tests
 	$(VENV)/bin/python -m pytest -rs
 
-stress: $(VENV)/dev
+stress: $(VENV)/dev  ## kills, full disks and damaged files
 	$(VENV)/bin/python -m pytest -m slow -s
 
-lint: $(VENV)/dev
+lint: $(VENV)/dev  ## the linter
 	$(VENV)/bin/ruff check .
 
 # torch first: what follows then finds the version that is pinned here
@@ -61,5 +52,5 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/runtime
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-clean:
+clean:  ## remove what the demo made
 	rm -rf out/demo data/pydocs

@@ -10,7 +10,7 @@ n_batches = 100
 
 starts = """
 4.5M Van Loan: kron_decompose.py 256 256 1 | --learning_rate=1e-3
-4.5M Krony-PT's pruning: prune.py --keep=4 | --learning_rate=1e-3
+4.5M one row in four kept: prune.py --keep=4 | --learning_rate=1e-3
 4.5M hidden units pruned, refitted: prune.py --dim=hidden --keep=4 --select=contribution --refit --calibrate=pysource | --learning_rate=1e-3
 4.5M SVD-LLM: experiments/peers.py svd_llm 4.542M --calibrate=pysource | --learning_rate=1e-4
 4.5M activation-aware SVD, even ranks: experiments/peers.py even_ranks 4.542M --calibrate=pysource | --learning_rate=1e-4

@@ -1,9 +1,6 @@
 # The short training of each compressed model of `make demo`, on the data of its base.
-dataset = "pydocs"
-
 batch_size = 16
 gradient_accumulation_steps = 1
-overwrite = True
 max_iters = 200
 learning_rate = 2e-3
 warmup_iters = 20

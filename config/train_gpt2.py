@@ -14,7 +14,6 @@ import torch
 
 init_from = "checkpoints/VL_768_768_1.pt"
 out_dir = "out/VL_768_768_1"
-dataset = "openwebtext"
 
 # 32 sequences × 1024 tokens × 12 micro-steps over all GPUs = 393,216 tokens a step
 batch_size = 32
@@ -23,16 +22,7 @@ gradient_accumulation_steps = 12
 max_iters = 30000
 
 learning_rate = 6e-5
-min_lr = 6e-6
 warmup_iters = 500
-weight_decay = 0.1
 
 compile = torch.cuda.is_available()  # elsewhere it takes a C++ compiler, and minutes
-
-eval_interval = 500
-eval_iters = 50
-log_interval = 10
-
 wandb_mode = "offline"  # `wandb sync` uploads it; WANDB_MODE=online in the environment does so at once
-wandb_project = "kronygpt"
-wandb_run_name = "VL_768_768_1"

@@ -6,29 +6,7 @@
 #
 # Why these numbers: those of train_gpt2.py, so that only the compression differs between the two models of 82M. Small
 # models compressed this way need low rates (docs/report.md). No rate has been measured on GPT-2.
-import torch
+from config.train_gpt2 import *
 
 init_from = "checkpoints/best_82M.pt"
 out_dir = "out/gpt2_budget"
-dataset = "openwebtext"
-
-# 32 sequences × 1024 tokens × 12 micro-steps over all GPUs = 393,216 tokens a step
-batch_size = 32
-block_size = 1024
-gradient_accumulation_steps = 12
-max_iters = 30000
-
-learning_rate = 6e-5
-min_lr = 6e-6
-warmup_iters = 500
-weight_decay = 0.1
-
-compile = torch.cuda.is_available()  # elsewhere it takes a C++ compiler, and minutes
-
-eval_interval = 500
-eval_iters = 50
-log_interval = 10
-
-wandb_mode = "offline"  # `wandb sync` uploads it; WANDB_MODE=online in the environment does so at once
-wandb_project = "kronygpt"
-wandb_run_name = "gpt2_budget"

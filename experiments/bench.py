@@ -1,4 +1,4 @@
-"""Speed and memory of KronyGPT against the dense model and against a torch.kron loop.
+"""Speed and memory of KronyGPT against the dense model and transformers.
 
     python -m experiments.bench                     # training, forward, generation, memory, file size
     python -m experiments.bench --device=cuda --dtype=bfloat16
@@ -10,7 +10,6 @@ after a warm-up, and the median of each is reported. Read the ratios, not the se
 dense model. It writes table.md and results.json to out_dir.
 """
 import ctypes
-import io
 import itertools
 import json
 import re
@@ -44,9 +43,8 @@ dtype = "float32"  # or bfloat16 or float16, by autocast
 out_dir = "out/bench"  # directory of the results
 
 CONTEXTS, SEQUENCES = (64, 900), (1, 8)  # of generation: tokens at the end, and sequences at once
-LOOP_FACTORS = 16  # at most, of a torch.kron loop: it keeps as many whole matrices for the backward pass
 
-# A torch.nn.Module with its calls loss(idx, targets) and generate(idx, n) or None, for idx and targets (B, T)
+# A torch.nn.Module with its calls loss(idx, targets) and generate(idx, n), for idx and targets (B, T)
 Candidate = namedtuple("Candidate", "model loss generate")
 
 
@@ -75,7 +73,7 @@ def time_in_turns(function, names):
 
 
 def peak_memory(function, torch_device):
-    """Bytes that a call allocates at its peak, on top of those before it; None on systems that do not tell."""
+    """Bytes that a call allocates at its peak, on top of those before it: on a GPU or on Linux."""
     if torch_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -85,39 +83,26 @@ def peak_memory(function, torch_device):
     def read(field):
         return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system: it would hide allocations of the call
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # restart the peak
-        before = read("VmRSS")
-    except (AttributeError, OSError):  # another system, another C library than glibc, or a container that forbids it
-        return None
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system: it would hide allocations of the call
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # restart the peak
+    before = read("VmRSS")
     function()
-    return read("VmHWM") - before
+    return max(4096, read("VmHWM") - before)  # a page at least
 
 
 def make_candidates(shape, is_first):
-    """{name: Candidate} to measure in turns: the dense model, ours, and a torch.kron loop unless it has many factors; with
-    the first shape also transformers' GPT-2, and ours with its loss from whole logits."""
+    """{name: Candidate} to measure in turns: the dense model and ours; with the first shape also transformers' GPT-2, and
+    ours with its loss from whole logits."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     def loss_of_whole_logits(logits_of, idx, targets):
         return F.cross_entropy(logits_of(idx).flatten(0, 1).float(), targets.flatten())
 
-    def multiply_by_kron_loop(matrix, x):
-        return x @ sum(torch.kron(a, b) for a, b in zip(matrix.A, matrix.B)) + matrix.bias
-
-    def ours(shape, whole_logits=False):
+    def ours(shape):
         model = KronyGPT(make_config(shape))
-        return Candidate(model, partial(loss_of_whole_logits, model) if whole_logits else model,
-                         lambda idx, n: list(model.generate(idx, n, temperature=0)))
+        return Candidate(model, model, lambda idx, n: list(model.generate(idx, n, temperature=0)))
 
     candidates = {"dense": ours((n_embd, 4 * n_embd, 1)), f"ours {shape}": ours(shape)}
-    if max(shape[2:]) <= LOOP_FACTORS:
-        loop = ours(shape, whole_logits=True)
-        for _, _, matrix in loop.model.matrices():
-            if not matrix.is_dense:
-                matrix.forward = partial(multiply_by_kron_loop, matrix)
-        candidates[f"torch.kron {shape}"] = loop._replace(generate=None)
     if is_first:
         gpt2 = GPT2LMHeadModel(GPT2Config(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=block_size, vocab_size=vocab_size, resid_pdrop=0.0,
@@ -125,7 +110,8 @@ def make_candidates(shape, is_first):
         candidates["transformers dense"] = Candidate(
             gpt2, partial(loss_of_whole_logits, lambda idx: gpt2(idx).logits),
             lambda idx, n: gpt2.generate(idx, do_sample=False, max_new_tokens=n))
-        candidates[f"whole logits {shape}"] = ours(shape, whole_logits=True)
+        whole = ours(shape)
+        candidates[f"whole logits {shape}"] = whole._replace(loss=partial(loss_of_whole_logits, whole.model))
     return candidates
 
 
@@ -150,43 +136,35 @@ def measure(candidates, torch_device):
     def record(what, values):
         for name, value in values.items():
             results[name][what] = value
-        unit, size = ("GB", 1e9) if what == "peak memory" else ("s", 1)
+        unit, size = ("GB", 1e9) if what in ("peak memory", "file") else ("s", 1)
         print(f"  {what}: " + ", ".join(f"{name} {value / size:.3g} {unit}" for name, value in values.items()), flush=True)
 
     optimizers = {name: torch.optim.AdamW(c.model.to(torch_device).parameters(), fused=True)
                   for name, c in candidates.items()}
     record("training step", time_in_turns(partial(step, n=batch_size, is_training=True), candidates))
-    peaks = {name: peak_memory(partial(step, name, memory_batch_size, True), torch_device) for name in candidates}
-    record("peak memory", {name: peak for name, peak in peaks.items() if peak is not None})
+    if torch_device.type == "cuda" or Path("/proc/self/clear_refs").exists():
+        record("peak memory", {name: peak_memory(partial(step, name, memory_batch_size, True), torch_device)
+                               for name in candidates})
     optimizers.clear()
     record("forward", time_in_turns(partial(step, n=batch_size, is_training=False), candidates))
     for sequences, context in itertools.product(SEQUENCES, sorted({min(context, block_size) for context in CONTEXTS})):
-        names = [name for name, candidate in candidates.items() if candidate.generate]
         record(f"generation {sequences} × {context}",
-               time_in_turns(partial(generate, sequences=sequences, context=context), names))
-    for name, candidate in candidates.items():
-        file = io.BytesIO()
-        torch.save(candidate.model.state_dict(), file)
-        results[name]["file"] = file.tell()
+               time_in_turns(partial(generate, sequences=sequences, context=context), candidates))
+    record("file", {name: 4 * sum(p.numel() for p in c.model.parameters()) for name, c in candidates.items()})
     return results
 
 
 def main():
     output_directory(out_dir)
-    measured_shapes, torch_device = [tuple(map(int, shape.split(","))) for shape in shapes.split()], pick_device(device)
-    for shape in measured_shapes:
-        make_config(shape)  # which says now what is wrong with it
-    results = {}
-    for shape in measured_shapes:
-        candidates = make_candidates(shape, is_first=not results)
-        print(", ".join(candidates))
-        for name, measured in (measurements := measure(candidates, torch_device)).items():
-            ratios = {what: measurements["dense"][what] / value for what, value in measured.items() if value}
+    torch_device, results = pick_device(device), {}
+    for shape in [tuple(map(int, shape.split(","))) for shape in shapes.split()]:
+        measurements = measure(make_candidates(shape, is_first=not results), torch_device)
+        for name, measured in measurements.items():
+            ratios = {what: measurements["dense"][what] / value for what, value in measured.items()}
             results.setdefault(name, dict(measured=measured, faster_than_dense=ratios))
-        del candidates  # before the next ones are made
     columns = list(results["dense"]["measured"])
-    rows = [(name, *(f"{result['faster_than_dense'][column]:.2f} ×" if column in result["faster_than_dense"] else ""
-                     for column in columns)) for name, result in results.items()]
+    rows = [(name, *(f"{result['faster_than_dense'][column]:.2f} ×" for column in columns))
+            for name, result in results.items()]
     table = markdown(["model", *columns], rows)
     for name, content in (("table.md", table), ("results.json", json.dumps(results, indent=2))):
         with atomic_write(Path(out_dir, name), "w") as file:

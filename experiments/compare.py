@@ -1,4 +1,4 @@
-"""Compare ways to compress one model: start, train, export and score each, then one table and two pictures.
+"""Compare ways to compress one model: start, train, export and score each, then one table.
 
     python -m experiments.compare config/compare_demo.py
     python -m experiments.compare config/compare_bytes.py --seeds=1,2,3 --steps=300
@@ -14,25 +14,24 @@ Each start is scored, trained by --train_config, once for each seed, and scored 
 work is done by the scripts that you would run. With the first seed, the trained model is converted to a Hugging Face model,
 and that model is scored.
 
-Results go to out_dir: results.json, table.md, pareto.png (loss against parameters) and loss.png (loss against steps), after
-each pass through the starts. Finished work is not repeated: a comparison that was stopped, or that has another start or
-seed, continues where it was.
+Options that all starts share (the model, the data, the seed, the directories) are set here and win over those of a start.
+
+Results go to out_dir: results.json and table.md, after each pass through the starts. Finished work is not repeated: a
+comparison that was stopped, or that has another start or seed, continues where it was.
 """
 import json
+import os
 import re
 import shlex
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from experiments import pictures
 from kronygpt import checkpoint
 from kronygpt.configurator import UserError, run
 from kronygpt.data import find_dataset
 from kronygpt.files import atomic_write, output_directory
-from kronygpt.run_dir import read_log
 
 base = "out/demo/base/best.pt"  # the dense model: a checkpoint, a Hugging Face directory or a hub name
 starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # one start a line: name: command | options of its training
@@ -43,41 +42,29 @@ dataset = "pydocs"  # data/<dataset>, for training and scores
 n_batches: int | None = None  # score the first N batches of its held-out split; default: all of it
 out_dir = "out/demo"  # directory of the results
 
-SCRIPTS = ("kron_decompose.py", "prune.py", "experiments/peers.py")
-SET_HERE = {"init_from", "out", "out_dir", "dataset", "seed", "overwrite", "max_iters"}  # options that no start may have
 RESULT_FORMAT = 6  # of the kept results; those of another format are computed again
 
 
-def call(script, *args):
-    """Run a script of the repository, show its output, and return the seconds that it took; UserError if it fails."""
+def call(script, *args, cwd=None):
+    """Run a script of the repository, in a folder, and show its output; UserError if it fails."""
     words = ["-m", script.removesuffix(".py").replace("/", "."), *args]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    begin = time.perf_counter()
-    if subprocess.run([sys.executable, *words]).returncode:
+    print(f"\n$ python {shlex.join(words)}" + (f"    # in {cwd}" if cwd else ""), flush=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # in another folder, too
+    if subprocess.run([sys.executable, *words], cwd=cwd, env=environment).returncode:
         raise UserError(f"{script} failed; see above", status=1)
-    return time.perf_counter() - begin
 
 
 def parse_starts():
-    """The option starts: [(name, [script, argument, ...], [option of train.py, ...])]."""
-    parsed = {}  # by folder
+    """The option starts: {folder of a start: (name, [script, argument, ...], [option of train.py, ...])}."""
+    parsed = {}
     for line in filter(None, map(str.strip, starts.splitlines())):
-        command, _, training = line.partition("|")
-        name, _, command = command.rpartition(":")
-        words, training = shlex.split(command), shlex.split(training)
-        if not name or words[:1] not in [[script] for script in SCRIPTS]:
-            raise UserError(f"--starts: a start is `name: command`, with the command {' or '.join(SCRIPTS)}, not {line!r}")
-        for option in (word.partition("=")[0] for word in (*words, *training)):
-            if option.removeprefix("--") in SET_HERE and option.startswith("--"):
-                raise UserError(f"--starts: {name} has {option}, which a comparison sets for all starts")
-        if folder_name(name) in parsed:
-            raise UserError(f"--starts: another start has the name {name!r}, or one like it")
-        parsed[folder_name(name)] = name, words, training
-    return list(parsed.values())
-
-
-def folder_name(name):
-    return re.sub(r"\W+", "_", name).strip("_")
+        start, _, training = line.partition("|")
+        name, _, command = start.partition(":")
+        folder = re.sub(r"\W+", "_", name).strip("_")
+        if not command or folder in parsed:
+            raise UserError(f"--starts: a start is `name: command` with a name of its own, not {line!r}")
+        parsed[folder] = name, shlex.split(command), shlex.split(training)
+    return parsed
 
 
 def keep_result(path, key, compute, *args):
@@ -97,11 +84,15 @@ def modification_time(source):
     return max((p.stat().st_mtime for p in (path, *path.rglob("*")) if p.is_file()), default=0)
 
 
-def score(source, path):
-    """The loss of a model on the held-out text in nats per token, by perplexity.py, whose result goes to a JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    call("perplexity.py", str(source), dataset, *([str(n_batches)] if n_batches else []), f"--json_out={path}")
-    return json.loads(path.read_text())[dataset]["loss"]
+def score(source, text, path, *options):
+    """What perplexity.py says of a model on a text, and writes to a JSON file: {"loss": nats per token, "perplexity"}."""
+    call("perplexity.py", str(source), text, f"--json_out={path}", *options)
+    return json.loads(path.read_text())[text]
+
+
+def loss_of(source, path):
+    """The loss of a model on the held-out text in nats per token."""
+    return score(source, dataset, path, *([str(n_batches)] if n_batches else []))["loss"]
 
 
 def make_start(folder, command):
@@ -109,34 +100,33 @@ def make_start(folder, command):
 
     Returns:
         {"parameters", "shapes": {matrix: [[dim_1, dim_2, factors] of each block]}, "widths": {name: [width of each block]
-        or bands of an embedding}, "before": loss, "seconds"}
+        or bands of an embedding}, "before": loss}
     """
     path = folder / "start.pt" if command else base
-    seconds = call(*command, f"--init_from={base}", f"--out={path}") if command else 0
+    if command:
+        call(*command, f"--init_from={base}", f"--out={path}")
     model, _ = checkpoint.load(str(path))
     shapes = {name: [list(shape) for shape in of_blocks] for name, of_blocks in model.config.shapes.items()}
     widths = {name: getattr(model.config, name) for name in ("head_qk", "head_v", "n_inner", "wte", "wpe")}
     return dict(parameters=model.count_parameters()["total"], shapes=shapes, widths=widths,
-                before=score(path, folder / "before.json"), seconds=seconds)
+                before=loss_of(path, folder / "before.json"))
 
 
 def train_start(folder, start, options, seed, is_exported):
     """Train a start with one seed and score it, or if is_exported, the Hugging Face model made of it.
 
     Returns:
-        {"after": loss, "learning_rate", "seconds", "curve": [(step, validation loss)]}
+        {"after": loss, "learning_rate"}
     """
     train_steps = [f"--max_iters={steps}"] if steps else []
-    seconds = call("train.py", train_config, *options, f"--init_from={start}", f"--dataset={dataset}",
-                   f"--out_dir={folder}", f"--seed={seed}", "--overwrite=True", *train_steps)  # ours last: they count
+    call("train.py", train_config, *options, f"--init_from={start}", f"--dataset={dataset}", f"--out_dir={folder}",
+         f"--seed={seed}", "--overwrite=True", *train_steps)  # ours last: they count
     _, last = checkpoint.load(str(folder / "ckpt.pt"))
     source = folder / "best.pt"
     if is_exported:
         source = folder / "hf"
         call("kron_to_gpt.py", str(folder / "best.pt"), str(source))
-    curve = [(entry["step"], entry["val_loss"]) for entry in read_log(folder / "log.jsonl") if "val_loss" in entry]
-    return dict(after=score(source, folder / "after.json"), learning_rate=last["config"]["learning_rate"], seconds=seconds,
-                curve=curve)
+    return dict(after=loss_of(source, folder / "after.json"), learning_rate=last["config"]["learning_rate"])
 
 
 def mean_loss(row):
@@ -150,14 +140,20 @@ def spread(row):
     return f"{mean_loss(row):.3f}" + (f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else "")
 
 
-def table(rows):
-    """The head and the rows of the results: model, parameters, losses before and after, and the rates where they differ."""
-    n_columns = 4 + (len({row["learning_rate"] for row in rows[1:]}) > 1)
-    cells = [(rows[0]["name"], f"{rows[0]['parameters']:,}", f"{rows[0]['before']:.3f}", "", "")]
-    cells += [(row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row), f"{row['learning_rate']:g}")
-              for row in rows[1:]]
-    head = ("model", "parameters", "loss before training", "loss after", "learning rate")
-    return head[:n_columns], [row[:n_columns] for row in cells]
+def seeds_of(rows):
+    n = len(rows[1]["runs"])
+    return f"{n} seed{'s' * (n > 1)}"
+
+
+def dense_start(rows):
+    """The start of a comparison with the shapes of its first row, the dense base: that model trained as long. Or None."""
+    return next((row for row in rows[1:] if row["shapes"] == rows[0]["shapes"]), None)
+
+
+def loss_of_dense(rows):
+    """Loss of the dense model: trained as long, where such a start is there."""
+    trained = dense_start(rows)
+    return mean_loss(trained) if trained else rows[0]["before"]
 
 
 def markdown(head, rows, n_left=1):
@@ -166,11 +162,15 @@ def markdown(head, rows, n_left=1):
     return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
 
 
-def aligned(head, rows):
-    """The same for a terminal."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-                     for row in (head, *rows))
+def comparison_table(rows, unit="token"):
+    """Losses of a comparison, ± the standard deviation over seeds, and the rates where they differ."""
+    n_columns = 4 + (len({row["learning_rate"] for row in rows[1:]}) > 1)
+    cells = [(rows[0]["name"], f"{rows[0]['parameters']:,}", f"{rows[0]['before']:.3f}", "", "")]
+    cells += [(row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row), f"{row['learning_rate']:g}")
+              for row in rows[1:]]
+    head = ("model", "parameters", "loss before training", "loss after", "learning rate")
+    return (f"{markdown(head[:n_columns], [row[:n_columns] for row in cells])}\n\n"
+            f"Losses on held-out text in nats per {unit}; {seeds_of(rows)}.")
 
 
 def conclusion(rows):
@@ -178,25 +178,10 @@ def conclusion(rows):
     smaller = [row for row in rows[1:] if row["parameters"] < rows[0]["parameters"]]
     if not smaller:
         return "No start is smaller than the dense model."
-    best, trained = min(smaller, key=mean_loss), pictures.dense_start(rows)
-    gap = mean_loss(best) - pictures.loss_of_dense(rows)
+    best, gap = min(smaller, key=mean_loss), min(map(mean_loss, smaller)) - loss_of_dense(rows)
     return (f"The best smaller model, \"{best['name']}\", has {best['parameters'] / rows[0]['parameters']:.0%} of the "
             f"parameters of the dense model and ends at {mean_loss(best):.3f}, {abs(gap):.3f} nats "
-            f"{'above' if gap > 0 else 'below'} the dense model{' trained as long' * bool(trained)}.")
-
-
-def caption(rows):
-    return f"Losses on held-out text of {dataset} in nats per token. Number of seeds: {len(rows[1]['runs'])}."
-
-
-def write_results(rows):
-    """Write results.json, table.md and the two pictures."""
-    for name, text in (("results.json", json.dumps(rows, indent=2, allow_nan=False)),
-                       ("table.md", f"{markdown(*table(rows))}\n\n{caption(rows)} {conclusion(rows)}")):
-        with atomic_write(Path(out_dir, name), "w") as file:
-            file.write(text + "\n")
-    pictures.draw_pareto(rows, Path(out_dir, "pareto.png"), dataset)
-    pictures.draw_curves(rows, Path(out_dir, "loss.png"))
+            f"{'above' if gap > 0 else 'below'} the dense model{' trained as long' if dense_start(rows) else ''}.")
 
 
 def main():
@@ -207,21 +192,23 @@ def main():
                     dataset=[dataset, modification_time(Path("data", dataset))])
     training_settings = dict(settings, config=Path(train_config).read_text(encoding="utf-8"), steps=steps)
     rows = [dict(keep_result(folder / "base.json", settings, make_start, folder, None), name="dense base")]
-    rows += [dict(name=name, runs=[]) for name, _, _ in todo]
+    rows += [dict(name=name, runs=[]) for name, _, _ in todo.values()]
     for seed in numbers:
-        for i, (row, (name, command, training)) in enumerate(zip(rows[1:], todo)):
+        for i, (row, (place, (name, command, training))) in enumerate(zip(rows[1:], todo.items())):
             print(f"\nseed {seed}, start {i + 1} of {len(todo)}: {name}", flush=True)
-            made_in = folder / folder_name(next(n for n, c, _ in todo if c == command))  # the first one made in this way
-            start, run_dir = made_in / "start.pt", folder / folder_name(name) / f"seed_{seed}"
+            made_in = folder / next(p for p, (_, c, _) in todo.items() if c == command)  # the first one made in this way
+            start, run_dir = made_in / "start.pt", folder / place / f"seed_{seed}"
             row |= keep_result(made_in / "start.json", dict(settings, command=command), make_start, made_in, command)
             key = dict(training_settings, start=[str(start), modification_time(start)], training=training, seed=seed,
                        is_exported=seed == numbers[0])
             row["runs"].append(keep_result(Path(f"{run_dir}.json"), key, train_start, run_dir, start, training, seed,
                                            seed == numbers[0]))
             row["learning_rate"] = row["runs"][0]["learning_rate"]
-        write_results(rows)
-    print(f"\n{aligned(*table(rows))}\n\n{caption(rows)}\n{conclusion(rows)}\n"
-          f"in {out_dir}/: table.md, results.json, pareto.png, loss.png")
+        text = f"{comparison_table(rows)} {conclusion(rows)}"
+        for name, content in (("results.json", json.dumps(rows, indent=2, allow_nan=False)), ("table.md", text)):
+            with atomic_write(folder / name, "w") as file:
+                file.write(content + "\n")
+    print(f"\n{text}\nin {out_dir}/: table.md, results.json")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     python -m experiments.figures                      # the runs that are missing, then all pictures and tables
     python -m experiments.figures compare_base         # ... and this run of the list below, again
-    python -m experiments.figures --make_runs=False    # pictures and tables of the runs that are there
     python -m experiments.figures --only=plan          # one picture or table, without runs
 
 Runs are the commands that you would give, one after the other. A run whose output is there is not repeated. Pictures go to
@@ -22,34 +21,31 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from experiments.compare import markdown, mean_loss, spread, table
-from experiments.pictures import ACCENT, GREY, dense_start, draw_added, draw_parts, method
+from experiments.compare import comparison_table, dense_start, markdown, mean_loss, seeds_of, spread
+from experiments.pictures import draw_added, draw_parts, draw_spectrum, method
+from experiments.predict import held_out_windows
 from kronygpt import calibration, checkpoint, compress, data
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
 from kronygpt.kron import rearrange
-from kronygpt.run_dir import new_figure, save_figure
 from model import KINDS, KronyGPT, KronyGPTConfig, Shape, contraction_order, mlp_shapes, multiply_adds
 
 only = ""  # name of one picture or table to make; default: all of them
-make_runs = True  # make the runs that are missing first; never with --only
-documents = "docs/report.md,docs/learning_rates.md,README.md"  # comma list of the files with tables
-calibration_tokens = 131072  # number of tokens behind the table of errors
 
+DOCUMENTS = "docs/report.md", "docs/learning_rates.md", "README.md"  # the files with tables
 ROOT = Path(__file__).resolve().parent.parent
-DEMO_BASE, DEMO_DATASET = "out/demo/base/best.pt", "pydocs"  # the dense model of the spectra and errors, and its text
+DEMO_DATASET, CALIBRATION_TOKENS = "pydocs", 131072  # behind the table of errors
 BYTES_BASE = "../shared/data/gpt2-bytes"  # as in config/compare_bytes.py; the only base that no command makes
 # In this order: the first ones make what the others read. `feeds`: the tables and pictures that a run makes. `reads`: what
 # no run makes; without it, the run is left out.
 Run = namedtuple("Run", "command output feeds reads", defaults=(None,))
 RUNS = {
     "pydocs": Run("-m experiments.prepare_pydocs", "data/pydocs/meta.json", "text of the demo and of bytes"),
-    "demo_base": Run("train.py config/demo_base.py", DEMO_BASE, "report: singular values, errors of the fits"),
+    "demo_base": Run("train.py config/demo_base.py", "out/demo/base/best.pt", "report: singular values, errors of the fits"),
     "demo": Run("-m experiments.compare config/compare_demo.py", "out/demo/results.json", "appendix: the demo's table"),
     "pysource": Run("-m experiments.prepare_pysource", "data/pysource/meta.json", "text of the base"),
     "base": Run("train.py config/base.py --dtype=bfloat16", "out/base/best.pt", "report: the base"),
@@ -60,7 +56,7 @@ RUNS = {
     "compare_kronecker": Run("-m experiments.compare config/compare_kronecker.py", "out/compare_kronecker/results.json",
                              "report: Kronecker products against low rank"),
     "predict": Run("-m experiments.predict --init_from=out/base/best.pt --calibrate=pysource --budgets=0.66,0.5,0.3 "
-                   "--shares=0.25 --calibration_tokens=16384 --eval_tokens=16384 --out_dir=out/predict_base",
+                   "--calibration_tokens=16384 --eval_tokens=16384 --out_dir=out/predict_base",
                    "out/predict_base/table.md", "report: predicted and measured loss"),
     "compare_bytes": Run("-m experiments.compare config/compare_bytes.py", "out/compare_bytes/results.json",
                          "appendix: results over bytes", BYTES_BASE),
@@ -69,15 +65,13 @@ RUNS = {
 }
 RECORDS = Path("docs/runs.json")
 MADE_HERE = (":!*.md", ":!docs/*.png", f":!{RECORDS}")  # as git's patterns
-MARKER = re.compile(r"<!-- table: (\w+) -->")
-TABLE = re.compile(MARKER.pattern + ".*?<!-- end -->", re.DOTALL)
+TABLE = re.compile(r"<!-- table: (\w+) -->(?:(?!<!-- table).)*?<!-- end -->", re.DOTALL)
 HEADLINE_SIZE = "4.5M"  # of the starts in the README's table
-PLAN_SIZES = ("3.5M",)  # whose widths and ranks are shown
+PLAN_SIZE = "3.5M"  # of the start whose widths and ranks are shown
 GPT2_SHAPES = [(768, 3072, 1), (768, 1536, 1), (384, 3072, 1), (768, 768, 1), (768, 1, 160), (256, 64, 36), (128, 32, 100),
                (32, 64, 4)]  # of c_fc
 GPT2_RANK = 288  # of all matrices of GPT-2 with 82M parameters in all
 OURS = "KronyGPT"  # what tables call the method that configs call "ours"
-HEADS_LISTED = 4  # heads of a block whose widths are listed one by one; of more heads, the smallest and the largest
 NOT_KNOWN = "—"
 BATCH_SIZE = 8  # windows that are scored together
 
@@ -94,15 +88,12 @@ def rewrite(text, tables):
 
 
 def rewrite_documents(paths, tables):
-    """Rewrite the tables of some files. UserError, before anything is written, where a table, its marker or its end is
-    missing."""
+    """Rewrite the tables of some files. UserError, before anything is written, where a table or its place is missing."""
     texts = {path: Path(path).read_text(encoding="utf-8") for path in paths}
-    markers = {name for text in texts.values() for name in MARKER.findall(text)}
-    if odd := markers ^ tables.keys():
-        raise UserError(f"{' and '.join(paths)} differ from main() of experiments/figures.py in the tables {sorted(odd)}")
-    for path, text in texts.items():
-        if len(MARKER.findall(text)) != text.count("<!-- end -->"):
-            raise UserError(f"{path} has a marker of a table without its <!-- end -->")
+    places = {match[1] for text in texts.values() for match in TABLE.finditer(text)}
+    if odd := places ^ tables.keys():
+        raise UserError(f"the tables {sorted(odd)} are not both in experiments/figures.py and, with a marker and an end, in "
+                        f"{' or '.join(paths)}")
     for path, text in texts.items():
         if (new := rewrite(text, tables)) != text:
             with atomic_write(path, "w") as file:
@@ -136,23 +127,21 @@ def commit():
 
 def machine():
     """The processor and the number of cores, and the GPU if there is one."""
-    names = [line.partition(": ")[2] for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
-    cpu = f"{os.cpu_count()} cores, {names[0] if names else platform.processor() or platform.machine()}"
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else None
+    cpu = f"{os.cpu_count()} cores, {model[1] if model else platform.processor()}"
     return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
 
 
-def read_lines(path):
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
-
-
 def read(name):
-    """What a run has made: a KronyGPT, the content of a results.json, or the lines of a table; None if it is not there."""
+    """What a run has made: a KronyGPT, the content of a results.json, or the text of a table; None if it is not there."""
     path = Path(RUNS[name].output)
     if not path.exists():
         return None
     if path.suffix == ".pt":
         return checkpoint.load(str(path))[0]
-    return json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else read_lines(path)
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if path.suffix == ".json" else text
 
 
 # ---- tables
@@ -163,22 +152,16 @@ def empty_model(config):
         return KronyGPT(config)
 
 
-def parameters_by_part(config):
-    """{part of the model: number of parameters}, largest first."""
-    parts = dict.fromkeys(("token embedding = output matrix", *KINDS, "position embedding",
-                           "biases and layer norms"), 0)
+def parameters_table(config):
+    """The parameters of each part of a model, the largest part first."""
     names = {"transformer.wte.weight": "token embedding = output matrix", "transformer.wpe.weight": "position embedding"}
+    parts = dict.fromkeys((*KINDS, *names.values(), "biases and layer norms"), 0)
     for name, p in empty_model(config).named_parameters():
         kind = name.split(".", 3)[-1].removesuffix(".A")
         parts[names.get(name, kind if kind in parts else "biases and layer norms")] += p.numel()
-    return dict(sorted(parts.items(), key=lambda part: -part[1]))
-
-
-def parameters_table(config):
-    parts = parameters_by_part(config)
     total = sum(parts.values())
-    return markdown(["part", "parameters", "share"],
-                    [(name, f"{n:,}", f"{n / total:.1%}") for name, n in (*parts.items(), ("in all", total))])
+    rows = [*sorted(parts.items(), key=lambda part: -part[1]), ("in all", total)]
+    return markdown(["part", "parameters", "share"], [(name, f"{n:,}", f"{n / total:.1%}") for name, n in rows])
 
 
 def shapes_table(m, n, shapes):
@@ -195,6 +178,14 @@ def shapes_table(m, n, shapes):
         rows.append((f"({dim_1}, {dim_2}, {r})", f"{size:,}", f"{size / (m * n):.1%}", rank, *cells))
     return markdown(["shape", "parameters", "of dense", "rank, at most", "A first", "B first", "W built",
                      "chosen for 1,024 tokens"], rows)
+
+
+def gpt2_models():
+    """{name: KronyGPTConfig} of the table of a step."""
+    gpt2 = KronyGPTConfig()
+    low_rank = {kind: [Shape(m, 1, GPT2_RANK)] * gpt2.n_layer for kind, (m, _) in gpt2.sizes(0).items()}
+    return {"dense": gpt2, "MLPs (768, 768, 1)": KronyGPTConfig(shapes=mlp_shapes(768, 768, [1] * gpt2.n_layer)),
+            f"all matrices of rank {GPT2_RANK}": KronyGPTConfig(shapes=low_rank)}
 
 
 def step_table(configs):
@@ -219,23 +210,23 @@ def quarter_shapes(config):
     return [(d1, d2, max(1, size // (d1 * d2 + C * hidden // (d1 * d2)))) for d1, d2 in pairs]
 
 
-def mlp_matrices(model):
-    """The MLP matrices of all blocks as [C, n_inner]: c_fc, and c_proj transposed, whose shapes are the mirror images."""
-    return [W.detach() for block in model.transformer.h for W in (block.mlp.c_fc.weight, block.mlp.c_proj.weight.T)]
-
-
-def normalized_spectrum(W, dim_1, dim_2):
-    """Singular values of the rearranged W over its norm, in descending order."""
-    sigma = torch.linalg.svdvals(rearrange(W.double().contiguous(), dim_1, dim_2))
-    return sigma / sigma.norm()
-
-
 def mean_spectra(matrices, shapes):
-    """{(dim_1, dim_2, r): (spectrum of trained matrices, of random ones)}, means over the matrices."""
+    """{(dim_1, dim_2, r): (spectrum of trained matrices, of random ones)}: means over matrices of the singular values of the
+    rearranged W over its norm, in descending order."""
+    def spectrum(W, dim_1, dim_2):
+        sigma = torch.linalg.svdvals(rearrange(W.double().contiguous(), dim_1, dim_2))
+        return sigma / sigma.norm()
+
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(W.shape, generator=generator) for W in matrices]
-    return {shape: [torch.stack([normalized_spectrum(W, *shape[:2]) for W in group]).mean(0) for group in (matrices, random)]
+    return {shape: [torch.stack([spectrum(W, *shape[:2]) for W in group]).mean(0) for group in (matrices, random)]
             for shape in shapes}
+
+
+def spectra_of(dense):
+    """mean_spectra() of the MLPs as [C, n_inner]: c_fc, and c_proj transposed, whose shapes are the mirror images."""
+    matrices = [W.detach() for block in dense.transformer.h for W in (block.mlp.c_fc.weight, block.mlp.c_proj.weight.T)]
+    return mean_spectra(matrices, quarter_shapes(dense.config))
 
 
 def spectrum_table(spectra):
@@ -246,10 +237,6 @@ def spectrum_table(spectra):
     return markdown(["shape", "products that exist", "kept, trained", "kept, random"],
                     [(shape, len(trained), kept(trained, shape[2]), kept(random, shape[2]))
                      for shape, (trained, random) in spectra.items()])
-
-
-def spectra_of(dense):
-    return mean_spectra(mlp_matrices(dense), quarter_shapes(dense.config))
 
 
 def errors_table(dense, text, tokens, held_out, shapes):
@@ -275,45 +262,30 @@ def errors_table(dense, text, tokens, held_out, shapes):
 
 def errors_of_base(dense):
     config, context = dense.config, dense.config.block_size
-    text = data.calibration_text(DEMO_DATASET, calibration_tokens, config, "cpu")
+    text = data.calibration_text(DEMO_DATASET, CALIBRATION_TOKENS, config, "cpu")
     tokens = data.load_tokens(DEMO_DATASET, "val", config, context)
-    held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
-    return errors_table(dense, text, tokens, held_out, quarter_shapes(config))
+    return errors_table(dense, text, tokens, held_out_windows(len(tokens), context), quarter_shapes(config))
 
 
-def predicted_table(lines):
+def predicted_table(text):
     """The picture of predict.py, the budgets of its table, and what it says below."""
+    lines = text.splitlines()
     table = [line for line in lines if line.startswith(("| compressed", "|---", "| budget"))]
     return "\n".join(["![Predicted against measured loss added](predicted.png)", "", *table, "", lines[-1]])
 
 
-def shown(name):
-    """The name of a start as the documents have it."""
-    return re.sub(r"\bours\b", OURS, name)
-
-
-def seeds(rows):
-    n = len(rows[1]["runs"])
-    return f"{n} seed{'s' * (n > 1)}"
-
-
-def comparison_table(rows, unit="token"):
-    """Losses of a comparison, ± the standard deviation over seeds, and the rates where they differ."""
-    head, cells = table([dict(row, name=shown(row["name"])) for row in rows])
-    return f"{markdown(head, cells)}\n\nLosses on held-out text in nats per {unit}; {seeds(rows)}."
-
-
-def after(row):
-    """The loss of a row after training; "" for the base, which is not trained further."""
-    return spread(row) if "runs" in row else ""
+def shown(text):
+    """A name or a table as the documents have it."""
+    return re.sub(r"\bours\b", OURS, text)
 
 
 def peers_table(rows):
     """The starts of one size of a comparison, the one with the lowest loss after training first, behind the dense model."""
     peers = [row for row in rows[1:] if row["name"].startswith(f"{HEADLINE_SIZE} ")]
-    cells = [(shown(method(row["name"])), f"{row['parameters']:,}", f"{row['before']:.3f}", after(row))
+    cells = [(shown(method(row["name"])), f"{row['parameters']:,}", f"{row['before']:.3f}",
+              spread(row) if "runs" in row else "")  # the base is not trained further
              for row in [dense_start(rows) or rows[0], *sorted(peers, key=mean_loss)]]
-    return markdown(["method", "parameters", "loss before training", "after"], cells) + f"\n\n{seeds(rows)} each."
+    return markdown(["method", "parameters", "loss before training", "after"], cells) + f"\n\n{seeds_of(rows)} each."
 
 
 def sizes_table(rows):
@@ -326,12 +298,8 @@ def sizes_table(rows):
     head = "method", *(f"{size} ({n / rows[0]['parameters']:.0%})" for size, n in sizes.items())
     body = [(shown(name), *(cells.get((name, size), "") for size in sizes)) for name in methods]
     dense = f"{rows[0]['before']:.3f}" + (f" → {spread(trained)}" if trained else "")
-    return (f"{markdown(head, body)}\n\nLosses on held-out text in nats per token, before → after training; {seeds(rows)}. "
-            f"The dense model: {dense}.")
-
-
-def width_cell(widths):
-    return " ".join(map(str, widths)) if len(widths) <= HEADS_LISTED else f"{min(widths)}–{max(widths)}"
+    return (f"{markdown(head, body)}\n\nLosses on held-out text in nats per token, before → after training; "
+            f"{seeds_of(rows)}. The dense model: {dense}.")
 
 
 def bands_text(bands, C):
@@ -341,29 +309,26 @@ def bands_text(bands, C):
     return f"{len(bands)} bands of {', '.join(str(columns) for _, columns in bands)} columns"
 
 
-def plan_table(rows, sizes):
-    """What a budget chose at some sizes: widths and ranks of each block, and the columns of the embeddings."""
-    body, embeddings = [], []
-    C, dense = rows[0]["widths"]["wte"][0][1], {kind: shapes[0][:2] for kind, shapes in rows[0]["shapes"].items()}
-    for row in [next(row for row in rows if row["name"] == f"{size} ours") for size in sizes]:
-        size, widths, shapes = row["name"].split()[0], row["widths"], row["shapes"]
-        for i, n_inner in enumerate(widths["n_inner"]):
-            ranks = [shapes[kind][i][2] if shapes[kind][i][1] == 1 else "dense" for kind in dense]
-            body.append((size, i, width_cell(widths["head_qk"][i]), width_cell(widths["head_v"][i]), n_inner, *ranks))
-        embeddings.append(f"{size}: wte {bands_text(widths['wte'], C)}; wpe {bands_text(widths['wpe'], C)}.")
-    head = "size", "block", "queries and keys", "values", "hidden units", *(f"`{kind}`" for kind in dense)
-    return "\n\n".join([markdown(head, body, n_left=2), *embeddings])
+def plan_table(rows):
+    """What a budget chose: widths and ranks of each block, and the columns of the embeddings."""
+    row = next(row for row in rows if row["name"] == f"{PLAN_SIZE} ours")
+    widths, kinds, C = row["widths"], list(rows[0]["shapes"]), rows[0]["widths"]["wte"][0][1]
+    body = []
+    for i, n_inner in enumerate(widths["n_inner"]):
+        shapes = [row["shapes"][kind][i] for kind in kinds]
+        ranks = [factors if dim_2 == 1 else "dense" for _, dim_2, factors in shapes]
+        heads = [" ".join(map(str, widths[name][i])) for name in ("head_qk", "head_v")]
+        body.append((i, *heads, n_inner, *ranks))
+    head = "block", "queries and keys", "values", "hidden units", *(f"`{kind}`" for kind in kinds)
+    return f"{markdown(head, body)}\n\nwte: {bands_text(widths['wte'], C)}; wpe: {bands_text(widths['wpe'], C)}."
 
 
 def speed_table(results):
     """What bench.py measured of each model, with the dense model's value, in the same turns, over its own."""
     def cell(what, model):
-        value = results[model]["measured"].get(what)
-        if value is None:
-            return ""
-        ratio = results[model]["faster_than_dense"].get(what)
+        value, ratio = results[model]["measured"][what], results[model]["faster_than_dense"][what]
         text = f"{value / 1e9:.2f} GB" if what in ("peak memory", "file") else f"{value:.3g} s"
-        return text if model == "dense" or ratio is None else f"{text} ({ratio:.2f})"
+        return text if model == "dense" else f"{text} ({ratio:.2f})"
 
     rows = [(what, *(cell(what, model) for model in results)) for what in results["dense"]["measured"]]
     return markdown(["", *map(shown, results)], rows)
@@ -380,39 +345,12 @@ def runs_table(records):
     return markdown(["figures", "command", "commit", "machine", "minutes"], rows, n_left=4)
 
 
-# ---- pictures
-
-def draw_spectrum(spectra, path):
-    """Singular values of rearranged matrices, trained and random, a panel for each shape."""
-    figure = new_figure(11, 3.6)
-    panels = figure.subplots(1, len(spectra), squeeze=False)
-    for axes, ((dim_1, dim_2, r), (trained, random)) in zip(panels[0], spectra.items()):
-        for sigma, color, label in ((trained, ACCENT, "trained"), (random, GREY, "random")):
-            axes.plot(range(1, len(sigma) + 1), sigma, "o-", color=color, markersize=3, label=label)
-        axes.axvline(r + 0.5, color="k", linestyle=":", label=f"r = {r}: kept to the left")
-        highest = max(trained.max(), random.max()).item()
-        axes.set(xlabel="product f", title=f"A is [{dim_1}, {dim_2}]", ylim=(0, 1.1 * highest))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    panels[0][0].set_ylabel("singular value over ‖W‖")
-    save_figure(figure, path)
-
-
 # ---- all of it
 
 def missing_runs(name=None):
     """The runs to make: those whose output is not there, and the one with this name, though it be there."""
     return [n for n, entry in RUNS.items()
             if n == name or not (Path(entry.output).exists() or (entry.reads and not Path(entry.reads).exists()))]
-
-
-def gpt2_models():
-    """{name: KronyGPTConfig} of the table of a step."""
-    gpt2 = KronyGPTConfig()
-    low_rank = {kind: [Shape(m, 1, GPT2_RANK)] * gpt2.n_layer for kind, (m, _) in gpt2.sizes(0).items()}
-    return {"dense": gpt2, "MLPs (768, 768, 1)": KronyGPTConfig(shapes=mlp_shapes(768, 768, [1] * gpt2.n_layer)),
-            f"all matrices of rank {GPT2_RANK}": KronyGPTConfig(shapes=low_rank)}
 
 
 # name: (the runs that it is made of, a function of what they have made). The function of a picture takes its path, too.
@@ -423,15 +361,15 @@ TABLES = {
     "runs": ([], lambda: runs_table(read_records())),
     "spectrum": (["demo_base"], lambda dense: spectrum_table(spectra_of(dense))),
     "errors": (["demo_base", "pydocs"], lambda dense, _: errors_of_base(dense)),
-    "demo": (["demo"], partial(comparison_table, unit="byte")),
+    "demo": (["demo"], lambda rows: shown(comparison_table(rows, "byte"))),
     "peers": (["compare_base"], peers_table),
     "sizes": (["compare_base"], sizes_table),
-    "plan": (["compare_base"], lambda rows: plan_table(rows, PLAN_SIZES)),
-    "compare_base": (["compare_base"], comparison_table),
+    "plan": (["compare_base"], plan_table),
+    "compare_base": (["compare_base"], lambda rows: shown(comparison_table(rows))),
     "parts": (["compare_ablation"], comparison_table),
     "kronecker": (["compare_kronecker"], comparison_table),
     "predicted": (["predict"], predicted_table),
-    "compare_bytes": (["compare_bytes"], partial(comparison_table, unit="byte")),
+    "compare_bytes": (["compare_bytes"], lambda rows: shown(comparison_table(rows, "byte"))),
     "speed": (["bench"], speed_table),
 }
 PICTURES = {
@@ -455,13 +393,13 @@ def main(name=None):
         raise UserError(f"there is no run {name}: the runs are {', '.join(RUNS)}")
     if only and only not in TABLES | PICTURES:
         raise UserError(f"--only is one of {', '.join(TABLES | PICTURES)}, not {only}")
-    for run_name in missing_runs(name) if make_runs and not only else [name] * bool(name):
+    for run_name in [name] * bool(name) if only else missing_runs(name):
         make(run_name)
     for picture, (runs, draw) in PICTURES.items():
         if only in ("", picture):
             made(runs, draw, f"docs/{picture}.png")
     tables = {n: made(*entry) if only in ("", n) else None for n, entry in TABLES.items()}
-    rewrite_documents(documents.split(","), tables)
+    rewrite_documents(DOCUMENTS, tables)
     missing = {run for n, (runs, _) in [*TABLES.items(), *PICTURES.items()] if only in ("", n) for run in runs
                if read(run) is None}
     print(f"wrote {only or 'all pictures and tables'}"

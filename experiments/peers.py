@@ -13,10 +13,17 @@ svd_llm: SVD-LLM (arXiv 2403.07378), which needs --calibrate. It takes each matr
 model, and biases stay.
 """
 import math
-import time
 from bisect import bisect_right
 
+import torch
+
+from kronygpt import calibration, checkpoint, compress, data
+from kronygpt.budget import parse_budget, room
 from kronygpt.configurator import UserError, run
+from kronygpt.device import float64
+from kronygpt.files import output_file
+from kronygpt.kron import balanced
+from model import KINDS, Shape
 
 init_from = "gpt2"  # the model to compress: a hub name, a Hugging Face directory or a checkpoint
 out: str | None = None  # file to write; default: checkpoints/even_ranks_....pt
@@ -24,15 +31,11 @@ calibrate: str | None = None  # data set under data/ to fit the factors to
 calibration_tokens = 131072  # number of its tokens
 device = ""  # where to calibrate; default: CUDA if available, else the CPU
 
-METHODS = "even_ranks", "svd_llm"
 SHARES = 10_000  # steps in which the share of even_ranks is chosen
 
 
 def even_ranks(config, limit):
     """The shapes {kind: [Shape of each block]} with which all matrices keep the same share of their parameters."""
-    from kronygpt.budget import room
-    from model import KINDS, Shape
-
     def ranks(share):  # r (m + n - r) numbers are in a file
         return {kind: [max(1, int((m + n - math.sqrt((m + n)**2 - 4 * share * m * n)) / 2)) for m, n in of_blocks]
                 for kind, of_blocks in sizes.items()}
@@ -53,19 +56,12 @@ def best_on_inputs(W, G, r):
     SVD-LLM truncates the singular value decomposition Sᵀ W = U Σ Vᵀ, where S Sᵀ = G, and multiplies it with the inverse of
     Sᵀ. That is W V Vᵀ with the first r columns of V, which are eigenvectors of Wᵀ G W.
     """
-    import torch
-
-    from kronygpt.kron import balanced
-
     V = torch.linalg.eigh(W.T @ G @ W).eigenvectors[:, -r:]
     return balanced((W @ V).T[:, :, None], V.T[:, None, :])
 
 
 def svd_llm(dense, shapes, text):
     """SVD-LLM's model in low-rank shapes, from the inputs of a KronyGPT on a text (windows, T)."""
-    from kronygpt import calibration, compress
-    from kronygpt.device import float64
-
     found, factors = calibration.statistics(dense, text), {}
     for layer, kind, matrix in dense.matrices():
         name = f"transformer.h.{layer}.{kind}"
@@ -76,13 +72,9 @@ def svd_llm(dense, shapes, text):
 
 
 def main(method, budget):
-    from kronygpt import calibration, checkpoint, compress, data
-    from kronygpt.budget import parse_budget
-    from kronygpt.files import output_file
-
-    if method not in METHODS or (method == "svd_llm" and not calibrate):
-        raise UserError(f"the method is {' or '.join(METHODS)}, and svd_llm needs --calibrate")
-    path, start = output_file(out or f"checkpoints/{method}_{budget}.pt"), time.perf_counter()
+    if method not in ("even_ranks", "svd_llm") or (method == "svd_llm" and not calibrate):
+        raise UserError("the method is even_ranks or svd_llm, and svd_llm needs --calibrate")
+    path = output_file(out or f"checkpoints/{method}_{budget}.pt")
     dense, _ = checkpoint.load(init_from)
     limit = parse_budget(budget, dense.count_parameters()["total"])
     shapes, fits, text = even_ranks(dense.config, limit), [], None
@@ -95,7 +87,6 @@ def main(method, budget):
         new = compress.factorize(dense, shapes)
         fits = calibration.calibrate(dense, new, text) if calibrate else []
     compress.report(dense, new, fits)
-    print(f"compressed in {time.perf_counter() - start:.1f} s")
     options = dict(init_from=init_from, method=method, budget=budget, calibrate=calibrate,
                    calibration_tokens=calibration_tokens if calibrate else None)
     compress.write(path, dense, new, options, "config/train_gpt2_budget.py")

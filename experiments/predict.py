@@ -2,9 +2,9 @@
 
     python -m experiments.predict --init_from=models/mine --calibrate=pydocs     # → out/predict/table.md, predicted.png
 
-Budgets from nearly all parameters to few of them are shared by the whole model, and each matrix is compressed alone to some
-shares of its parameters. Each model is calibrated as kron_decompose.py does it, without training, and scored on
-held-out text. The table is written anew after each model.
+Budgets from nearly all parameters to few of them are shared by the whole model. Each matrix is also compressed alone. All
+models are calibrated as kron_decompose.py does it, without training, and scored on held-out text. The table is written anew
+after each model.
 """
 from pathlib import Path
 
@@ -12,24 +12,29 @@ import torch
 
 from experiments.compare import markdown
 from kronygpt import calibration, checkpoint, data
-from kronygpt.budget import NARROWS, Plan, plan_widths, smallest
+from kronygpt.budget import Plan, plan_widths
 from kronygpt.compress import apply
 from kronygpt.configurator import run
 from kronygpt.files import atomic_write
 from kronygpt.run_dir import new_figure, save_figure
-from model import KINDS, Shape
+from model import Shape
 
 init_from = "gpt2"  # the dense model: a hub name, a Hugging Face directory or a checkpoint
 calibrate = "openwebtext"  # data set under data/: its training split is calibrated on, its validation split scored
 calibration_tokens = 131072  # number of its tokens
 eval_tokens = 131072  # number of tokens that are scored, at most
 budgets = "0.95,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.25"  # comma list: shares of the model's parameters
-shares = "0.5,0.25,0.1"  # comma list: shares of its parameters that a matrix keeps when it is compressed alone
+share = 0.25  # of its parameters, which a matrix keeps when it is compressed alone
 device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
 out_dir = "out/predict"  # directory of the results
 
 BATCH_SIZE = 8  # windows that are scored together
 COLORS = {"attn.c_attn": "C0", "attn.c_proj": "C1", "mlp.c_fc": "C2", "mlp.c_proj": "C3"}
+
+
+def held_out_windows(n_tokens, context):
+    """Windows of a text, one behind the other, of which all tokens but the first are scored, as data.score takes them."""
+    return [(begin, begin + 1, begin + context) for begin in range(0, n_tokens - context + 1, context)]
 
 
 def rank_correlation(pairs):
@@ -61,30 +66,24 @@ def cells(name, size, share, predicted, measured):
 
 
 def write_table(rows):
-    """Write table.md: the results so far, and the rank correlation over single matrices within each share."""
+    """Write table.md: the results so far, and the rank correlation over single matrices."""
     table = markdown(("compressed", "parameters", "of them", "predicted", "measured"), [cells(*row) for row in rows])
-    alone = {}
-    for name, _, share, *losses in rows:
-        if name != "budget":
-            alone.setdefault(5 * round(20 * share), []).append(losses)
-    correlations = ", ".join(f"{rank_correlation(pairs):.2f} over {len(pairs)} matrices at {share}%"
-                             for share, pairs in alone.items() if len(pairs) > 1)
+    alone = [losses for name, _, _, *losses in rows if name != "budget"]
+    correlation = f"{rank_correlation(alone):.2f}" if len(alone) > 1 else "not known"
     with atomic_write(Path(out_dir, "table.md"), "w") as file:
-        file.write(f"{table}\n\nLoss added in nats per token. Rank correlation of matrices alone: "
-                   f"{correlations or 'not yet'}.\n")
+        file.write(f"{table}\n\nLoss added in nats per token. Rank correlation of matrices alone: {correlation} over "
+                   f"{len(alone)} matrices at {share:.0%}.\n")
 
 
 def main():
-    budget_shares, matrix_shares = ([float(text) for text in option.split(",")] for option in (budgets, shares))
     dense, _ = checkpoint.load(init_from)
     config, n_parameters = dense.config, dense.count_parameters()["total"]
     text = data.calibration_text(calibrate, calibration_tokens, config, device)
-    tokens, context = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens], config.block_size
-    held_out = [(begin, begin + 1, begin + context) for begin in range(0, len(tokens) - context + 1, context)]
+    tokens = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens]
+    held_out = held_out_windows(len(tokens), config.block_size)
     dense.to(text.device)
     statistics = calibration.statistics(dense, text)
 
-    @torch.no_grad()
     def loss(model):
         return data.mean_loss(model.eval(), tokens, held_out, BATCH_SIZE)
 
@@ -98,22 +97,18 @@ def main():
         print(*cells(*rows[-1]), sep="  ", flush=True)
         write_table(rows)
 
-    print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out) * (context - 1):,} tokens", flush=True)
-    least = smallest(config, KINDS, NARROWS)
-    for share in [share for share in budget_shares if share * n_parameters < least + 1]:
-        print(f"budget {share} is left out: with rank 1 in all matrices it is {least / n_parameters:.3f}")
-        budget_shares.remove(share)
-    for plan in plan_widths(dense, [int(share * n_parameters) for share in budget_shares], statistics):
+    print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out)} windows", flush=True)
+    limits = [int(float(part) * n_parameters) for part in budgets.split(",")]
+    for plan in plan_widths(dense, limits, statistics):
         measure("budget", plan, plan.loss)
     for layer, kind, matrix in dense.matrices():
         m, n = matrix.weight.shape
-        for share in matrix_shares:
-            rank = max(1, int((m + n - ((m + n)**2 - 4 * share * m * n)**0.5) / 2))  # r (m + n - r) numbers are in a file
-            shapes = [Shape(m, n, 1)] * config.n_layer
-            shapes[layer] = Shape(m, 1, rank)
-            plan = Plan("one matrix alone", {kind: shapes}, fisher=statistics.fisher)
-            predicted = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)[rank:].sum().item() / 2
-            measure(f"block {layer} {kind}", plan, predicted, rank * (m + n - rank), m * n)
+        rank = max(1, int((m + n - ((m + n)**2 - 4 * share * m * n)**0.5) / 2))  # r (m + n - r) numbers are in a file
+        shapes = [Shape(m, n, 1)] * config.n_layer
+        shapes[layer] = Shape(m, 1, rank)
+        plan = Plan("one matrix alone", {kind: shapes}, fisher=statistics.fisher)
+        predicted = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)[rank:].sum().item() / 2
+        measure(f"block {layer} {kind}", plan, predicted, rank * (m + n - rank), m * n)
     draw(rows, Path(out_dir, "predicted.png"))
     print(f"wrote {out_dir}/table.md and predicted.png")
 

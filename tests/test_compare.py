@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_here
+from conftest import ROOT, succeed
 
-from experiments import compare, peers, pictures
-from kronygpt import checkpoint, data, run_dir
+from experiments import compare, peers
+from kronygpt import checkpoint, data
 from kronygpt.configurator import UserError
 from model import KronyGPT, KronyGPTConfig
 
@@ -38,9 +38,7 @@ def calls(workdir, monkeypatch):
 
     def call(script, *args):
         calls.append([script, *args])
-        done = run_here(script, *args)
-        assert done.returncode == 0, done.stderr
-        return 1.0
+        succeed(script, *args)
 
     monkeypatch.setattr(compare, "call", call)
     return calls
@@ -60,15 +58,11 @@ def test_every_start_is_trained_with_each_seed_and_scored(calls, capsys):
     assert half["shapes"] == {"attn.c_attn": [[16, 48, 1]] * 2, "attn.c_proj": [[16, 16, 1]] * 2,
                               "mlp.c_fc": [[16, 32, 1]] * 2, "mlp.c_proj": [[32, 16, 1]] * 2}
     assert half["widths"] == dict(head_qk=[[16]] * 2, head_v=[[16]] * 2, n_inner=[64] * 2, wte=[[256, 16]], wpe=[[16, 16]])
-    assert [step for step, _ in half["runs"][0]["curve"]] == [0, 2, 4]
-    assert {"table.md", "pareto.png", "loss.png"} <= {path.name for path in Path("out").iterdir()}
     mean, spread = (function([run["after"] for run in half["runs"]]) for function in (statistics.mean, statistics.stdev))
     table, printed = Path("out/table.md").read_text(encoding="utf-8"), capsys.readouterr().out
     assert re.search(rf"^\| half .*\| {mean:.3f} ± {spread:.3f} \| 0.0006 \|", table, re.M)
     assert [row["learning_rate"] for row in rows[2:]] == [6e-4, 1e-3] and re.search(r"^\| fitted .*\| 0.001 \|", table, re.M)
-    lines = printed.splitlines()
-    head = next(i for i, line in enumerate(lines) if line.startswith("model  "))
-    assert len({len(line) for line in (lines[head], *lines[head + 2:head + 5])}) == 1  # the base has no rate
+    assert table in printed
     places = re.findall(r"^seed (\d), start (\d) of 3: (\w+)$", printed, re.M)
     assert places == [(seed, str(i + 1), name) for seed in "31" for i, name in enumerate(("whole", "half", "fitted"))]
 
@@ -80,11 +74,11 @@ def test_finished_work_is_not_repeated(calls, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         folder.joinpath("start.pt").touch()
         done.append(folder.name)
-        return dict(parameters=1, shapes=folder.name, before=2.0, seconds=1.0)
+        return dict(parameters=1, shapes=folder.name, before=2.0)
 
     def train_start(folder, start, options, seed, is_exported):
         done.append((folder.parent.name, seed))
-        return dict(after=1.0, learning_rate=1e-3, seconds=1.0, curve=[(0, 2.0)])
+        return dict(after=1.0, learning_rate=1e-3)
 
     def repeated():
         done.clear()
@@ -124,7 +118,7 @@ def rows_of(*losses_after, dense=True):
     """Rows of a comparison: the base, perhaps the dense model trained as long, and starts of half of its parameters."""
     def row(name, parameters, before, after):
         return dict(name=name, parameters=parameters, shapes=parameters, before=before, learning_rate=1e-3,
-                    runs=[dict(after=after, curve=[[0, before + 0.25], [10, after]])])
+                    runs=[dict(after=after)])
 
     rows = [dict(row("base", 100, 1.0, None)), row("dense", 100, 1.0, 0.75)]
     return rows[:1 + dense] + [row(f"start {i}", 50, 3.0, after) for i, after in enumerate(losses_after)]
@@ -138,21 +132,6 @@ def test_the_conclusion_is_about_the_best_smaller_model_and_the_dense_one_traine
     assert compare.conclusion(rows_of()) == "No start is smaller than the dense model."
 
 
-def test_the_pictures_have_the_dense_model_trained_as_long_as_their_reference(monkeypatch):
-    """Its curve and the line of its loss before training are of the same text; sizes are those of whole models."""
-    figures, rows = [], rows_of(1.5, 2.0)
-    monkeypatch.setattr(run_dir, "save_figure", lambda figure, path: figures.append(figure))
-    rows.append(dict(rows[-1], name="larger", parameters=56, shapes=56))
-    pictures.draw_curves(rows, "loss.png")
-    pictures.draw_pareto(rows, "pareto.png", "text")
-    assert [axes.get_title() for axes in figures[0].axes] == ["50% of the parameters", "56% of the parameters"]
-    for axes in figures[0].axes:
-        line, curve = axes.lines[:2]
-        assert list(line.get_ydata()) == [1.25, 1.25] and curve.get_xydata().tolist() == [[0, 1.25], [10, 0.75]]
-    stars = [axes.lines[0].get_xydata().tolist() for axes in figures[1].axes]
-    assert stars == [[[1e-4, 1.0]], [[1e-4, 0.75]]]
-
-
 def test_what_a_start_brings_along_changes_nothing_outside_out_dir(calls, monkeypatch):
     """Not even by a config file behind the bar."""
     Path("mine.py").write_text("out_dir = \"mine\"\nseed = 8\nlearning_rate = 2e-3\n", encoding="utf-8")
@@ -163,24 +142,20 @@ def test_what_a_start_brings_along_changes_nothing_outside_out_dir(calls, monkey
     assert json.loads(Path("out/results.json").read_text(encoding="utf-8"))[1]["learning_rate"] == 2e-3
 
 
-@pytest.mark.parametrize("starts, said", [
-    ("a: runs/mine", "a start is `name: command`"), ("kron_decompose.py 16 32 1", "a start is `name: command`"),
-    ("a: prune.py | --out_dir=mine", "a has --out_dir, which a comparison sets for all starts"),
-    ("a: prune.py | --overwrite", "a has --overwrite"), ("a: prune.py --out=mine.pt", "a has --out,"),
-    ("a.b: prune.py\na-b: prune.py --offset=1", "another start has the name 'a-b'")])
-def test_bad_starts_are_errors(starts, said, monkeypatch):
+@pytest.mark.parametrize("starts", ["kron_decompose.py 16 32 1", "a.b: prune.py\na-b: prune.py --offset=1"])
+def test_a_start_has_a_name_of_its_own(starts, monkeypatch):
     monkeypatch.setattr(compare, "starts", starts)
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match="a start is `name: command` with a name of its own"):
         compare.parse_starts()
 
 
-def test_a_failed_script_is_a_one_line_error(monkeypatch, capfd):
+def test_a_failed_script_is_a_one_line_error(monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=re.escape("sample.py failed; see above")) as error:
         compare.call("sample.py", "--seeds=1")
     assert error.value.status == 1
     assert "error: unknown option --seeds: did you mean --seed?" in capfd.readouterr().err
-    assert compare.call("experiments/predict.py", "--help") > 0
+    compare.call("experiments/predict.py", "--help", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("m, n", [(12, 20), (20, 12)])
