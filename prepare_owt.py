@@ -10,8 +10,8 @@
 The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, with an
 end-of-text token after each document. With --documents=N nothing but the first N is downloaded, into data/<out>/.scratch
 while they are tokenized: a billion tokens of English take about 7 GB for a while, and 2 GB in the end. All of OpenWebText
-is first downloaded to the cache of `datasets`, HF_HOME. Local rows are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow
-or a folder of save_to_disk, and nulls are skipped; any other file is one UTF-8 text; .gz, .bz2, .xz and .zst are unpacked.
+is first downloaded to the cache of `datasets`, HF_HOME. Local rows are .jsonl, .ndjson, .json, .csv, .tsv, .parquet or
+.arrow, and nulls are skipped; any other file is a UTF-8 text; .gz, .bz2, .xz and .zst are unpacked.
 """
 import gc
 import glob
@@ -46,10 +46,8 @@ TASKS_AT_ONCE = 100  # before their tokens are written: bounds the memory
 
 def find_files():
     """The local files that data_files names."""
-    from kronygpt.data import kind_of
-
     names = glob.glob(data_files, recursive=True) or [data_files]  # a name that is no pattern, as of a[1].txt alone
-    files = sorted(name for name in names if Path(name).is_file() or kind_of(name) == ".arrow")
+    files = sorted(name for name in names if Path(name).is_file())
     if not files:
         raise UserError(f"no files match --data_files={data_files}")
     return files

@@ -3,8 +3,6 @@
 A data set is data/<name>/{train,val}.bin and meta.json. A .bin file is a plain array of uint16 tokens, as nanoGPT writes
 it. A directory without meta.json (one that nanoGPT's own script made) holds GPT-2 tokens. Tokenizers are in tokenizer.py.
 """
-import csv
-import io
 import json
 import os
 import shutil
@@ -41,6 +39,7 @@ TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 ROWS = (".jsonl", ".ndjson", ".jsonlines", ".json", *TABLES)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 CHARACTERS_AT_ONCE = 2**20  # of a text that is split
+LARGEST_ROW = 2**26  # bytes of a row of a .csv; a larger one is an error
 LOG_SECONDS = 30  # between lines of progress in a log
 
 
@@ -290,15 +289,12 @@ def progress(**options):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Texts in files: a column of rows in .jsonl, .json, .csv, .tsv, .parquet, .arrow or a folder that datasets' save_to_disk
-# wrote; a file with another ending is one UTF-8 text. Texts may be compressed, as in .jsonl.gz
+# Texts in files: a column of rows in JSON lines, a list in a .json, .csv, .tsv, .parquet or .arrow; a file with another
+# ending is one UTF-8 text. Texts may be compressed, as in .jsonl.gz
 
 def kind_of(path):
-    """The ending of a file in lower case, without that of its compression: ".jsonl" of a.jsonl.gz; ".arrow" of a folder
-    of save_to_disk."""
+    """The ending of a file in lower case, without that of its compression: ".jsonl" of a.jsonl.gz."""
     path = Path(path)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return ".arrow"
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
@@ -309,24 +305,22 @@ def reading(place):
         yield
     except UserError:
         raise
-    except Exception as error:  # those of gzip, csv, pyarrow and UTF-8 have no class in common
+    except Exception as error:  # those of gzip, pyarrow and UTF-8 have no class in common
         raise UserError(f"cannot read {place}: {type(error).__name__}: {error}") from None
 
 
-@contextmanager
-def open_text(path, newline=None):
-    """Open a text, which may be compressed, as UTF-8 without its byte order mark; newline is that of open(). Errors in the
-    block name the file."""
+def open_unpacked(path, mode="r", newline=None):
+    """Open a file, which may be compressed: as UTF-8 without its byte order mark, or as bytes; newline is that of open()."""
     check_no_pointer(path)
+    text = {} if "b" in mode else dict(encoding="utf-8-sig", newline=newline)
     compression = "infer" if Path(path).suffix.lower() in COMPRESSED else None
-    with reading(path), LocalFileSystem().open(str(path), "rb", compression=compression) as file:
-        yield io.TextIOWrapper(file, "utf-8-sig", newline=newline)
+    return LocalFileSystem().open(str(path), mode, compression=compression, **text)
 
 
 def read_pieces(path, separator=None):
     """Yield the pieces of a UTF-8 text between separators, or the whole text without one; any line end is read as "\\n"."""
     rest = ""
-    with open_text(path) as file:
+    with reading(path), open_unpacked(path) as file:
         while separator and (chunk := file.read(CHARACTERS_AT_ONCE)):
             *pieces, rest = (rest + chunk).split(separator)
             yield from pieces
@@ -344,13 +338,14 @@ def read_rows(path, column="text"):
         UserError: it cannot be read, or has no such column of strings.
     """
     kind = kind_of(path)
-    if kind not in ROWS:
-        with open_text(path, newline="") as file:
-            yield file.read()
-        return
     with reading(path):
-        rows = table_rows(path, kind, column) if kind in TABLES else json_rows(path, kind, column)
-        yield from texts_of(rows, column, path)
+        if kind in TABLES:
+            yield from texts_of(table_rows(path, kind, column), column, path)
+        elif kind in ROWS:
+            yield from texts_of(json_rows(path), column, path)
+        else:
+            with open_unpacked(path, newline="") as file:
+                yield file.read()
 
 
 def texts_of(rows, column, source):
@@ -363,47 +358,31 @@ def texts_of(rows, column, source):
             yield row[column]
 
 
-def json_rows(path, kind, column):
-    """Yield the rows of JSON lines, or of a .json: a list of objects or strings, one object, or JSON lines."""
-    if kind == ".json":
-        with suppress(json.JSONDecodeError):
-            content = json.loads(*read_pieces(path))
-            rows = content if isinstance(content, list) else [content]
-            yield from ({column: row} if isinstance(row, str) else row for row in rows)
-            return
-    for number, line in enumerate(read_pieces(path, "\n"), 1):
-        if line.strip():
+def json_rows(path):
+    """Yield the rows of JSON lines, or of a list, which may take many lines."""
+    with open_unpacked(path) as file:
+        for number, line in enumerate(file, 1):
             with reading(f"{path}, line {number}"):
-                yield json.loads(line)
+                if line.startswith("["):
+                    yield from json.loads(line + file.read())
+                elif line.strip():
+                    yield json.loads(line)
 
 
 def table_rows(path, kind, column):
-    """Yield the rows of a table, of the column alone where the format allows that."""
-    check_no_pointer(path)
-    if kind in (".csv", ".tsv"):
-        csv.field_size_limit(2**31 - 1)
-        with open_text(path, newline="") as file:
-            rows = csv.DictReader(file, dialect="excel" if kind == ".csv" else "excel-tab")
-            for row in rows:
-                if None in row:  # a comma in a text without quotes cuts it
-                    raise UserError(f"{path}, line {rows.line_num} has more fields than the first line names: is a text "
-                                    "with a comma or a tab not in quotes?")
-                yield row
-    elif kind == ".parquet":
-        from pyarrow.parquet import ParquetFile
+    """Yield the rows of a table, of the column alone. The format of an .arrow is that of `datasets`, for streams."""
+    import pyarrow as pa
+    from pyarrow import csv
+    from pyarrow.parquet import ParquetFile
 
-        file = ParquetFile(path)
-        columns = [column] if column in file.schema_arrow.names else None
-        for batch in file.iter_batches(columns=columns):
-            yield from batch.to_pylist()
-    else:
-        import pyarrow as pa
-        from datasets import Dataset, load_from_disk
-
-        try:
-            rows = load_from_disk(path) if Path(path).is_dir() else Dataset.from_file(str(path))
-        except pa.ArrowInvalid:  # not Arrow's format for streams, but that for files
-            rows = Dataset(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        if isinstance(rows, dict):
-            raise UserError(f"{path} has the splits {', '.join(rows)}: name the folder of one")
-        yield from rows
+    with open_unpacked(path, "rb") as file:
+        if kind == ".parquet":
+            batches = ParquetFile(file).iter_batches(columns=[column])
+        elif kind == ".arrow":
+            batches = pa.ipc.open_stream(file)
+        else:
+            batches = csv.open_csv(file, csv.ReadOptions(block_size=LARGEST_ROW),
+                                   csv.ParseOptions(delimiter="," if kind == ".csv" else "\t", newlines_in_values=True),
+                                   csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()}))
+        for batch in batches:
+            yield from batch.select([column]).to_pylist()
