@@ -17,18 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from kronygpt.configurator import UserError
 from kronygpt.device import pick_device
 from kronygpt.files import atomic_write, lock
-from kronygpt.tokenizer import (
-    GPT2_VOCAB_SIZE,
-    KNOWN,
-    TOKEN_TYPE,
-    GPT2Tokenizer,
-    UnknownTokenizer,
-    check_no_pointer,
-    extends,
-    is_same,
-    read_json,
-    tokenizer_name,
-)
+from kronygpt.tokenizer import KNOWN, TOKEN_TYPE, GPT2Tokenizer, check_no_pointer, fits, read_json, tokenizer_name
 from model import linear_cross_entropy
 
 DATA_DIR = Path("data")
@@ -68,7 +57,7 @@ def load_meta(name):
     if not path.exists() and path.with_name("meta.pkl").exists():  # a pickle, which could run code: not opened
         raise UserError(f"{path.parent} has a meta.pkl, so its tokens are not GPT-2's, and no meta.json: write "
                         f'{{"vocab_size": N, "tokenizer": "unknown"}} into {path}, with the N that prepare.py printed')
-    return dict(tokens={}) | read_json(path, dict(vocab_size=GPT2_VOCAB_SIZE, tokenizer=GPT2Tokenizer.name))
+    return dict(tokens={}) | read_json(path, dict(vocab_size=GPT2Tokenizer.vocab_size, tokenizer=GPT2Tokenizer.name))
 
 
 def data_tokenizer(name):
@@ -91,7 +80,10 @@ def load_tokens(name, split, config, block_size=1):
         UserError: the file is of another format or too short, or the tokens are not of this vocabulary.
     """
     path, meta = find_dataset(name) / f"{split}.bin", load_meta(name)
-    check_tokenizer(path, meta, config)
+    if not fits(config, meta["tokenizer"], meta["vocab_size"]):
+        raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {meta['vocab_size']}, and the model "
+                        f"has a vocabulary of {config.vocab_size}, of {tokenizer_name(config)} tokens: use data and a model "
+                        "that belong together")
     head = np.fromfile(path, "<u4", count=2**14)
     # a wide token has zeros in its upper half, or in vocabularies of over 65,536 tokens a small number
     is_wide = len(head) >= 16 and (head >> 16).max() <= 3 and (head & 0xffff).max() > 3
@@ -108,16 +100,6 @@ def load_tokens(name, split, config, block_size=1):
     tokens = np.memmap(path, dtype=TOKEN_TYPE, mode="r")
     check_tokens(tokens, config.vocab_size, end=CHECKED_TOKENS)
     return tokens
-
-
-def check_tokenizer(path, meta, config):
-    """Raise UserError unless a model knows the tokens of a data set: its tokenizer is theirs, or extends it."""
-    ours, vocab_size, size = tokenizer_name(config), config.vocab_size, meta["vocab_size"]
-    # a model may have more rows, or with a record of a tokenizer fewer; of an unknown one, the size is all that is known
-    fits = size == vocab_size or (ours != UnknownTokenizer.name and (size < vocab_size or config.tokenizer is not None))
-    if not (fits if is_same(meta["tokenizer"], ours) else extends(config, meta["tokenizer"], size)):
-        raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {size}, and the model has a "
-                        f"vocabulary of {vocab_size}, of {ours} tokens: use data and a model that belong together")
 
 
 def check_tokens(tokens, vocab_size, begin=0, end=None):
