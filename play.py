@@ -84,7 +84,7 @@ def score(player, request):
     """Yield {"loss": nats per token so far, "tokens", "of"} after each window of the text. Windows do not overlap, and the
     first token of each is not scored, as in perplexity.py."""
     tokens, context = player.tokenizer.encode(request["text"]), player.model.config.block_size
-    windows = [(begin, begin + 1, min(begin + context, len(tokens))) for begin in range(0, len(tokens) - 1, context)]
+    windows = data.sliding_windows(len(tokens), context, context)
     if not windows:
         raise UserError("a token is scored by those before it: give a text of two tokens or more")
     for total, n in data.score(player.model, tokens, windows, batch_size=1):

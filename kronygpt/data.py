@@ -201,6 +201,14 @@ def score(model, tokens, windows, batch_size):
         yield total, n_scored
 
 
+def sliding_windows(n_tokens, context, stride):
+    """The windows of score() that score each token once, one every stride tokens. The first token of a window has no context
+    and is not scored in that window."""
+    windows = [(begin, begin + max(1, context - stride if begin else 1), min(begin + context, n_tokens))
+               for begin in range(0, max(1, n_tokens - context + stride), stride)]
+    return [(begin, first, end) for begin, first, end in windows if first < end]
+
+
 def mean_loss(model, tokens, windows, batch_size):
     """The mean loss in nats of the tokens that score() counts."""
     *_, (total, n_scored) = score(model, tokens, windows, batch_size)
