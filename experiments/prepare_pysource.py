@@ -84,8 +84,8 @@ def main():
     print(f"{len(texts):,} files, {sum(map(len, texts)) / 1e6:.1f}M characters")
     tokenizer = train_tokenizer(texts[n_val:], DATA_DIR / out / "tokenizer")
     source = f"source of CPython {sys.version.split()[0]} and of the packages in requirements.txt"
-    tokens = (("val" if i < n_val else "train", tokenizer.encode(text)) for i, text in enumerate(texts))
-    print(write_documents(DATA_DIR / out, tokenizer, source, tokens))
+    splits = dict(val=map(tokenizer.encode, texts[:n_val]), train=map(tokenizer.encode, texts[n_val:]))
+    print(write_documents(DATA_DIR / out, tokenizer, source, splits))
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def write_documents(directory, tokenizer, source, documents):
     Args:
         tokenizer: the Tokenizer that the tokens are of; its end_of_text is written behind each document.
         source: where the text is from, for meta.json.
-        documents: iterable of (split, tokens of a document as uint16).
+        documents: {split: iterable of the tokens of a document as uint16}.
 
     Returns:
         A line for each split, of what was written.
@@ -234,11 +234,12 @@ def write_documents(directory, tokenizer, source, documents):
     with ExitStack() as writes:  # the file that is opened last has its name first
         files = {split: writes.enter_context(atomic_write(directory / f"{split}.bin")) for split in SPLITS}
         meta_file = writes.enter_context(atomic_write(directory / "meta.json", "w"))
-        for split, tokens in documents:
-            files[split].write(tokens.data)
-            files[split].write(end_of_text.data)
-            n_documents[split] += 1
-            n_tokens[split] += len(tokens) + 1
+        for split, part in documents.items():
+            for tokens in part:
+                files[split].write(tokens.data)
+                files[split].write(end_of_text.data)
+                n_documents[split] += 1
+                n_tokens[split] += len(tokens) + 1
         meta = dict(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.name, tokens=n_tokens, documents=n_documents,
                     source=source)
         if tokenizer.directory:
@@ -253,16 +254,14 @@ def write_documents(directory, tokenizer, source, documents):
 
 @contextmanager
 def scratch_folder(directory):
-    """Lock the directory of a data set that is going to be written, and make an empty folder in it for what is large. What
-    a process that was killed has left there is removed first."""
-    held, folder = lock(directory), directory / ".scratch"
+    """Lock a data set that is going to be written, with a folder in its directory for what is large. The folder goes at the
+    end, and the directory where nothing was written."""
+    folder = directory / ".scratch"
+    held = lock(folder)
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        directory.joinpath(".lock").unlink(missing_ok=True)
         with suppress(OSError):  # only empty ones can be removed
             os.removedirs(directory)
         held.release()
