@@ -37,19 +37,15 @@ def default_directory(ckpt, models):
 
 def find_tokenizer(config):
     """The model's tokenizer, or None where it cannot be had. A line is then printed, since the weights do not need it."""
-    from kronygpt.tokenizer import UnknownTokenizer, open_tokenizer
+    from kronygpt.tokenizer import open_tokenizer
 
     try:
-        found = open_tokenizer(config, tokenizer)
-        if found.name != UnknownTokenizer.name:
-            return found
-        why = f"no tokenizer is known for the vocabulary of {config.vocab_size} (--tokenizer=DIRECTORY names one)"
+        return open_tokenizer(config, tokenizer)
     except UserError as error:
         if tokenizer:
             raise
-        why = error
-    print(f"{why}: only the weights are written")
-    return None
+        print(f"{error}: only the weights are written")
+        return None
 
 
 def main(ckpt, out_dir=None):

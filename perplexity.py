@@ -54,12 +54,7 @@ def load_rows(name):
     path, config = lambada if name == "lambada" else wikitext, PUBLISHED[name]
     if files := [path] if Path(path).is_file() else sorted(Path(path, config or "").glob("test-*.parquet")):
         return [row for file in files for row in data.read_rows(file)]
-    try:
-        return list(data.texts_of(hub_dataset(path, config, split="test"), "text", path))
-    except (OSError, ValueError) as error:
-        local = "--wikitext=DIRECTORY" if path == wikitext else "--lambada=FILE.jsonl"
-        raise OSError(f"cannot load {name} from {path} ({type(error).__name__}); "
-                      f"with no network, {local} reads a local copy") from None
+    return list(data.texts_of(hub_dataset(path, config, split="test"), "text", path))
 
 
 def load_text_tokens(name, config, directory=None):
@@ -73,21 +68,9 @@ def load_bin_tokens(name, n_windows, config):
     nobody knows their text."""
     tokens = data.load_tokens(name, "val", config)[:n_windows * config.block_size or None]
     try:
-        text = open_tokenizer(config).decode_bytes(tokens.tolist())
+        return tokens, len(open_tokenizer(config).decode_bytes(tokens.tolist()))
     except UserError:  # the loss does not need the tokenizer
-        text = None
-    return tokens, None if text is None else len(text)
-
-
-def make_windows(n_tokens, context, stride):
-    """Where windows begin and end, and the first token that each of them scores: [(begin, first, end)]."""
-    windows, scored = [], 0
-    while scored < n_tokens:
-        begin = len(windows) * stride
-        end = min(begin + context, n_tokens)
-        windows.append((begin, max(scored, begin + 1), end))
-        scored = end
-    return [(begin, first, end) for begin, first, end in windows if first < end]
+        return tokens, None
 
 
 def main(ckpt, dataset=None, n_batches=None):
@@ -114,7 +97,7 @@ def main(ckpt, dataset=None, n_batches=None):
 
         start, autocast = time.perf_counter(), autocast_to(next(model.parameters()).device, dtype)
         with autocast, data.progress(desc=name, total=len(tokens), unit="tokens") as bar:
-            for so_far in data.score(model, tokens, make_windows(len(tokens), context, step), batch_size):
+            for so_far in data.score(model, tokens, data.sliding_windows(len(tokens), context, step), batch_size):
                 bar.update(so_far[1] - bar.n)
         seconds, (total, n_scored) = time.perf_counter() - start, so_far
 

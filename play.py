@@ -10,7 +10,6 @@ pages take turns, one token each. Ctrl-C ends it.
 """
 import itertools
 import json
-import math
 import re
 import sys
 import time
@@ -39,8 +38,6 @@ dtype = "float32"  # bfloat16 or float16, by autocast
 
 CONTROLS = ("prompt", "max_new_tokens", "temperature", "top_k", "seed")
 HOST = "127.0.0.1"
-LARGEST_REQUEST = 2**18  # bytes
-PATIENCE = 30  # seconds for a client that neither reads nor writes
 PAGE = Path(__file__).parent / "kronygpt" / "play.html"
 POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
           "frame-ancestors 'none'")
@@ -84,12 +81,10 @@ def score(player, request):
     """Yield {"loss": nats per token so far, "tokens", "of"} after each window of the text. Windows do not overlap, and the
     first token of each is not scored, as in perplexity.py."""
     tokens, context = player.tokenizer.encode(request["text"]), player.model.config.block_size
-    windows = [(begin, begin + 1, min(begin + context, len(tokens))) for begin in range(0, len(tokens) - 1, context)]
+    windows = data.sliding_windows(len(tokens), context, context)
     if not windows:
         raise UserError("a token is scored by those before it: give a text of two tokens or more")
     for total, n in data.score(player.model, tokens, windows, batch_size=1):
-        if not math.isfinite(total):
-            raise UserError("the loss is not finite")
         yield dict(loss=total / n, tokens=n, of=sum(end - first for _, first, end in windows))
 
 
@@ -132,8 +127,6 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """GET / and /models, POST /generate and /loss; the answer to a POST is a line of JSON for each event or error."""
 
-    timeout = PATIENCE
-
     def parse_request(self):
         """Also refuse what does not come from the page: other names of this machine (DNS rebinding), other sites."""
         if not super().parse_request():
@@ -158,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, PAGE.read_text(encoding="utf-8"), "text/html")
         elif self.path == "/models":
             controls = {name: globals()[name] for name in CONTROLS}
-            facts = dict(models=[player.facts for player in self.server.players], controls=controls, largest=LARGEST_REQUEST)
+            facts = dict(models=[player.facts for player in self.server.players], controls=controls)
             self.reply(200, json.dumps(facts), "application/json")
         else:
             self.reply(404, f"no {self.path} here")
@@ -168,20 +161,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(404, f"no {self.path} here")
         self.reply(200, "", "application/x-ndjson")
         try:
-            player, request = self.read_request()
-            events = ACTIONS[self.path](player, request)
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            events = ACTIONS[self.path](self.server.players[request["model"]], request)
             while event := self.server.next_event(events):
-                self.wfile.write(json.dumps(event).encode() + b"\n")
+                self.wfile.write(json.dumps(event, allow_nan=False).encode() + b"\n")
         except BaseException as error:  # a tokenizer's panic is no Exception; where the client has gone, this fails, too
             self.wfile.write(json.dumps(dict(error=in_one_line(error))).encode() + b"\n")
-
-    def read_request(self):
-        """The Player and the options that a request names."""
-        length = int(self.headers.get("Content-Length", 0))
-        if length > LARGEST_REQUEST:
-            raise UserError("the request is too long")  # as the page says before it sends one
-        request = json.loads(self.rfile.read(max(0, length)))
-        return self.server.players[request["model"]], request
 
     def log_message(self, format, *args):
         """Nothing: the page says what is wrong."""

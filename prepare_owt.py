@@ -10,8 +10,8 @@
 The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, with an
 end-of-text token after each document. With --documents=N nothing but the first N is downloaded, into data/<out>/.scratch
 while they are tokenized: a billion tokens of English take about 7 GB for a while, and 2 GB in the end. All of OpenWebText
-is first downloaded to the cache of `datasets`, HF_HOME. Local rows are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow
-or a folder of save_to_disk, and nulls are skipped; any other file is one UTF-8 text; .gz, .bz2, .xz and .zst are unpacked.
+is first downloaded to the cache of `datasets`, HF_HOME. Local rows are .jsonl, .ndjson, .json, .csv, .tsv, .parquet or
+.arrow, and nulls are skipped; any other file is a UTF-8 text; .gz, .bz2, .xz and .zst are unpacked.
 """
 import gc
 import glob
@@ -19,11 +19,10 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from kronygpt.configurator import UserError, check_choice, run
+from kronygpt.configurator import UserError, run
 
 out: str | None = None  # name of the data set, a directory under data/; default: openwebtext, or the last part of --hub
 hub: str | None = None  # a data set of the Hugging Face hub, streamed; needs --documents; default: OpenWebText
@@ -31,25 +30,20 @@ hub_config: str | None = None  # name of its configuration, where it has several
 documents: int | None = None  # only the first N documents; default: all
 column = "text"  # name of the column, or field, with the texts
 data_files: str | None = None  # glob of local files, in place of the hub
-sample_by = "paragraph"  # a document in a .txt file: line, paragraph (between blank lines) or document (the file)
-separator: str | None = None  # text between documents in a .txt file, such as <|endoftext|>; default: as sample_by says
+separator = "\n\n"  # text between documents in a .txt file, where \n is a line end; empty: the file is one document
 tokenizer: str | None = None  # directory of a model with its tokenizer; default: GPT-2's
 val_fraction = 0.0005  # share of the documents in the validation split
 seed = 2357  # seed for the split
-threads = os.cpu_count() or 1  # tokenizer threads
 
 OPENWEBTEXT = "Skylion007/openwebtext"
-SEPARATORS = {"line": "\n", "paragraph": "\n\n", "document": None}  # by the value of sample_by
 DOCUMENTS_PER_TASK = 100  # in a thread's task: with one each, several threads are no faster than one
 TASKS_AT_ONCE = 100  # before their tokens are written: bounds the memory
 
 
 def find_files():
     """The local files that data_files names."""
-    from kronygpt.data import kind_of
-
     names = glob.glob(data_files, recursive=True) or [data_files]  # a name that is no pattern, as of a[1].txt alone
-    files = sorted(name for name in names if Path(name).is_file() or kind_of(name) == ".arrow")
+    files = sorted(name for name in names if Path(name).is_file())
     if not files:
         raise UserError(f"no files match --data_files={data_files}")
     return files
@@ -62,7 +56,7 @@ def read_documents(file):
     if kind_of(file) in ROWS:
         yield from read_rows(file, column)
     else:
-        pieces = read_pieces(file, separator or SEPARATORS[sample_by])
+        pieces = read_pieces(file, separator.replace("\\n", "\n"))
         yield from filter(None, (piece.strip("\n") for piece in pieces))
 
 
@@ -78,11 +72,8 @@ def hub_texts(name):
 
 
 def gather(texts, path):
-    """Write texts to an Arrow file: order and split need their number.
-
-    Returns:
-        A datasets.Dataset with a column `text`, and a remark on texts that look like several.
-    """
+    """Write texts to an Arrow file, since order and split need their number, and return a datasets.Dataset of it, whose
+    column is `text`."""
     from datasets import Dataset, Features, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -97,25 +88,22 @@ def gather(texts, path):
             n_marked += END_OF_TEXT in text
             writer.write(dict(text=well_formed(text)))
         writer.finalize()
-    remark = f"; {n_marked:,} have {END_OF_TEXT} as plain text: --separator='{END_OF_TEXT}' splits a .txt there"
-    return Dataset.from_file(path), remark if n_marked else ""
+    if n_marked:
+        print(f"{n_marked:,} documents have {END_OF_TEXT} as plain text: --separator='{END_OF_TEXT}' splits a .txt there")
+    return Dataset.from_file(path)
 
 
-def encode_all(parts, ours):
-    """Yield (split, tokens) of all documents."""
+def encode_all(part, split, ours):
+    """Yield the tokens of the documents of a split, a datasets.Dataset."""
     from kronygpt.data import progress
 
-    def encode_some(part, start):
-        return [ours.encode(text) for text in part[start:start + DOCUMENTS_PER_TASK]["text"]]
-
-    with ThreadPoolExecutor(threads) as pool:
-        for split, part in (("val", parts["test"]), ("train", parts["train"])):
-            starts = range(0, len(part), DOCUMENTS_PER_TASK)
-            with progress(desc=f"tokenizing {split}", total=len(part), unit="documents") as bar:
-                for task in range(0, len(starts), TASKS_AT_ONCE):
-                    for tokens in pool.map(partial(encode_some, part), starts[task:task + TASKS_AT_ONCE]):
-                        yield from ((split, document) for document in tokens)
-                        bar.update(len(tokens))
+    tasks = part.iter(DOCUMENTS_PER_TASK)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, \
+            progress(desc=f"tokenizing {split}", total=len(part), unit="documents") as bar:
+        while some := list(islice(tasks, TASKS_AT_ONCE)):
+            for tokens in pool.map(lambda task: [ours.encode(text) for text in task["text"]], some):
+                yield from tokens
+                bar.update(len(tokens))
 
 
 def main():
@@ -123,7 +111,6 @@ def main():
     from kronygpt.hub import hub_dataset
     from kronygpt.tokenizer import GPT2Tokenizer, read_tokenizer
 
-    check_choice(globals(), "sample_by", *SEPARATORS)
     if hub and (data_files or documents is None):
         raise UserError("--hub goes with --documents=N, the number to stream, and without --data_files")
     ours = read_tokenizer(tokenizer) if tokenizer else GPT2Tokenizer()
@@ -137,15 +124,16 @@ def main():
     with scratch_folder(directory) as scratch:
         if files or documents is not None:
             texts = (text for file in files for text in read_documents(file)) if files else hub_texts(name)
-            dataset, remark = gather(texts, str(scratch / "documents.arrow"))
+            dataset = gather(texts, str(scratch / "documents.arrow"))
         else:
-            dataset, remark = hub_dataset(name, hub_config), ""
+            dataset = hub_dataset(name, hub_config)
         if len(dataset) < 2:
-            raise UserError(f"{len(dataset)} documents are too few to split: --sample_by=line makes more of a .txt")
+            raise UserError(f"{len(dataset)} documents are too few to split: --separator='\\n' makes more of a .txt")
         start = time.perf_counter()
         parts = dataset.train_test_split(test_size=val_fraction, seed=seed, shuffle=True)
-        report = write_documents(directory, ours, source, encode_all(parts, ours))
-        print(f"{report}\ntokenized {len(dataset):,} documents in {time.perf_counter() - start:.1f} s{remark}")
+        report = write_documents(directory, ours, source, {
+            split: encode_all(parts[theirs], split, ours) for split, theirs in (("val", "test"), ("train", "train"))})
+        print(f"{report}\ntokenized {len(dataset):,} documents in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python sample.py out/ckpt.pt --start="The answer is"
     python sample.py gpt2 --start=FILE:prompt.txt --num_samples=3 --temperature=0.8 --top_k=200
 
-The model is a .pt file, a Hugging Face directory, a name under models/ or a hub name. Without a tokenizer for it, an empty
-prompt begins with token 0, and the numbers of the tokens are printed.
+The model is a .pt file, a Hugging Face directory, a name under models/ or a hub name.
 """
-from kronygpt.configurator import check_choice, run
+from pathlib import Path
+
+from kronygpt.configurator import run
 
 start = "\n"  # the prompt, where <|endoftext|> is that token; FILE:path reads it from a file; empty: <|endoftext|>
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
@@ -23,12 +24,10 @@ def main(ckpt):
     import torch
 
     from kronygpt import checkpoint
-    from kronygpt.data import read_pieces
     from kronygpt.device import pick_device
     from kronygpt.tokenizer import open_tokenizer, stream_text
 
-    check_choice(globals(), "dtype", "float32", "bfloat16", "float16")
-    prompt = "".join(read_pieces(start.removeprefix("FILE:"))) if start.startswith("FILE:") else start
+    prompt = Path(start[5:]).read_text(encoding="utf-8-sig") if start.startswith("FILE:") else start
     model, _ = checkpoint.load(ckpt)
     text_tokenizer = open_tokenizer(model.config, tokenizer)
     tokens = text_tokenizer.encode_prompt(prompt)

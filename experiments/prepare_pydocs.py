@@ -54,8 +54,8 @@ def main():
     n_val = max(1, round(len(texts) * val_fraction))
     tokenizer = BytesTokenizer()
     source = f"documentation of CPython {sys.version.split()[0]}: pydoc topics and docstrings"
-    documents_of_splits = (("val" if i < n_val else "train", tokenizer.encode(text)) for i, text in enumerate(texts))
-    print(write_documents(DATA_DIR / out, tokenizer, source, documents_of_splits))
+    splits = dict(val=map(tokenizer.encode, texts[:n_val]), train=map(tokenizer.encode, texts[n_val:]))
+    print(write_documents(DATA_DIR / out, tokenizer, source, splits))
 
 
 if __name__ == "__main__":

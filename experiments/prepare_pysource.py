@@ -59,16 +59,12 @@ def documents():
 
 def train_tokenizer(texts, directory):
     """Train a byte-level BPE and write it as Hugging Face does; returns it as a Tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
     from kronygpt.tokenizer import END_OF_TEXT, HuggingFaceTokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size, min_frequency=0, special_tokens=[END_OF_TEXT], show_progress=False)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     return HuggingFaceTokenizer(directory)
@@ -84,8 +80,8 @@ def main():
     print(f"{len(texts):,} files, {sum(map(len, texts)) / 1e6:.1f}M characters")
     tokenizer = train_tokenizer(texts[n_val:], DATA_DIR / out / "tokenizer")
     source = f"source of CPython {sys.version.split()[0]} and of the packages in requirements.txt"
-    tokens = (("val" if i < n_val else "train", tokenizer.encode(text)) for i, text in enumerate(texts))
-    print(write_documents(DATA_DIR / out, tokenizer, source, tokens))
+    splits = dict(val=map(tokenizer.encode, texts[:n_val]), train=map(tokenizer.encode, texts[n_val:]))
+    print(write_documents(DATA_DIR / out, tokenizer, source, splits))
 
 
 if __name__ == "__main__":

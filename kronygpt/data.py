@@ -3,8 +3,6 @@
 A data set is data/<name>/{train,val}.bin and meta.json. A .bin file is a plain array of uint16 tokens, as nanoGPT writes
 it. A directory without meta.json (one that nanoGPT's own script made) holds GPT-2 tokens. Tokenizers are in tokenizer.py.
 """
-import csv
-import io
 import json
 import os
 import shutil
@@ -19,18 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from kronygpt.configurator import UserError
 from kronygpt.device import pick_device
 from kronygpt.files import atomic_write, lock
-from kronygpt.tokenizer import (
-    GPT2_VOCAB_SIZE,
-    KNOWN,
-    TOKEN_TYPE,
-    GPT2Tokenizer,
-    UnknownTokenizer,
-    check_no_pointer,
-    extends,
-    is_same,
-    read_json,
-    tokenizer_name,
-)
+from kronygpt.tokenizer import KNOWN, TOKEN_TYPE, GPT2Tokenizer, check_no_pointer, fits, read_json, tokenizer_name
 from model import linear_cross_entropy
 
 DATA_DIR = Path("data")
@@ -41,6 +28,7 @@ TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 ROWS = (".jsonl", ".ndjson", ".jsonlines", ".json", *TABLES)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 CHARACTERS_AT_ONCE = 2**20  # of a text that is split
+LARGEST_ROW = 2**26  # bytes of a row of a .csv; a larger one is an error
 LOG_SECONDS = 30  # between lines of progress in a log
 
 
@@ -69,7 +57,7 @@ def load_meta(name):
     if not path.exists() and path.with_name("meta.pkl").exists():  # a pickle, which could run code: not opened
         raise UserError(f"{path.parent} has a meta.pkl, so its tokens are not GPT-2's, and no meta.json: write "
                         f'{{"vocab_size": N, "tokenizer": "unknown"}} into {path}, with the N that prepare.py printed')
-    return dict(tokens={}) | read_json(path, dict(vocab_size=GPT2_VOCAB_SIZE, tokenizer=GPT2Tokenizer.name))
+    return dict(tokens={}) | read_json(path, dict(vocab_size=GPT2Tokenizer.vocab_size, tokenizer=GPT2Tokenizer.name))
 
 
 def data_tokenizer(name):
@@ -92,7 +80,10 @@ def load_tokens(name, split, config, block_size=1):
         UserError: the file is of another format or too short, or the tokens are not of this vocabulary.
     """
     path, meta = find_dataset(name) / f"{split}.bin", load_meta(name)
-    check_tokenizer(path, meta, config)
+    if not fits(config, meta["tokenizer"], meta["vocab_size"]):
+        raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {meta['vocab_size']}, and the model "
+                        f"has a vocabulary of {config.vocab_size}, of {tokenizer_name(config)} tokens: use data and a model "
+                        "that belong together")
     head = np.fromfile(path, "<u4", count=2**14)
     # a wide token has zeros in its upper half, or in vocabularies of over 65,536 tokens a small number
     is_wide = len(head) >= 16 and (head >> 16).max() <= 3 and (head & 0xffff).max() > 3
@@ -109,16 +100,6 @@ def load_tokens(name, split, config, block_size=1):
     tokens = np.memmap(path, dtype=TOKEN_TYPE, mode="r")
     check_tokens(tokens, config.vocab_size, end=CHECKED_TOKENS)
     return tokens
-
-
-def check_tokenizer(path, meta, config):
-    """Raise UserError unless a model knows the tokens of a data set: its tokenizer is theirs, or extends it."""
-    ours, vocab_size, size = tokenizer_name(config), config.vocab_size, meta["vocab_size"]
-    # a model may have more rows, or with a record of a tokenizer fewer; of an unknown one, the size is all that is known
-    fits = size == vocab_size or (ours != UnknownTokenizer.name and (size < vocab_size or config.tokenizer is not None))
-    if not (fits if is_same(meta["tokenizer"], ours) else extends(config, meta["tokenizer"], size)):
-        raise UserError(f"{path} holds {meta['tokenizer']} tokens with a vocabulary of {size}, and the model has a "
-                        f"vocabulary of {vocab_size}, of {ours} tokens: use data and a model that belong together")
 
 
 def check_tokens(tokens, vocab_size, begin=0, end=None):
@@ -220,6 +201,14 @@ def score(model, tokens, windows, batch_size):
         yield total, n_scored
 
 
+def sliding_windows(n_tokens, context, stride):
+    """The windows of score() that score each token once, one every stride tokens. The first token of a window has no context
+    and is not scored in that window."""
+    windows = [(begin, begin + max(1, context - stride if begin else 1), min(begin + context, n_tokens))
+               for begin in range(0, max(1, n_tokens - context + stride), stride)]
+    return [(begin, first, end) for begin, first, end in windows if first < end]
+
+
 def mean_loss(model, tokens, windows, batch_size):
     """The mean loss in nats of the tokens that score() counts."""
     *_, (total, n_scored) = score(model, tokens, windows, batch_size)
@@ -235,7 +224,7 @@ def write_documents(directory, tokenizer, source, documents):
     Args:
         tokenizer: the Tokenizer that the tokens are of; its end_of_text is written behind each document.
         source: where the text is from, for meta.json.
-        documents: iterable of (split, tokens of a document as uint16).
+        documents: {split: iterable of the tokens of a document as uint16}.
 
     Returns:
         A line for each split, of what was written.
@@ -245,11 +234,12 @@ def write_documents(directory, tokenizer, source, documents):
     with ExitStack() as writes:  # the file that is opened last has its name first
         files = {split: writes.enter_context(atomic_write(directory / f"{split}.bin")) for split in SPLITS}
         meta_file = writes.enter_context(atomic_write(directory / "meta.json", "w"))
-        for split, tokens in documents:
-            files[split].write(tokens.data)
-            files[split].write(end_of_text.data)
-            n_documents[split] += 1
-            n_tokens[split] += len(tokens) + 1
+        for split, part in documents.items():
+            for tokens in part:
+                files[split].write(tokens.data)
+                files[split].write(end_of_text.data)
+                n_documents[split] += 1
+                n_tokens[split] += len(tokens) + 1
         meta = dict(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.name, tokens=n_tokens, documents=n_documents,
                     source=source)
         if tokenizer.directory:
@@ -264,16 +254,14 @@ def write_documents(directory, tokenizer, source, documents):
 
 @contextmanager
 def scratch_folder(directory):
-    """Lock the directory of a data set that is going to be written, and make an empty folder in it for what is large. What
-    a process that was killed has left there is removed first."""
-    held, folder = lock(directory), directory / ".scratch"
+    """Lock a data set that is going to be written, with a folder in its directory for what is large. The folder goes at the
+    end, and the directory where nothing was written."""
+    folder = directory / ".scratch"
+    held = lock(folder)
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        directory.joinpath(".lock").unlink(missing_ok=True)
         with suppress(OSError):  # only empty ones can be removed
             os.removedirs(directory)
         held.release()
@@ -290,15 +278,12 @@ def progress(**options):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Texts in files: a column of rows in .jsonl, .json, .csv, .tsv, .parquet, .arrow or a folder that datasets' save_to_disk
-# wrote; a file with another ending is one UTF-8 text. Texts may be compressed, as in .jsonl.gz
+# Texts in files: a column of rows in JSON lines, a list in a .json, .csv, .tsv, .parquet or .arrow; a file with another
+# ending is one UTF-8 text. Texts may be compressed, as in .jsonl.gz
 
 def kind_of(path):
-    """The ending of a file in lower case, without that of its compression: ".jsonl" of a.jsonl.gz; ".arrow" of a folder
-    of save_to_disk."""
+    """The ending of a file in lower case, without that of its compression: ".jsonl" of a.jsonl.gz."""
     path = Path(path)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return ".arrow"
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
@@ -309,24 +294,22 @@ def reading(place):
         yield
     except UserError:
         raise
-    except Exception as error:  # those of gzip, csv, pyarrow and UTF-8 have no class in common
+    except Exception as error:  # those of gzip, pyarrow and UTF-8 have no class in common
         raise UserError(f"cannot read {place}: {type(error).__name__}: {error}") from None
 
 
-@contextmanager
-def open_text(path, newline=None):
-    """Open a text, which may be compressed, as UTF-8 without its byte order mark; newline is that of open(). Errors in the
-    block name the file."""
+def open_unpacked(path, mode="r", newline=None):
+    """Open a file, which may be compressed: as UTF-8 without its byte order mark, or as bytes; newline is that of open()."""
     check_no_pointer(path)
+    text = {} if "b" in mode else dict(encoding="utf-8-sig", newline=newline)
     compression = "infer" if Path(path).suffix.lower() in COMPRESSED else None
-    with reading(path), LocalFileSystem().open(str(path), "rb", compression=compression) as file:
-        yield io.TextIOWrapper(file, "utf-8-sig", newline=newline)
+    return LocalFileSystem().open(str(path), mode, compression=compression, **text)
 
 
 def read_pieces(path, separator=None):
     """Yield the pieces of a UTF-8 text between separators, or the whole text without one; any line end is read as "\\n"."""
     rest = ""
-    with open_text(path) as file:
+    with reading(path), open_unpacked(path) as file:
         while separator and (chunk := file.read(CHARACTERS_AT_ONCE)):
             *pieces, rest = (rest + chunk).split(separator)
             yield from pieces
@@ -344,13 +327,14 @@ def read_rows(path, column="text"):
         UserError: it cannot be read, or has no such column of strings.
     """
     kind = kind_of(path)
-    if kind not in ROWS:
-        with open_text(path, newline="") as file:
-            yield file.read()
-        return
     with reading(path):
-        rows = table_rows(path, kind, column) if kind in TABLES else json_rows(path, kind, column)
-        yield from texts_of(rows, column, path)
+        if kind in TABLES:
+            yield from texts_of(table_rows(path, kind, column), column, path)
+        elif kind in ROWS:
+            yield from texts_of(json_rows(path), column, path)
+        else:
+            with open_unpacked(path, newline="") as file:
+                yield file.read()
 
 
 def texts_of(rows, column, source):
@@ -363,47 +347,31 @@ def texts_of(rows, column, source):
             yield row[column]
 
 
-def json_rows(path, kind, column):
-    """Yield the rows of JSON lines, or of a .json: a list of objects or strings, one object, or JSON lines."""
-    if kind == ".json":
-        with suppress(json.JSONDecodeError):
-            content = json.loads(*read_pieces(path))
-            rows = content if isinstance(content, list) else [content]
-            yield from ({column: row} if isinstance(row, str) else row for row in rows)
-            return
-    for number, line in enumerate(read_pieces(path, "\n"), 1):
-        if line.strip():
+def json_rows(path):
+    """Yield the rows of JSON lines, or of a list, which may take many lines."""
+    with open_unpacked(path) as file:
+        for number, line in enumerate(file, 1):
             with reading(f"{path}, line {number}"):
-                yield json.loads(line)
+                if line.startswith("["):
+                    yield from json.loads(line + file.read())
+                elif line.strip():
+                    yield json.loads(line)
 
 
 def table_rows(path, kind, column):
-    """Yield the rows of a table, of the column alone where the format allows that."""
-    check_no_pointer(path)
-    if kind in (".csv", ".tsv"):
-        csv.field_size_limit(2**31 - 1)
-        with open_text(path, newline="") as file:
-            rows = csv.DictReader(file, dialect="excel" if kind == ".csv" else "excel-tab")
-            for row in rows:
-                if None in row:  # a comma in a text without quotes cuts it
-                    raise UserError(f"{path}, line {rows.line_num} has more fields than the first line names: is a text "
-                                    "with a comma or a tab not in quotes?")
-                yield row
-    elif kind == ".parquet":
-        from pyarrow.parquet import ParquetFile
+    """Yield the rows of a table, of the column alone. The format of an .arrow is that of `datasets`, for streams."""
+    import pyarrow as pa
+    from pyarrow import csv
+    from pyarrow.parquet import ParquetFile
 
-        file = ParquetFile(path)
-        columns = [column] if column in file.schema_arrow.names else None
-        for batch in file.iter_batches(columns=columns):
-            yield from batch.to_pylist()
-    else:
-        import pyarrow as pa
-        from datasets import Dataset, load_from_disk
-
-        try:
-            rows = load_from_disk(path) if Path(path).is_dir() else Dataset.from_file(str(path))
-        except pa.ArrowInvalid:  # not Arrow's format for streams, but that for files
-            rows = Dataset(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        if isinstance(rows, dict):
-            raise UserError(f"{path} has the splits {', '.join(rows)}: name the folder of one")
-        yield from rows
+    with open_unpacked(path, "rb") as file:
+        if kind == ".parquet":
+            batches = ParquetFile(file).iter_batches(columns=[column])
+        elif kind == ".arrow":
+            batches = pa.ipc.open_stream(file)
+        else:
+            batches = csv.open_csv(file, csv.ReadOptions(block_size=LARGEST_ROW),
+                                   csv.ParseOptions(delimiter="," if kind == ".csv" else "\t", newlines_in_values=True),
+                                   csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()}))
+        for batch in batches:
+            yield from batch.select([column]).to_pylist()

@@ -20,10 +20,11 @@ TOKEN_TYPE = np.uint16
 GPT2_VOCAB_SIZE = 50257
 BYTES_VOCAB_SIZE = 256
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "unknown"  # the name of a tokenizer that nobody knows
 READABLE = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-UNREADABLE = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.json")
-TOKENIZER_FILES = (*READABLE, *SETTINGS, *UNREADABLE[:-1])  # what a tokenizer of Hugging Face may consist of
+UNREADABLE = ("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+TOKENIZER_FILES = (*READABLE, *SETTINGS, *UNREADABLE)  # what a tokenizer of Hugging Face may consist of
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PROBE = "Don't  1234567\n\n naïve\t文🙂 <|endoftext|>x "  # tells GPT-2's BPE from others with the same vocabulary
 GPT2_PROBE = [3987, 470, 220, 17031, 2231, 3134, 628, 41492, 197, 23877, 229, 8582, 25081, 1279, 91, 437, 1659, 5239, 91,
@@ -74,7 +75,6 @@ class BytesTokenizer(Tokenizer):
     """The bytes of UTF-8 as tokens; a document ends with a line end."""
 
     name = "bytes"
-    fingerprint = "5b0e580d1091"
     vocab_size = BYTES_VOCAB_SIZE
     end_of_text = ord("\n")
 
@@ -86,26 +86,6 @@ class BytesTokenizer(Tokenizer):
 
 
 KNOWN = {cls.name: cls for cls in (GPT2Tokenizer, BytesTokenizer)}  # told by the size of a vocabulary
-
-
-class UnknownTokenizer(Tokenizer):
-    """The tokenizer of a model that nobody knows: it has no text, and its tokens are written as numbers."""
-
-    name = "unknown"
-    end_of_text = 0
-
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
-
-    def encode(self, text):
-        raise UserError(f"no tokenizer has the model's vocabulary of {self.vocab_size}: bytes have {BYTES_VOCAB_SIZE}, "
-                        f"GPT-2's BPE has {GPT2_VOCAB_SIZE}; --tokenizer=DIRECTORY names another")
-
-    def decode_bytes(self, tokens):
-        """None: nobody knows."""
-
-    def decode(self, tokens):
-        return " ".join(str(int(token)) for token in tokens)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -145,9 +125,8 @@ def well_formed(text):
 
 def bytes_to_unicode():
     """{byte: character} of byte-level BPE files: the printable ones are themselves, the others follow from U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return dict(zip(sorted(range(256), key=lambda byte: chr(byte) not in characters), characters))
 
 
 def fingerprint(vocabulary):
@@ -197,7 +176,6 @@ def read_files(directory):
     one_file, vocab, merges, added = (directory / name for name in READABLE)
     try:
         if one_file.is_file():
-            check_no_pointer(one_file)
             made = tokenizers.Tokenizer.from_file(str(one_file))
         else:
             made = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
@@ -223,11 +201,11 @@ def read_tokenizer(directory):
         UserError: they cannot be read.
     """
     directory = Path(directory)
-    there = {name for name in (*READABLE, *UNREADABLE) if (directory / name).is_file()}
-    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
-        if not there.intersection(UNREADABLE):
-            return None
-        raise UserError(f"the tokenizer in {directory} is in a form that is not read here ({', '.join(sorted(there))}): "
+    there = [name for name in (*READABLE, *UNREADABLE) if (directory / name).is_file()]
+    if not there:
+        return None
+    if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= set(there):
+        raise UserError(f"the tokenizer in {directory} is in a form that is not read here ({', '.join(there)}): "
                         "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes a tokenizer.json")
     found = HuggingFaceTokenizer(directory)
     tokens = found.encode(PROBE).tolist()
@@ -246,28 +224,28 @@ def tokenizer_record(directory):
     the vocabulary tells it. The name is "unknown" where the files cannot be read, which the weights do not need."""
     try:
         tokenizer = read_tokenizer(directory)
+        name = tokenizer.name if tokenizer else None
     except UserError:
-        tokenizer = UnknownTokenizer
-    is_told = tokenizer is None or tokenizer.name in KNOWN
-    return None if is_told else dict(name=tokenizer.name, path=str(Path(directory).resolve()))
+        name = UNKNOWN
+    return None if name in (None, *KNOWN) else dict(name=name, path=str(Path(directory).resolve()))
 
 
 def open_tokenizer(config, directory=None):
-    """The Tokenizer of a model; an UnknownTokenizer, which refuses text, where nobody knows it.
+    """The Tokenizer of a model.
 
     Args:
         config: the model's: its `tokenizer`, a record or None, and its vocab_size.
         directory: of another tokenizer, which a person has named, or None.
 
     Raises:
-        UserError: it is not where it was, or has changed.
+        UserError: nobody knows it, it is not where it was, or it has changed.
     """
     name, path = tokenizer_name(config), directory or (config.tokenizer or {}).get("path")
-    if path is None:
-        return KNOWN[name]() if name in KNOWN else UnknownTokenizer(config.vocab_size)
-    tokenizer = read_tokenizer(path)
+    if path is None and name not in KNOWN:
+        raise UserError(f"no tokenizer is known for the vocabulary of {config.vocab_size} (--tokenizer=DIRECTORY names one)")
+    tokenizer = KNOWN[name]() if path is None else read_tokenizer(path)
     found = tokenizer.name if tokenizer else "no tokenizer"
-    if tokenizer is None or not (directory or name == UnknownTokenizer.name or is_same(found, name)):
+    if tokenizer is None or not (directory or name == UNKNOWN or is_same(found, name)):
         raise UserError(f"{path} has {found}, and the model's is {name}: --tokenizer=DIRECTORY names the right one")
     return tokenizer
 
@@ -278,14 +256,15 @@ def tokenizer_name(config):
         return config.tokenizer["name"]
     if config.vocab_size == BYTES_VOCAB_SIZE:
         return BytesTokenizer.name
-    return GPT2Tokenizer.name if config.vocab_size >= GPT2_VOCAB_SIZE else UnknownTokenizer.name
+    return GPT2Tokenizer.name if config.vocab_size >= GPT2_VOCAB_SIZE else UNKNOWN
 
 
-def extends(config, name, vocab_size):
-    """Whether a model's tokenizer has all tokens of another one, of this name and vocab_size, under the same numbers."""
-    ours = getattr(open_tokenizer(config), "vocabulary", {})
-    theirs = KNOWN[name].fingerprint if name in KNOWN else name
-    return is_same(theirs, fingerprint({token: number for token, number in ours.items() if number < vocab_size}))
+def fits(config, name, vocab_size):
+    """Whether a model knows the tokens of a data set with a tokenizer of this name and vocab_size: its own is the same. A
+    model may have more rows, or with a record of its tokenizer fewer; of an unknown one, the size is all that is known."""
+    ours = tokenizer_name(config)
+    is_size_right = vocab_size < config.vocab_size or config.tokenizer is not None
+    return is_same(name, ours) and (vocab_size == config.vocab_size or (is_size_right and ours != UNKNOWN))
 
 
 def stream_text(tokenizer, tokens, last):

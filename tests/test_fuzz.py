@@ -39,7 +39,7 @@ COMMANDS = {  # {script: arguments of a run of milliseconds}
     "prune.py": "--init_from=good.pt --out=made.pt",
     "kron_decompose.py": "8 16 1 --init_from=good.pt --out=made.pt",
     "kron_to_gpt.py": "good.pt made",
-    "prepare_owt.py": "--data_files=rows.jsonl --tokenizer=byte_level --out=mine --threads=1",
+    "prepare_owt.py": "--data_files=rows.jsonl --tokenizer=byte_level --out=mine",
     "play.py": "good.pt --port=0"}
 
 

@@ -48,7 +48,7 @@ def corpus(workdir, monkeypatch):
 
 
 def prepare(*options):
-    return run_here("prepare_owt.py", "--tokenizer=bytes", "--val_fraction=0.1", "--threads=1", *options)
+    return run_here("prepare_owt.py", "--tokenizer=bytes", "--val_fraction=0.1", *options)
 
 
 def check_tokens(name, texts):

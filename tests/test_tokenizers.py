@@ -66,13 +66,11 @@ def write_model(directory, vocab_size):
     return model
 
 
-def write_gpt2(directory, vocabulary=None, added=()):
-    """GPT-2's vocab.json and merges.txt, perhaps with another vocabulary or added tokens behind it."""
+def write_gpt2(directory, added=()):
+    """GPT-2's vocab.json and merges.txt, perhaps with added tokens behind it."""
     Path(directory).mkdir()
     for name, content in gpt2_files().items():
         Path(directory, name).write_bytes(content)
-    if vocabulary:
-        Path(directory, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     if added:
         Path(directory, "added_tokens.json").write_text(
             json.dumps({t: i for i, t in enumerate(added, 50257)}), encoding="utf-8")
@@ -96,20 +94,12 @@ def test_gpt2_is_told_by_its_files_without_tiktokens(shared, workdir, monkeypatc
     assert tokenizer_record("english")["name"].startswith("english-")
 
 
-def test_a_tokenizer_that_extends_that_of_the_data_fits(shared, german):
+def test_a_tokenizer_with_further_tokens_is_another_one(shared, workdir):
     write_gpt2("chat", added=["[PAD]", "<|im_start|>"])
     write_dataset("english", range(100), meta=None)
-    record = tokenizer_record("chat")
-    assert record["name"].startswith("chat-") and read_tokenizer("chat").vocab_size == 50259
-    assert len(load_tokens("english", "train", config_of(50259, record))) == 100
-    gpt2 = json.loads(Path("chat/vocab.json").read_text(encoding="utf-8"))
-    gpt2["Ġthe"], gpt2["Ġof"] = gpt2["Ġof"], gpt2["Ġthe"]
-    write_gpt2("swapped", gpt2, added=["[PAD]"])
-    write_dataset("chatted", range(100), meta=dict(vocab_size=50259, tokenizer=record["name"]))
-    for name, size, other in ("english", 50258, tokenizer_record("swapped")), ("english", 301, tokenizer_record("german")), \
-            ("chatted", 50257, None):  # not the other way around
-        with pytest.raises(UserError, match="use data and a model that belong together"):
-            load_tokens(name, "train", config_of(size, other))
+    assert tokenizer_record("chat")["name"].startswith("chat-") and read_tokenizer("chat").vocab_size == 50259
+    with pytest.raises(UserError, match="use data and a model that belong together"):
+        load_tokens("english", "train", config_of(50259, tokenizer_record("chat")))
 
 
 def test_a_tokenizer_is_read_as_the_package_reads_it(german):
@@ -168,7 +158,6 @@ def test_our_bytes_are_told_but_not_where_text_is_changed_first(workdir):
 @pytest.mark.parametrize("files, message", [
     ({"tokenizer.json": "{"}, "cannot read the tokenizer in"),
     ({"tokenizer.json": '{"model": {"vocab": {"a": 1}}}'}, "cannot read the tokenizer in"),
-    ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"}, r"tokenizer\.json is a git-lfs pointer"),
     ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"b": 5}'}, "numbers in added_tokens.json"),
     ({"vocab.txt": "[PAD]\n"}, r"in a form that is not read here \(vocab\.txt\)"),
     ({"vocab.json": '{"a": 1}'}, r"in a form that is not read here \(vocab\.json\)"),
@@ -314,11 +303,7 @@ def test_nanogpts_characters_get_a_line_that_says_what_to_write_and_with_that_th
             load_tokens("char", "train", config_of(vocab_size))
 
 
-def test_a_model_without_a_tokenizer_prints_numbers_and_takes_no_text(workdir):
-    model = model_of(65)
-    checkpoint.save("char.pt", model)
-    said = succeed("sample.py", "char.pt", "--start=", "--max_new_tokens=5", "--temperature=0")
-    ids = continuation(model, torch.tensor([[0]]), 5, temperature=0)[0].tolist()
-    assert said.stdout.split("\n")[1] == " ".join(map(str, ids))
+def test_a_model_without_a_tokenizer_takes_no_text(workdir):
+    checkpoint.save("char.pt", model_of(65))
     line = refused("sample.py", "char.pt", "--start=to be")
-    assert "no tokenizer has the model's vocabulary of 65" in line and "--tokenizer=DIRECTORY" in line
+    assert "no tokenizer is known for the vocabulary of 65 (--tokenizer=DIRECTORY names one)" in line
