@@ -80,9 +80,14 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         is_causal = cache is None or q.shape[2] > 1  # a single token sees all of the cache; several come when it is empty
+        if is_causal and (narrow := v.shape[-1] - q.shape[-1]):  # fast kernels want one width for all of them
+            if narrow > 0:
+                q, k = F.pad(q, (0, narrow)), F.pad(k, (0, narrow))
+            else:
+                v = F.pad(v, (0, -narrow))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
-        y = y.transpose(1, 2).flatten(-2)
+        y = y[..., :self.widths[2] // self.n_head].transpose(1, 2).flatten(-2)
         return y if self.v_columns is None else y.index_select(-1, self.v_columns)
 
 
@@ -343,7 +348,7 @@ class KronyGPT(nn.Module):
         self.eval()
         block_size = self.config.block_size
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
-        cache = KVCache()
+        cache = KVCache(min(idx.shape[1] + max_new_tokens, block_size))
         for _ in range(max_new_tokens):
             fits = idx.shape[1] <= block_size  # else the window slides, every token has a new position, nothing can be kept
             x = self.hidden(idx[:, cache.seen:], cache) if fits else self.hidden(idx[:, -block_size:])
@@ -421,17 +426,19 @@ class KronyGPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in every block."""
+    """Keys and values of the tokens seen so far, in every block, for at most `length` tokens."""
 
-    def __init__(self):
-        self.of_layer, self.seen = {}, 0
+    def __init__(self, length):
+        self.stores, self.length, self.seen = {}, length, 0
 
     def extend(self, layer, *new):
         """Append keys and values (B, n_head, T, width) of the newest tokens; returns those of all tokens."""
-        if layer in self.of_layer:
-            new = [torch.cat(pair, 2) for pair in zip(self.of_layer[layer], new)]
-        self.of_layer[layer] = new
-        return new
+        if layer not in self.stores:
+            self.stores[layer] = [t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in new]
+        end = self.seen + new[0].shape[2]
+        for store, t in zip(self.stores[layer], new):
+            store[:, :, self.seen:end] = t
+        return [store[:, :, :end] for store in self.stores[layer]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

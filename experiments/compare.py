@@ -1,4 +1,4 @@
-"""Compare ways to compress one model: start, train, export and score each, then one table.
+"""Compare ways to compress one model: start, train, export and score each, then one table and one picture.
 
     python -m experiments.compare config/compare_demo.py
     python -m experiments.compare config/compare_bytes.py --seeds=1,2,3 --steps=300
@@ -16,8 +16,8 @@ and that model is scored.
 
 Options that all starts share (the model, the data, the seed, the directories) are set here and win over those of a start.
 
-Results go to out_dir: results.json and table.md, after each pass through the starts. Finished work is not repeated: a
-comparison that was stopped, or that has another start or seed, continues where it was.
+Results go to out_dir: results.json, table.md and losses.png, after each pass through the starts. Finished work is not
+repeated: a comparison that was stopped, or that has another start or seed, continues where it was.
 """
 import json
 import os
@@ -32,6 +32,7 @@ from kronygpt import checkpoint
 from kronygpt.configurator import UserError, run
 from kronygpt.data import find_dataset
 from kronygpt.files import atomic_write, output_directory
+from kronygpt.run_dir import new_figure, save_figure, use_log_scale
 
 base = "out/demo/base/best.pt"  # the dense model: a checkpoint, a Hugging Face directory or a hub name
 starts = "Van Loan (256, 256, 1): kron_decompose.py 256 256 1"  # one start a line: name: command | options of its training
@@ -42,6 +43,7 @@ dataset = "pydocs"  # data/<dataset>, for training and scores
 n_batches: int | None = None  # score the first N batches of its held-out split; default: all of it
 out_dir = "out/demo"  # directory of the results
 
+MARKERS = "osD^vP<>Xp"
 RESULT_FORMAT = 6  # of the kept results; those of another format are computed again
 
 
@@ -162,15 +164,44 @@ def markdown(head, rows, n_left=1):
     return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
 
 
-def comparison_table(rows, unit="token"):
-    """Losses of a comparison, ± the standard deviation over seeds, and the rates where they differ."""
+def aligned(head, rows):
+    """The same for a terminal."""
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+                     for row in (head, *rows))
+
+
+def draw(rows, path, what):
+    """Draw losses or perplexities, `what`, against parameters: rows (name, parameters, before training, after or None), the
+    dense model first."""
+    figure = new_figure(8, 6)
+    axes = figure.subplots()
+    for i, (name, parameters, before, after) in enumerate(rows):
+        x, values = parameters / 1e6, [before] if after is None else [before, after]
+        color, marker = ("k", "*") if i == 0 else (f"C{(i - 1) % 10}", MARKERS[(i - 1) % 10])
+        axes.plot([x] * len(values), values, color=color, linewidth=1)
+        axes.plot(x, before, marker=marker, color=color, markerfacecolor="white", markersize=9)
+        axes.plot(x, values[-1], marker=marker, color=color, markersize=9, linestyle="", label=name)
+    axes.axhline(rows[0][2], color="k", linestyle=":", linewidth=1)
+    axes.set(xlabel="parameters (millions)", ylabel=f"{what}, lower is better", title="hollow: before training")
+    use_log_scale(axes)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    save_figure(figure, path)
+
+
+def comparison_cells(rows):
+    """Head and rows of a comparison's table: losses, ± the standard deviation over seeds, and the rates where they differ."""
     n_columns = 4 + (len({row["learning_rate"] for row in rows[1:]}) > 1)
     cells = [(rows[0]["name"], f"{rows[0]['parameters']:,}", f"{rows[0]['before']:.3f}", "", "")]
     cells += [(row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row), f"{row['learning_rate']:g}")
               for row in rows[1:]]
     head = ("model", "parameters", "loss before training", "loss after", "learning rate")
-    return (f"{markdown(head[:n_columns], [row[:n_columns] for row in cells])}\n\n"
-            f"Losses on held-out text in nats per {unit}; {seeds_of(rows)}.")
+    return head[:n_columns], [row[:n_columns] for row in cells]
+
+
+def comparison_table(rows, unit="token"):
+    return f"{markdown(*comparison_cells(rows))}\n\nLosses on held-out text in nats per {unit}; {seeds_of(rows)}."
 
 
 def conclusion(rows):
@@ -208,7 +239,9 @@ def main():
         for name, content in (("results.json", json.dumps(rows, indent=2, allow_nan=False)), ("table.md", text)):
             with atomic_write(folder / name, "w") as file:
                 file.write(content + "\n")
-    print(f"\n{text}\nin {out_dir}/: table.md, results.json")
+        draw([(row["name"], row["parameters"], row["before"], mean_loss(row) if "runs" in row else None) for row in rows],
+             folder / "losses.png", f"loss on held-out {dataset} (nats per token)")
+    print(f"\n{aligned(*comparison_cells(rows))}\n\n{conclusion(rows)}\nin {out_dir}/: table.md, losses.png, results.json")
 
 
 if __name__ == "__main__":
