@@ -62,7 +62,7 @@ def main(ckpt, out_dir=None):
     if dtype == "int8" and not compressed:
         raise UserError("--dtype=int8 needs --compressed=True, whose code takes it, also for a model with no factors")
     scores = read_json(Path(perplexities)) if perplexities else {}
-    out_dir = output_directory(out_dir or default_directory(ckpt, checkpoint.MODELS_DIR), is_replaced=True)
+    out_dir = output_directory(out_dir or default_directory(ckpt, checkpoint.MODELS_DIR))
     if out_dir.exists() and not ((out_dir / "config.json").exists() and read_json(out_dir / "config.json").get("model_type")
                                  in ("gpt2", checkpoint.COMPRESSED_TYPE)):
         raise UserError(f"{out_dir} exists and holds no GPT-2 of transformers: name another directory")

@@ -17,8 +17,17 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 
-from kronygpt import configurator
-from kronygpt.configurator import UserError, check_choice, option_types, run
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from kronygpt import checkpoint, configurator
+from kronygpt.configurator import UserError, check_choice, handle_signals, option_types, run
+from kronygpt.data import batch_starts, data_tokenizer, even_starts, load_meta, load_tokens, score, step_seed, windows
+from kronygpt.device import Processes, autocast_to, default_dtype
+from kronygpt.distillation import Distillation
+from kronygpt.run_dir import RunDir
+from kronygpt.tokenizer import is_same, tokenizer_name
+from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 # the run
 out_dir = "out"  # directory of the checkpoints and the log
@@ -71,8 +80,7 @@ wandb_project = "kronygpt"  # project of the run
 wandb_run_name: str | None = None  # default: the name of out_dir
 
 SIZES = ("n_layer", "n_head", "n_embd", "dim_1", "dim_2", "factors")  # options that a loaded model decides
-RUN_BY_RUN = ("init_from", "overwrite", *SIZES)  # options that a resumed run need not share with the original
-DEFAULT_CONTEXT = 1024  # tokens
+RUN_BY_RUN = ("init_from", "overwrite")  # options that a resumed run need not share with the original
 MOST_SKIPPED = 32  # steps in a row whose gradients may overflow in float16, each of which halves the scale
 OUT_OF_MEMORY = "lower --batch_size and raise --gradient_accumulation_steps by as much, or give --recompute=True"
 
@@ -91,13 +99,6 @@ def learning_rate_at(step):
 
 
 def main():
-    import torch
-
-    from kronygpt import checkpoint
-    from kronygpt.data import batch_starts, load_tokens, step_seed, windows
-    from kronygpt.device import Clock, Processes, autocast_to, default_dtype, gradient_scaler
-    from kronygpt.run_dir import RunDir
-
     # the machine, the model, the data and the optimizer
     is_resume, run_dir = init_from == "resume", RunDir(out_dir)
     run_dir.check(is_resume, overwrite)
@@ -113,22 +114,28 @@ def main():
     optimizer = model.configure_optimizers(learning_rate, weight_decay, (beta1, beta2), factor_lr_scale)
     if is_resume:
         checkpoint.load_optimizer_state(optimizer, rest["optimizer"], run_dir.last)
-    scaler = gradient_scaler(torch_device, dtype_name, rest.get("scaler"))
+    scaler = torch.amp.GradScaler(torch_device.type, enabled=dtype_name == "float16")
+    if rest.get("scaler"):
+        scaler.load_state_dict(rest["scaler"])
     ddp_model = wrap(model, torch_device, world_size)
     micro_steps = gradient_accumulation_steps // world_size
     tokens_per_step = batch_size * gradient_accumulation_steps * context
-    step = rest.get("iter_num", 0)
+    step, saved = rest.get("iter_num", 0), rest.get("config", {})
 
     options = {name: globals()[name] for name in option_types(globals())}
     if processes.is_main:
-        run_dir.start_wandb(options, rest.get("config", {}).get("wandb_run_id"))
+        run_dir.start_wandb(options, saved.get("wandb_run_id"))
         run_dir.claim(overwrite, rest)
-        print_plan(model, len(tokens["train"]), tokens_per_step, rest.get("config", {}))
+        print_plan(model, len(tokens["train"]), tokens_per_step)
+        for name, value in saved.items():
+            if name not in RUN_BY_RUN and value != options.get(name, value):
+                print(f"resumed with --{name}={options[name]}, where it was {value}")
 
-    processes.catch_signals()
-    saved_at, skipped = time.monotonic(), torch.zeros((), device=torch_device)
+    handle_signals(processes.on_signal)
+    skipped = torch.zeros((), device=torch_device)
     most_skipped = MOST_SKIPPED if scaler.is_enabled() else 0
-    clock = Clock(step)
+    saved_at = timed_from = time.perf_counter()
+    first_timed = step
     while True:  # `step` counts the optimizer steps done
         # evaluate, save, stop; a resume repeats the evaluation of its step
         stop, losses = processes.stop_signal(), {}
@@ -136,7 +143,7 @@ def main():
         if is_due and not stop:
             losses = evaluate(model, tokens, context, autocast, processes)
             stop = processes.stop_signal()
-        is_late = processes.is_main and 0 < 60 * checkpoint_minutes < time.monotonic() - saved_at
+        is_late = processes.is_main and 0 < 60 * checkpoint_minutes < time.perf_counter() - saved_at
         if is_due or stop or is_late:
             is_finite = math.isfinite(sum(losses.values())) and all(p.isfinite().all() for p in model.parameters())
             check_finite(is_finite and skipped <= most_skipped, step, run_dir)
@@ -144,8 +151,8 @@ def main():
                 run_dir.save(step, model, losses, options, optimizer=optimizer, scaler=scaler)
             if processes.is_main and losses:
                 print(f"step {step:>6} | train loss {losses['train_loss']:.4f} | val loss {losses['val_loss']:.4f}")
-            saved_at = time.monotonic()
-            clock.restart(step)
+            saved_at = timed_from = time.perf_counter()
+            first_timed = step
         if stop or step >= max_iters:
             break
 
@@ -178,7 +185,9 @@ def main():
             check_finite(skipped <= most_skipped, step, run_dir)
             loss, norm = processes.mean(total, 1), grad_norm.item()
             if processes.is_main:
-                seconds = clock.read(step)
+                now = time.perf_counter()
+                seconds = (now - timed_from) / (step - first_timed)
+                timed_from, first_timed = now, step
                 speed, left = tokens_per_step / seconds, timedelta(seconds=round((max_iters - step) * seconds))
                 tflops = speed * model.flops_per_token(context) / 1e12  # of all devices
                 print(f"step {step:>6}/{max_iters} | loss {loss:.4f} | lr {rate:.2e} | norm {norm:.2f} | "
@@ -207,67 +216,38 @@ def check_options(world_size):
 
 def make_model(run_dir):
     """The model that init_from names, and for a resume, what else its checkpoint holds."""
-    import torch
-
-    from kronygpt import checkpoint
-    from kronygpt.data import data_tokenizer, load_meta
-    from model import KronyGPT, KronyGPTConfig, mlp_shapes
-
     rest = {}
     if init_from == "scratch":
         torch.manual_seed(seed)
+        numbers = [int(r) for r in factors.split(",")]
         model = KronyGPT(KronyGPTConfig(
-            block_size=block_size or DEFAULT_CONTEXT, vocab_size=load_meta(dataset)["vocab_size"], n_layer=n_layer,
-            n_head=n_head, n_embd=n_embd, dropout=dropout, tokenizer=data_tokenizer(dataset),
-            shapes=mlp_shapes(dim_1 or n_embd, dim_2 or 4 * n_embd, factors_of_blocks(n_layer))))
+            block_size=block_size or 1024, vocab_size=load_meta(dataset)["vocab_size"], n_layer=n_layer, n_head=n_head,
+            n_embd=n_embd, dropout=dropout, tokenizer=data_tokenizer(dataset), shapes=mlp_shapes(
+                dim_1 or n_embd, dim_2 or 4 * n_embd, numbers * n_layer if len(numbers) == 1 else numbers)))
     elif init_from == "resume":
         model, rest = checkpoint.load(run_dir.last, dropout)
     else:
         model, _ = checkpoint.load(init_from, dropout)
     if init_from != "scratch":
-        adopt_sizes(model)
+        adopt_sizes(rest.get("config", {}))
     if (block_size or 1) > model.config.block_size:
         raise UserError(f"--block_size={block_size} is more than the model's context of {model.config.block_size}")
     model.config.recompute = recompute
     if factors_only:
         model.freeze_all_but_factors()
-        if not model.count_parameters()["factors"]:
-            raise UserError("--factors_only=True leaves nothing to train: the model has no Kronecker factors, it is dense")
     return model, rest
 
 
-def factors_of_blocks(n_blocks):
-    """The numbers of factors that the option gives to so many blocks."""
-    numbers = [int(r) for r in factors.split(",")]
-    return numbers * n_blocks if len(numbers) == 1 else numbers
-
-
-def adopt_sizes(model):
-    """Set the options of sizes to those of a model that was loaded; UserError where one that was given contradicts it."""
-    config, c_fc = model.config, model.config.shapes["mlp.c_fc"]
-    numbers = [shape.factors for shape in c_fc]
-
-    def common(values):
-        return values[0] if len(set(values)) == 1 else None
-
-    sizes = dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-                 dim_1=common([shape.dim_1 for shape in c_fc]), dim_2=common([shape.dim_2 for shape in c_fc]),
-                 factors=str(common(numbers) or ",".join(map(str, numbers))))
-    for name, value in sizes.items():
-        if name in configurator.given and globals()[name] != value:
-            raise UserError(f"--{name}={globals()[name]} contradicts --init_from={init_from}: there it is {value}; omit it")
-    globals().update(sizes)
+def adopt_sizes(saved):
+    """Set the sizes to those in the options of a run that is resumed, else to None; UserError where another one is given."""
+    for name in SIZES:
+        if name in configurator.given and globals()[name] != saved.get(name):
+            raise UserError(f"--{name}={globals()[name]}: the model of --init_from={init_from} decides its sizes; omit it")
+        globals()[name] = saved.get(name)
 
 
 def wrap(model, torch_device, world_size):
     """The module that computes the loss of a batch: with a teacher, compiled, on several processes, as the options say."""
-    import torch
-    from torch.nn.parallel import DistributedDataParallel
-
-    from kronygpt import checkpoint
-    from kronygpt.distillation import Distillation
-    from kronygpt.tokenizer import is_same, tokenizer_name
-
     if teacher:
         teacher_model, _ = checkpoint.load(teacher)
         theirs, ours = [(config.vocab_size, tokenizer_name(config)) for config in (teacher_model.config, model.config)]
@@ -280,31 +260,24 @@ def wrap(model, torch_device, world_size):
     return DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
 
 
-def print_plan(model, n_tokens, tokens_per_step, resumed_options):
-    """Print what will be trained on how much, and what differs from the run that is resumed."""
+def print_plan(model, n_tokens, tokens_per_step):
+    """Print what will be trained on how much."""
     counts = model.count_parameters()
     print(f"parameters: {counts['total']:,} = Kronecker factors {counts['factors']:,} + other matrices "
           f"{counts['matrices']:,} + biases and layer norms {counts['vectors']:,}")
     print(f"seed: {seed}; data: {dataset}, {n_tokens:,} tokens; a step takes {tokens_per_step:,}, the run "
           f"{tokens_per_step * max_iters / n_tokens:.2f} times the data")
-    for name, value in resumed_options.items():
-        if name in option_types(globals()) and name not in RUN_BY_RUN and value != globals()[name]:
-            print(f"resumed with --{name}={globals()[name]}, where it was {value}")
 
 
 def evaluate(model, tokens, context, autocast, processes):
     """{"train_loss", "val_loss"}: mean losses over windows spread evenly over each split, the same ones every time, for any
     number of processes; {} where a signal stops it."""
-    import torch
-
-    from kronygpt.data import even_starts, score
-
     losses, rank, world_size = {}, processes.rank, processes.world_size
     model.eval()
     for split, split_tokens in tokens.items():
         starts = even_starts(len(split_tokens), context, eval_iters * batch_size)
-        windows = [(start, start + 1, start + context + 1) for start in starts[rank::world_size]]
-        scores, scored = score(model, split_tokens, windows, batch_size), (0.0, 0)
+        own = [(start, start + 1, start + context + 1) for start in starts[rank::world_size]]
+        scores, scored = score(model, split_tokens, own, batch_size), (0.0, 0)
         for _ in range(0, len(starts), world_size * batch_size):  # as many batches in each process
             with torch.no_grad(), autocast:
                 scored = next(scores, scored)

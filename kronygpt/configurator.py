@@ -20,7 +20,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from contextlib import suppress
@@ -30,7 +29,8 @@ from typing import get_args
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}  # by the type of an option
 LIBRARY = re.compile(rf"<|{re.escape(os.path.dirname(os.__file__))}|.*(site|dist)-packages")  # files of Python and packages
-ENDING = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # what shells, Slurm and a lost connection send
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # what shells, Slurm and a lost connection send
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 SIGNALLED = 128  # and the number of a signal: the exit status of a script that it ended
 
 given = set()  # names of the options that the command line or a config file has set
@@ -67,12 +67,9 @@ def option_types(namespace):
 
 
 def unknown_option(name, types, where=""):
-    """An error that suggests an option: by its whole name, one of its words, or its initials (--lr for --learning_rate)."""
-    words = {word: option for option in reversed(types)  # the first option that has a word
-             for word in ("".join(part[0] for part in option.split("_")), *option.split("_"))}
-    words |= {option: option for option in types}
-    nearest = difflib.get_close_matches(name.lower().replace("-", "_"), words, n=1)
-    hint = f"did you mean --{words[nearest[0]]}?" if nearest else "--help lists the options"
+    """An error that suggests the option with the nearest name."""
+    nearest = difflib.get_close_matches(name.lower().replace("-", "_"), types, n=1)
+    hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists the options"
     return UserError(f"unknown option --{name}{where}: {hint}")
 
 
@@ -108,11 +105,6 @@ def read_config_file(path, namespace, types):
 def configure(namespace, argv, takes_positionals=True):
     """Set the options in a module's globals from its command line, and print those that differ from the defaults.
 
-    Args:
-        namespace: the globals of the script; its options are overwritten in place.
-        argv: the arguments after the script's name.
-        takes_positionals: whether the script has positional arguments at all.
-
     Returns:
         The positional arguments, a list of strings.
 
@@ -136,8 +128,6 @@ def configure(namespace, argv, takes_positionals=True):
             assigned = read_config_file(arg.removesuffix(".py") + ".py", namespace, types)
             namespace.update(assigned)
             given.update(assigned)
-        elif not arg.strip():
-            raise UserError("an argument is empty: is a variable of the shell not set?")
         else:
             positionals.append(arg)
     changed = {name: namespace[name] for name in types if namespace[name] != defaults[name]}
@@ -177,7 +167,7 @@ def run(main):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a log shows progress as it is made
     warnings.formatwarning = lambda message, *where: f"warning: {' '.join(str(message).split())}\n"
-    end_at_signals()
+    handle_signals(lambda number, frame: sys.exit(SIGNALLED + number))  # after what is half-written is removed
     argv = [arg for arg in sys.argv[1:] if arg != "--traceback"]
     signature = inspect.signature(main)
     try:
@@ -191,8 +181,6 @@ def run(main):
         main(*positionals)
     except SystemExit:
         raise
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
     except BrokenPipeError:  # the reader of our output has gone (`... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -205,12 +193,11 @@ def run(main):
         sys.exit(getattr(error, "status", 2 if is_missing else 1))
 
 
-def end_at_signals():
-    """Let signals end a script with 128 + N, after what it has half-written is removed; what nohup ignores stays ignored."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (getattr(signal, name) for name in ENDING if hasattr(signal, name)):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: sys.exit(SIGNALLED + number))
+def handle_signals(handler):
+    """Set the handler of all SIGNALS but those that are ignored, as nohup ignores SIGHUP."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def report(error, out_of_memory=None):

@@ -1,4 +1,4 @@
-"""What an output path is, files and directories that are written whole or not at all, and a lock for a directory.
+"""Output paths, files and directories that are written whole or not at all, and a lock for a directory.
 
 One process at a time may write a path. Scripts that share a directory lock it.
 """
@@ -20,42 +20,25 @@ def output_file(path):
     """The path of a file to write, checked before the work for it begins.
 
     Raises:
-        UserError: it names a directory, a device or a pipe, or lies where nothing can be written.
+        UserError: it is no file that can be replaced, or lies where nothing can be written.
     """
-    if os.path.basename(path) in ("", ".", "..") or (os.path.exists(path) and not os.path.isfile(path)):
-        raise UserError(f"{path or 'an empty path'} names a directory or a device: name a file to write")
-    check_access(path, Path(path))
-    check_access(path, target_of(path).parent)
+    is_replaceable = not os.path.exists(path) or (os.path.isfile(path) and os.access(path, os.W_OK))
+    if os.path.basename(path) in ("", ".", "..") or not is_replaceable:
+        raise UserError(f"{path or 'an empty path'} names a directory, a device or a read-only file: name a file to write")
+    output_directory(os.path.dirname(os.path.realpath(path)))
     return Path(path)
 
 
-def output_directory(path, is_replaced=False):
-    """The path of a directory to write, or with is_replaced, to replace as a whole, checked before the work for it begins.
+def output_directory(path):
+    """The path of a directory to write in, checked before the work for it begins.
 
     Raises:
-        UserError: it is no directory, or lies where nothing can be written, or cannot be replaced.
+        UserError: it is no directory, or nothing can be written there.
     """
-    path = Path(path)
-    check_access(path, path / "a file")
-    if is_replaced:
-        if path.resolve() in (Path.cwd(), *Path.cwd().parents):
-            raise UserError(f"{path} holds the current directory and cannot be replaced: name another one")
-        check_access(path, path.resolve().parent)
-    return path
-
-
-def check_access(path, place):
-    """Raise UserError where a path cannot be written because of a place, or the nearest one above it that exists."""
-    there = next(there for there in (place, *place.absolute().parents) if there.exists())
-    if there != place and not there.is_dir():
-        raise UserError(f"{path} cannot be written: {there} is a file")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{path} cannot be written: no permission to write {there}", status=1)
-
-
-def target_of(path):
-    """The path itself, or where it is a link, what it points to."""
-    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+    there = next(there for there in (Path(path), *Path(path).absolute().parents) if there.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{path} cannot be written: {there} is " + ("read-only" if there.is_dir() else "a file"))
+    return Path(path)
 
 
 def remove_leftovers(folder, names):
@@ -75,18 +58,24 @@ def remove_leftovers(folder, names):
 
 @contextmanager
 def made_aside(path):
-    """A name beside a path, for what is going to replace it. The folder is made, and cleared before and after."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, re.escape(path.name))
+    """(aside, target): a name beside a path, for what replaces the path as a whole when the block ends, and the path itself,
+    or where it is a link, what it points to. The folder is made, and cleared before and after."""
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent, re.escape(target.name))
     try:
-        yield path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        yield aside, target
+        if target.is_dir():
+            os.replace(target, aside.with_suffix(".old"))
+        os.replace(aside, target)
     except OSError as error:  # a write that fails does not say to which file
         error.filename = error.filename or str(path)
         raise
     finally:
-        remove_leftovers(path.parent, re.escape(path.name))
+        remove_leftovers(target.parent, re.escape(target.name))
     with suppress(OSError):  # of systems that cannot flush the names in a folder
-        sync(path.parent)
+        sync(target.parent)
 
 
 def sync(path):
@@ -110,15 +99,13 @@ def atomic_write(path, mode="wb"):
     Raises:
         UserError: see output_file.
     """
-    path = target_of(output_file(path))
-    with made_aside(path) as aside:
-        with open(aside, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
-            if path.exists():
-                shutil.copymode(path, aside)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+    mode, encoding = mode.replace("w", "x"), None if "b" in mode else "utf-8"
+    with made_aside(output_file(path)) as (aside, target), open(aside, mode, encoding=encoding) as file:
+        if target.exists():
+            shutil.copymode(target, aside)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -130,27 +117,22 @@ def atomic_directory(path, is_ours):
     giving the old one its name back. Files for whose names is_ours(name) is false are copied from the old directory.
 
     Raises:
-        UserError: see output_directory.
+        UserError: it holds the current directory.
     """
-    path = target_of(output_directory(path, is_replaced=True))
-
-    def is_left_out(folder, names):
-        return [name for name in names if os.fspath(folder) == os.fspath(path) and is_ours(name)]
-
-    with made_aside(path) as aside:
-        if path.exists():
-            shutil.copytree(path, aside, symlinks=True, ignore=is_left_out)
+    with made_aside(path) as (aside, target):
+        if target in (Path.cwd(), *Path.cwd().parents):
+            raise UserError(f"{path} holds the current directory and cannot be replaced: name another one")
+        if target.exists():
+            shutil.copytree(target, aside, symlinks=True, ignore=lambda folder, names: [
+                name for name in names if Path(folder) == target and is_ours(name)])
         else:
             aside.mkdir()
         yield aside
         for file in aside.rglob("*"):
             if file.is_file() and not file.is_symlink():
-                if (old := path / file.relative_to(aside)).exists():
+                if (old := target / file.relative_to(aside)).exists():
                     shutil.copymode(old, file)
                 sync(file)
-        if path.exists():
-            os.replace(path, aside.with_suffix(".old"))
-        os.replace(aside, path)
 
 
 def lock(directory):
@@ -162,9 +144,8 @@ def lock(directory):
     """
     from filelock import FileLock, Timeout  # takes a tenth of a second, and most commands lock nothing
 
-    directory = output_directory(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    held = FileLock(directory / ".lock", timeout=0, fallback_to_soft=False)
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    held = FileLock(Path(directory, ".lock"), timeout=0, fallback_to_soft=False)
     try:
         held.acquire()
     except Timeout:

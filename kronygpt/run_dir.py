@@ -42,11 +42,8 @@ class RunDir:
                             "--overwrite=True starts over, another --out_dir keeps it")
 
     def claim(self, overwrite, rest):
-        """Lock it for this process and clear it of half-written files.
-
-        Args:
-            overwrite: whether a new run may replace what it holds.
-            rest: what its ckpt.pt holds besides the model, for a resume; {} for a new run.
+        """Lock it for this process and clear it of half-written files. `rest` is what its ckpt.pt holds besides the model
+        for a resume, else {}.
 
         Raises:
             UserError: another process has it, or as in check.
@@ -60,22 +57,16 @@ class RunDir:
         self.best_val_loss = rest["best_val_loss"] if rest and self.best.exists() else math.inf
 
     def start_wandb(self, options, run_id):
-        """Start a wandb run, or continue one, unless the option wandb_mode is "off".
+        """Start a wandb run, or continue the one of run_id, unless the option wandb_mode is "off". The options of train.py
+        get its id as wandb_run_id."""
+        options["wandb_run_id"] = run_id  # kept where wandb is off this time
+        if options["wandb_mode"] != "off":
+            import wandb
 
-        Args:
-            options: {option: value} of train.py; the id of the wandb run is added as wandb_run_id.
-            run_id: of the run to continue, or None.
-        """
-        if run_id:
-            options["wandb_run_id"] = run_id  # kept where wandb is off this time
-        if options["wandb_mode"] == "off":
-            return
-        import wandb
-
-        self.wandb_run = wandb.init(
-            project=options["wandb_project"], name=options["wandb_run_name"] or self.path.name, config=options,
-            mode=os.environ.get("WANDB_MODE") or options["wandb_mode"], id=run_id, resume="allow", allow_val_change=True)
-        options["wandb_run_id"] = self.wandb_run.id
+            self.wandb_run = wandb.init(
+                project=options["wandb_project"], name=options["wandb_run_name"] or self.path.name, config=options,
+                mode=os.environ.get("WANDB_MODE") or options["wandb_mode"], id=run_id, resume="allow", allow_val_change=True)
+            options["wandb_run_id"] = self.wandb_run.id
 
     def open_log(self, step):
         """Open log.jsonl for appending, once ckpt.pt is there, which has done `step` steps. What is newer goes: lines of the
@@ -100,7 +91,6 @@ class RunDir:
 
         Args:
             step: number of steps done.
-            model: a KronyGPT.
             losses: {"train_loss", "val_loss"}, or {} without an evaluation.
             options: {option: value} of train.py.
             states: the optimizer and the scaler, as in checkpoint.save.
@@ -123,18 +113,13 @@ class RunDir:
 
     def keep_last(self, step, n):
         """Copy ckpt.pt as that of a step, of which the last n stay."""
-        path = self.path / f"ckpt_{step:07d}.pt"
-        try:
-            with self.last.open("rb") as last, atomic_write(path) as file:
-                shutil.copyfileobj(last, file)
-        except OSError as error:  # the run goes on without it
-            warnings.warn(f"{self.last} is not kept as {path}: {error.strerror}", stacklevel=2)
+        with self.last.open("rb") as last, atomic_write(self.path / f"ckpt_{step:07d}.pt") as file:
+            shutil.copyfileobj(last, file)
         for old in list(self.kept().values())[:-n]:
             old.unlink()
 
     def close(self):
-        """Release it after a run that ended well, and draw the log, which a resume has continued, as loss.png; a warning
-        where that fails, as without matplotlib or on a full disk: the run is saved."""
+        """Release it after a run that ended well, and draw its log as loss.png; a warning where that fails."""
         try:
             draw_run(read_log(self.log_path), self.picture, self.path.name)
         except Exception as error:
@@ -181,13 +166,7 @@ def use_log_scale(axes):
 
 
 def draw_run(log, path, title):
-    """Draw the losses of a run against its steps.
-
-    Args:
-        log: the entries of its log.jsonl: {"step", "loss"} of steps, {"step", "train_loss", "val_loss"} of evaluations.
-        path: of the picture.
-        title: of the picture.
-    """
+    """Draw the losses of a run, the entries of its log.jsonl, against its steps."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
     for name, label, style in (("loss", "training, batch of the step", dict(color="C0", alpha=0.4, linewidth=1)),

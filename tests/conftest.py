@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or datasets is importe
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from kronygpt import device  # noqa: E402
+from kronygpt.configurator import SIGNALS  # noqa: E402
 from model import KronyGPT, KronyGPTConfig, mlp_shapes  # noqa: E402
 
 
@@ -52,8 +52,7 @@ def no_picture(monkeypatch):
 @pytest.fixture(autouse=True)
 def as_it_was():
     """Undo what a script may leave in this process."""
-    numbers = [getattr(signal, name) for name in device.STOP_SIGNALS if hasattr(signal, name)]
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)

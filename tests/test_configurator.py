@@ -150,8 +150,7 @@ def test_a_failing_config_file_is_one_line_that_names_the_place(text, status, wo
 
 
 @pytest.mark.parametrize("name, nearest", [
-    ("batchsize", "batch_size"), ("learning-rate", "learning_rate"), ("lr", "learning_rate"), ("rate", "learning_rate"),
-    ("LR", "learning_rate"), ("topk", "top_k"), ("output", "out_dir"), ("epochs", None), ("", None)])
+    ("batchsize", "batch_size"), ("learning-rate", "learning_rate"), ("topk", "top_k"), ("epochs", None), ("", None)])
 def test_an_unknown_option_names_the_nearest(name, nearest):
     with pytest.raises(UserError, match=f"unknown option --{name}: ") as caught:
         configure(options(min_lr=0.1, out_dir="out"), [f"--{name}=3"])
@@ -172,7 +171,6 @@ def test_a_command_that_cannot_be_obeyed_is_one_line(say):
     assert "lost.py" in refused(say, "x", "lost.py")
     assert "missing a required argument: 'what'; usage: python say.py what [where]" in refused(say)
     assert "too many positional arguments; usage" in refused(say, "a", "b", "c")
-    assert "an argument is empty" in refused(say, "a", "")
 
 
 def test_help_prints_the_docstring_and_every_option_with_default_and_comment(say):
@@ -238,7 +236,7 @@ def test_a_reader_that_goes_away_is_no_traceback(say):
         assert script.wait(timeout=60) == 1
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_a_script_after_it_has_cleaned_up_and_what_nohup_ignores_stays_ignored(name, say):
     number = getattr(signal, name)
     with start("wait", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as script:

@@ -162,7 +162,7 @@ def test_an_export_that_differs_too_much_leaves_everything_as_it_was(exported, w
 @pytest.mark.parametrize("args, message", [
     (["small.pt", "notes"], "notes exists and holds no GPT-2"),
     (["small.pt", "small.pt"], "small.pt is a file"),
-    (["small.pt", "."], "holds the current directory"),
+    (["small.pt", "."], "exists and holds no GPT-2"),
     (["notes"], "notes cannot be loaded: it holds no model"),
     (["small.pt", "--tokenizer=notes"], "notes has no tokenizer"),
     ([], "missing a required argument"),
