@@ -191,7 +191,7 @@ def draw(rows, path, what):
 
 
 def comparison_cells(rows):
-    """Head and rows of a comparison's table: losses, ± the standard deviation over seeds, and the rates where they differ."""
+    """Head and rows of a comparison's table: losses, ± standard deviation over seeds, and the rates where they differ."""
     n_columns = 4 + (len({row["learning_rate"] for row in rows[1:]}) > 1)
     cells = [(rows[0]["name"], f"{rows[0]['parameters']:,}", f"{rows[0]['before']:.3f}", "", "")]
     cells += [(row["name"], f"{row['parameters']:,}", f"{row['before']:.3f}", spread(row), f"{row['learning_rate']:g}")

@@ -66,7 +66,8 @@ def cells(rows):
     found = [(name, f"{row['parameters'] / 1e6:.2f}M", *(f"{row[when][text]:.2f}" for when, text in columns))
              for name, row in rows.items()]
     if base == "gpt2":
-        found += [(f"{name}, published", size, *[""] * (len(columns) - len(perplexities)), *map("{:.2f}".format, perplexities))
+        empty = [""] * (len(columns) - 3)
+        found += [(f"{name}, published", size, *empty, *map("{:.2f}".format, perplexities))
                   for name, (size, *perplexities) in PUBLISHED.items()]
     head = [text if when == "before" else f"{text}, trained" for when, text in columns]
     return ("model", "parameters", *head), found

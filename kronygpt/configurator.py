@@ -67,9 +67,12 @@ def option_types(namespace):
 
 
 def unknown_option(name, types, where=""):
-    """An error that suggests the option with the nearest name."""
-    nearest = difflib.get_close_matches(name.lower().replace("-", "_"), types, n=1)
-    hint = f"did you mean --{nearest[0]}?" if nearest else "--help lists the options"
+    """An error that suggests an option: by its whole name, one of its words, or its initials (--lr for --learning_rate)."""
+    words = {word: option for option in reversed(types)  # the first option that has a word
+             for word in ("".join(part[0] for part in option.split("_")), *option.split("_"))}
+    words |= {option: option for option in types}
+    nearest = difflib.get_close_matches(name.lower().replace("-", "_"), words, n=1)
+    hint = f"did you mean --{words[nearest[0]]}?" if nearest else "--help lists the options"
     return UserError(f"unknown option --{name}{where}: {hint}")
 
 

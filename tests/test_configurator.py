@@ -150,7 +150,8 @@ def test_a_failing_config_file_is_one_line_that_names_the_place(text, status, wo
 
 
 @pytest.mark.parametrize("name, nearest", [
-    ("batchsize", "batch_size"), ("learning-rate", "learning_rate"), ("topk", "top_k"), ("epochs", None), ("", None)])
+    ("batchsize", "batch_size"), ("learning-rate", "learning_rate"), ("lr", "learning_rate"), ("rate", "learning_rate"),
+    ("topk", "top_k"), ("output", "out_dir"), ("epochs", None), ("", None)])
 def test_an_unknown_option_names_the_nearest(name, nearest):
     with pytest.raises(UserError, match=f"unknown option --{name}: ") as caught:
         configure(options(min_lr=0.1, out_dir="out"), [f"--{name}=3"])
