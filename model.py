@@ -24,21 +24,41 @@ class KronLinear(nn.Module):
         else:
             self.B = nn.Parameter(torch.empty(r, m // dim_1, n // dim_2))
         self.bias = nn.Parameter(torch.zeros(n))
+        self.register_buffer("order", None)  # see omit_identity()
 
     def forward(self, x):
         if self.is_dense:
             return torch.addmm(self.bias, x.flatten(0, -2), self.A.squeeze(0)).view(*x.shape[:-1], -1)
+        if self.order is not None:
+            T, row = self.low_rank()
+            pivots, others = x.flatten(0, -2).index_select(-1, self.order).tensor_split([len(T)], -1)
+            return torch.addmm(self.bias, torch.addmm(pivots, others, T.T), row).view(*x.shape[:-1], -1)
         return kron_linear(x, self.A, self.B, self.bias)  # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
 
     @property
     def weight(self):  # W [m, n]
+        if self.order is not None:
+            T, row = self.low_rank()
+            return torch.cat((row, T.T @ row))[self.order.argsort()]
         return kron_weight(self.A, self.B)
+
+    def low_rank(self):  # the side with the columns of W, [r, m], and that with its rows, [r, n]
+        return (self.A[:, :, 0], self.B[:, 0]) if self.A.shape[2] == 1 else (self.B[:, :, 0], self.A[:, 0])
+
+    def omit_identity(self):
+        """Make room for W = Σ_f A_f ⊗ B_f of low rank as in a file: r rows of the side with the columns are an identity, and
+        that side has only the others. `order` [m] has the numbers of these r rows, then those of the others. A token takes
+        r (m + n - r) multiply-adds (PIFA, arXiv 2501.19090) in place of r (m + n). This is not for training."""
+        side = "A" if self.A.shape[2] == 1 else "B"
+        columns = getattr(self, side).detach()  # [r, m, 1]
+        self.order = torch.empty(columns.shape[1], dtype=torch.long, device=columns.device)
+        setattr(self, side, nn.Parameter(columns[:, len(columns):]))
 
     def count_parameters(self):
         """Numbers in a file, where each rank counts once: of low rank, r rows of a side are the identity."""
         (r, m1, n1), (_, m2, n2) = self.A.shape, self.B.shape
         is_low_rank = not self.is_dense and (n1 == m2 == 1 or m1 == n2 == 1)
-        saved = r * r if is_low_rank and r < m1 * m2 and n1 * n2 > 1 else 0
+        saved = r * r if self.order is None and is_low_rank and r < m1 * m2 and n1 * n2 > 1 else 0
         return sum(p.numel() for p in self.parameters()) - saved
 
     def init_weights(self, std):
@@ -416,6 +436,9 @@ class KronyGPT(nn.Module):
         """
         with torch.device("meta"):
             model = cls(KronyGPTConfig(**model_args))
+        for name in state_dict:
+            if name.endswith(".order"):
+                model.get_submodule(name.removesuffix(".order")).omit_identity()
         expected, found = ({name: tuple(p.shape) for name, p in d.items()} for d in (model.state_dict(), state_dict))
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):

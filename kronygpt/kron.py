@@ -133,9 +133,7 @@ def without_identity(A, B, pivots):
     as an SVD has them, so that training changes both sides alike."""
     side = column_side(A.shape, B.shape)
     rest, row = (B, A) if side == "B" else (A, B)
-    r, n_rest, _ = rest.shape
-    column = torch.empty(n_rest + r, r, dtype=torch.float64)
-    column[pivots], column[others(pivots, n_rest + r)] = torch.eye(r, dtype=torch.float64), rest[:, :, 0].T.double()
+    r, column = len(rest), whole_column(rest.double(), pivots)
     (Q, R), (P, S) = torch.linalg.qr(column), torch.linalg.qr(row[:, 0].double().T)
     U, sigma, V = torch.linalg.svd(R @ S.T, full_matrices=False)
     column, row = (Q @ U) * sigma.sqrt(), sigma.sqrt()[:, None] * (V @ P.T)
@@ -144,6 +142,14 @@ def without_identity(A, B, pivots):
     column = F.pad(column * signs, (0, unused)).float().T[:, :, None]
     row = F.pad(row * signs.T, (0, 0, 0, unused)).float()[:, None]
     return (row, column) if side == "B" else (column, row)
+
+
+def whole_column(rest, pivots):
+    """The side with the columns, [m, r], from its other rows [r, m - r, 1] and the numbers of those of the identity."""
+    r, n_rest, _ = rest.shape
+    column = rest.new_empty(n_rest + r, r)
+    column[pivots], column[others(pivots, n_rest + r)] = torch.eye(r, dtype=rest.dtype), rest[:, :, 0].T
+    return column
 
 
 def others(pivots, m):
