@@ -165,6 +165,10 @@ def read_file(path):
     except pickle.UnpicklingError as error:
         raise ValueError("it is not a file of torch.save, or it holds more than tensors and plain types and is not "
                          "loaded, because it could run code") from error
+    except (MemoryError, FileNotFoundError, PermissionError, ValueError):
+        raise
+    except Exception as error:  # torch's own words are as far off as "Invalid argument"
+        raise ValueError(f"{path.name} is truncated or damaged: {error}") from error
 
 
 def flatten(content, prefix=""):

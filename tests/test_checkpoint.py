@@ -292,7 +292,7 @@ def test_what_is_no_checkpoint_is_refused(small_model, tmp_path):
     for is_zip in True, False:  # torch's format and its older one
         torch.save(published(small_model), tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
         os.truncate(tmp_path / "a.pt", 100_000)
-        refusal(tmp_path / "a.pt")
+        assert "a.pt is truncated or damaged" in refusal(tmp_path / "a.pt")
 
 
 def test_one_flipped_bit_is_found(small_model, tmp_path):
@@ -341,7 +341,7 @@ def test_a_damaged_hugging_face_directory_is_refused(gpt2_dir, workdir):
     directory = shutil.copytree(gpt2_dir, workdir / "hf")
     weights, config = directory / "model.safetensors", directory / "config.json"
     weights.write_bytes(weights.read_bytes()[:5000])
-    refusal(directory)
+    assert "model.safetensors is truncated or damaged" in refusal(directory)
     weights.unlink()
     assert "model.safetensors" in refusal(directory)
     save_file({name: p for name, p in load_file(gpt2_dir / weights.name).items() if "c_fc" not in name}, weights)
