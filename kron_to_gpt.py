@@ -17,6 +17,7 @@ token of the embedding; biases and layer norms are float32. Weights are rounded,
 --push=ORG/NAME uploads the finished directory, with whatever else lies in it, to the Hugging Face hub.
 """
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 from kronygpt.configurator import UserError, check_choice, run
@@ -45,7 +46,6 @@ def find_tokenizer(config):
         if tokenizer:
             raise
         print(f"{error}: only the weights are written")
-        return None
 
 
 def main(ckpt, out_dir=None):
@@ -63,8 +63,8 @@ def main(ckpt, out_dir=None):
         raise UserError("--dtype=int8 needs --compressed=True, whose code takes it, also for a model with no factors")
     scores = read_json(Path(perplexities)) if perplexities else {}
     out_dir = output_directory(out_dir or default_directory(ckpt, checkpoint.MODELS_DIR))
-    if out_dir.exists() and not ((out_dir / "config.json").exists() and read_json(out_dir / "config.json").get("model_type")
-                                 in ("gpt2", checkpoint.COMPRESSED_TYPE)):
+    old_type = read_json(out_dir / "config.json", {}).get("model_type")
+    if out_dir.exists() and old_type not in ("gpt2", checkpoint.COMPRESSED_TYPE):
         raise UserError(f"{out_dir} exists and holds no GPT-2 of transformers: name another directory")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -86,11 +86,10 @@ def main(ckpt, out_dir=None):
 
     # the directory, which replaces an older one as a whole; files of others in it stay
     card = out_dir / "README.md"
-    replaced = {"config.json", "generation_config.json", export.CODE.name, *TOKENIZER_FILES}
-    is_card_ours = not card.exists() or export.is_card(card)
-    replaced |= {card.name} if is_card_ours else set()
-    with atomic_directory(out_dir, lambda name: name in replaced or name.startswith("pytorch_model") or (
-            name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json")))) as aside:
+    is_card_ours = not card.exists() or export.MARK.encode() in card.read_bytes()
+    replaced = ["config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json",
+                "pytorch_model*", export.CODE.name, *TOKENIZER_FILES, *([card.name] if is_card_ours else [])]
+    with atomic_directory(out_dir, lambda name: any(fnmatch(name, pattern) for pattern in replaced)) as aside:
         exported.save_pretrained(aside)
         for file in aside.glob("*.safetensors"):  # which only their owner may read
             shutil.copymode(aside / "config.json", file)
@@ -99,7 +98,8 @@ def main(ckpt, out_dir=None):
         if compressed:
             shutil.copyfile(export.CODE, aside / export.CODE.name)
             if is_card_ours:
-                export.model_card(push or out_dir.name, narrow, rest, scores, dtype).save(aside / card.name)
+                text = export.model_card(push or out_dir.name, narrow, rest, scores, dtype)
+                (aside / card.name).write_text(text, encoding="utf-8")
         difference = export.verify(model, aside, compressed, dtype, tolerance)
 
     # the report

@@ -38,12 +38,11 @@ from model import KINDS, KronyGPT
 
 MODELS_DIR = Path("models")
 GPT2_HEAD_DIM = 64  # n_embd / n_head in GPT-2 small, medium, large and xl
-GPT2_WIDTHS = (768, 1024, 1280, 1600)
 # what a file may hold beside a model
 DEFAULTS = dict(optimizer=None, scaler=None, iter_num=0, best_val_loss=float("inf"), config={})
-MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")  # of several dicts of weights, the first is taken
+MODEL_KEYS = ("", "model", "state_dict", "model_state_dict", "net")  # of several models in a file, the one there is taken
 WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-LAST_NORM = "ln_f.weight"  # in every GPT-2: where it is, the weights are
+LAST_NORM = "ln_f.weight"  # in every GPT-2: what stands before it is the prefix of all weights
 DERIVED = (".attn.bias", ".attn.masked_bias",  # the causal mask, which older files hold
            ".attn.places", ".attn.v_places")  # of heads in a compressed export
 # the module and the part that the name of a tensor joins: transformer.h.0.mlp.c_fc and 0, or up.weight, or bias
@@ -57,22 +56,11 @@ FUNCTION = {  # fields of a GPT-2's config.json that change its function: the de
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
     "quantization_config": (None,)}
-ALIASES = {"n_positions": "block_size", "max_position_embeddings": "block_size", "hidden_size": "n_embd",
-           "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 
 
 def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), config=None, scaler=None):
-    """Write a checkpoint atomically.
-
-    Args:
-        path: of the .pt file; its folder is made.
-        model: a KronyGPT.
-        optimizer: whose state is kept for a resume, or None.
-        iter_num: optimizer steps done.
-        best_val_loss: in nats per token.
-        config: {option: value} of the script that writes it.
-        scaler: a GradScaler whose state is kept for a resume, or None.
-    """
+    """Write a checkpoint of a KronyGPT atomically. An optimizer and a GradScaler are there for a resume, best_val_loss is in
+    nats per token, and config is {option: value} of the script that writes it."""
     state_dict = to_file_names(model.state_dict(), ranks_once=not optimizer)
     content = dict(model=state_dict, model_args=model.config.as_plain_types(),
                    optimizer=optimizer.state_dict() if optimizer else None, iter_num=iter_num, best_val_loss=best_val_loss,
@@ -105,10 +93,14 @@ def load(source, dropout=0.0):
         tensors, content = read(path)
         stated = stated_fields(content)
         modules = by_module(plain_names(tensors))
-        warn_of_exact_gelu(modules, stated, path)
+        if not ("shapes" in stated or "dim_1" in stated or is_conv1d(modules)):  # dim_1: the first edition
+            warnings.warn(f"{path} is a file of nanoGPT or Krony-PT, which compute the exact GELU; here it is GPT-2's tanh "
+                          "form, and logits differ by up to 1e-3", stacklevel=2)
         state_dict = upgrade(modules)
         model = KronyGPT.from_state_dict(dict(infer(state_dict, stated), dropout=dropout), state_dict)
-        check(model)
+        for name, p in model.named_parameters():
+            if not torch.stack(p.detach().aminmax()).isfinite().all():  # one pass, and nothing as large as the weights
+                raise ValueError(f"its weights are not finite: {name}")
     except (OSError, MemoryError, UserError):
         raise
     except Exception as error:  # bytes of other programs can make torch raise anything
@@ -136,36 +128,23 @@ def looks_like_hub_name(source):
 
 
 def read(path):
-    """{name: tensor} of a model in a file or a directory, and all that lies beside it."""
+    """{name: tensor} of all that lies in a file or a directory, and what a file says beside it."""
     directory = path if path.is_dir() else path.parent
     if not path.is_dir() and not (path.name in WEIGHTS and (directory / "config.json").exists()):
         content = read_file(path)
-        return find_weights(content), content
-    config, tensors = read_config(directory), {}
-    for file in weight_files(path):
-        tensors |= read_file(file)
-    return find_weights(tensors), dict(model_args=dict(config, tokenizer=tokenizer_record(directory)))
-
-
-def read_config(directory):
-    """The fields of a Hugging Face GPT-2's config.json, under our names."""
-    if not (directory / "config.json").exists():
-        raise ValueError("it holds no model: neither config.json (Hugging Face) nor ckpt.pt")
-    config = {ALIASES.get(name, name): value for name, value in read_json(directory / "config.json").items()}
+        return flatten(content), content
+    config = read_json(directory / "config.json")
     if config.get("model_type", "gpt2") not in ("gpt2", COMPRESSED_TYPE):
         raise ValueError(f"its config.json says model_type={config['model_type']}, where gpt2 is needed")
-    return dict(n_head=12) | config  # the default of transformers
-
-
-def weight_files(path):
-    """The files with the tensors of a Hugging Face model: of a directory, or behind one of WEIGHTS in it."""
+    n_head = config.get("num_attention_heads", 12)  # the default of transformers
     if path.is_dir():
-        path = next((path / name for name in WEIGHTS if (path / name).exists()), None)
-        if path is None:
-            raise ValueError(f"it has no weights: none of {', '.join(WEIGHTS)}")
-    if path.suffix != ".json":
-        return [path]
-    return [path.with_name(shard) for shard in sorted(set(read_json(path)["weight_map"].values()))]
+        path = next((path / name for name in WEIGHTS if (path / name).exists()), path / WEIGHTS[0])
+    files, tensors = [path], {}
+    if path.suffix == ".json":
+        files = [path.with_name(shard) for shard in sorted(set(read_json(path)["weight_map"].values()))]
+    for file in files:
+        tensors |= read_file(file)
+    return flatten(tensors), dict(model_args={"n_head": n_head, **config, "tokenizer": tokenizer_record(directory)})
 
 
 def read_file(path):
@@ -186,26 +165,21 @@ def read_file(path):
     except pickle.UnpicklingError as error:
         raise ValueError("it is not a file of torch.save, or it holds more than tensors and plain types and is not "
                          "loaded, because it could run code") from error
-    except (MemoryError, FileNotFoundError, PermissionError):
+    except (MemoryError, FileNotFoundError, PermissionError, ValueError):
         raise
-    except Exception as error:
-        message = str(error).partition("\n")[0]
-        raise ValueError(f"{path.name} is truncated or damaged ({message or type(error).__name__})") from error
+    except Exception as error:  # torch's own words are as far off as "Invalid argument"
+        raise ValueError(f"{path.name} is truncated or damaged: {error}") from error
 
 
-def find_weights(content):
-    """The dict with the weights of a GPT-2 in the content of a file, at whatever depth."""
-    level = {"": content}
-    while level:
-        found = {key: part for key, part in level.items() if any(str(name).endswith(LAST_NORM) for name in part)}
-        if found:
-            key = next(key for key in (*MODEL_KEYS, *found) if key in found)
-            if len(found) > 1 and key not in MODEL_KEYS:
-                raise ValueError(f"it holds several models ({', '.join(map(str, found))}): save one of them by itself")
-            return {name: p for name, p in found[key].items() if isinstance(p, torch.Tensor)}
-        level = {key: value for part in level.values() for key, value in part.items() if isinstance(value, dict)}
-    keys = ", ".join(str(key) for key in list(content)[:20]) or "nothing"
-    raise ValueError(f"it holds no weights of a GPT-2 (no {LAST_NORM}), but {keys}")
+def flatten(content, prefix=""):
+    """{name: tensor} of the tensors in nested dicts: keys are joined by dots."""
+    tensors = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            tensors |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor):
+            tensors[f"{prefix}{key}"] = value
+    return tensors
 
 
 def stated_fields(content):
@@ -224,18 +198,24 @@ def stated_fields(content):
 # from a file's tensors to a KronyGPT's
 
 def plain_names(tensors):
-    """Tensors under GPT-2's names, transformer.* and lm_head.weight, without the prefixes of wrappers. What lies outside of
-    the model, such as the head of a classifier, is left out with a warning, and so are causal masks without one."""
+    """Tensors of the model in a file under GPT-2's names, transformer.* and lm_head.weight, without prefixes. What else has
+    the model's prefix, such as the head of a classifier, is left out with a warning. Causal masks, and what has another
+    prefix, such as an optimizer's state, are left out."""
     named = {".".join(part for part in name.split(".") if part not in WRAPPERS): p for name, p in tensors.items()}
-    roots = {name.removesuffix(LAST_NORM).removesuffix("transformer.") for name in named if name.endswith(LAST_NORM)}
-    if len(roots) > 1:
-        raise ValueError(f"it holds several models, under the prefixes {', '.join(sorted(roots))}")
-    root, result, left_out = roots.pop(), {}, []
+    roots = sorted({name.removesuffix(LAST_NORM).removesuffix("transformer.") for name in named if name.endswith(LAST_NORM)})
+    usual = [root for root in roots if root.partition(".")[0] in MODEL_KEYS]
+    if not roots:
+        raise ValueError(f"it holds no weights of a GPT-2 (no {LAST_NORM}), but {', '.join([*named][:20]) or 'nothing'}")
+    if len(roots) > 1 and len(usual) != 1:
+        raise ValueError(f"it holds several models ({', '.join(roots)}): save one of them by itself")
+    root, result, left_out = (usual or roots)[0], {}, []
     for name, p in named.items():
+        if not name.startswith(root):
+            continue
         plain = name.removeprefix(root)
         if plain.partition(".")[0] in ("wte", "wpe", "h", "ln_f"):
             plain = f"transformer.{plain}"
-        if not name.startswith(root) or not plain.startswith(("transformer.", "lm_head.")):
+        if not plain.startswith(("transformer.", "lm_head.")):
             left_out.append(name)
         elif not name.endswith(DERIVED):
             result[plain] = p
@@ -263,14 +243,6 @@ def is_conv1d(modules):
     return weight is not None and len(weight) == n_embd != weight.shape[1]
 
 
-def warn_of_exact_gelu(modules, stated, path):
-    """Warn of a file of nanoGPT or Krony-PT: their GELU is the exact one, where GPT-2's and KronyGPT's is the tanh form."""
-    is_ours = "shapes" in stated or "dim_1" in stated  # dim_1: the first edition
-    if not is_ours and not is_conv1d(modules):
-        warnings.warn(f"{path} is a file of nanoGPT or Krony-PT, which compute the exact GELU; here it is GPT-2's tanh "
-                      "form, and logits differ by up to 1e-3", stacklevel=3)
-
-
 def upgrade(modules):
     """The state dict of a KronyGPT, contiguous float32 in memory of its own, from the {module: {part: tensor}} of any file.
     Parts that are not known stay, and no KronyGPT takes them."""
@@ -294,15 +266,12 @@ def tie(modules):
     """Make one entry of embedding and output matrix, which may be there twice or under either name; ValueError where they
     differ."""
     embedding = modules.setdefault("transformer.wte", {})
-    if "A" in embedding:
+    if "A" in embedding or "weight" not in modules.get("lm_head", {}):
         return
-    head = modules.get("lm_head", {}).pop("weight", None)
+    head = modules["lm_head"].pop("weight")
     weight = embedding.setdefault("weight", head)
-    if weight is None:
-        raise KeyError("transformer.wte.weight")
-    if head is None or head.data_ptr() == weight.data_ptr():
-        return
-    if head.shape != weight.shape or not torch.allclose(head.float(), weight.float(), TIED_RTOL, TIED_ATOL, True):
+    if head.data_ptr() != weight.data_ptr() and not (head.shape == weight.shape and torch.allclose(
+            head.float(), weight.float(), TIED_RTOL, TIED_ATOL, equal_nan=True)):
         raise ValueError("it has an output matrix (lm_head.weight) that differs from its embedding, and a KronyGPT has one "
                          "matrix for both: tie them and train further, with the program that made it")
 
@@ -324,25 +293,20 @@ def owners(row, columns):
 
 
 def read_matrix(parts, transposed):
-    """A [r, m1, n1], B [r, m2, n2] and bias [n1 n2] of a KronLinear.
-
-    Args:
-        parts: of a matrix [m, n] in a file: 0 and 1 or A and B; 0_0, 0_1, 1_0, ... of the oldest ones; weight; or up.weight
-            and down.weight of nn.Linear. With pivots or order, one side of a low-rank matrix lacks an identity.
-        transposed: whether a weight is [n, m].
-    """
+    """A [r, m1, n1], B [r, m2, n2] and bias [n1 n2] of a KronLinear from the parts of a matrix in a file. With transposed, a
+    dense weight is [out, in]. With pivots or order, one side of a low-rank matrix lacks an identity."""
     parts = {IN_MEMORY.get(part, part): p for part, p in parts.items()}
-    if "0_0" in parts:
+    if "0_0" in parts:  # of the oldest files
         factors = range(sum(part.endswith("_0") for part in parts))
         for side, name in enumerate("AB"):
             parts[name] = torch.stack([parts.pop(f"{f}_{side}") for f in factors])
     elif "down.weight" in parts:
         parts |= dict(A=parts.pop("down.weight")[:, :, None], B=parts.pop("up.weight").T[:, None])
     elif "up.weight" in parts:
-        parts |= dict(A=parts.pop("up.weight").t()[None], B=torch.ones(1, 1, 1))
+        parts |= dict(A=parts.pop("up.weight").T[None], B=torch.ones(1, 1, 1))
     elif "weight" in parts:
         W = parts.pop("weight")
-        parts |= dict(A=(W.t() if transposed else W)[None], B=torch.ones(1, 1, 1))
+        parts |= dict(A=(W.T if transposed else W)[None], B=torch.ones(1, 1, 1))
     if "A" not in parts or "B" not in parts:
         return parts  # infer() says what is missing
     A, B = parts["A"].float(), parts["B"].float()
@@ -376,19 +340,12 @@ def infer(state_dict, stated):
     or else heads of width 64, as in GPT-2."""
     n_embd = len(state_dict[f"transformer.{LAST_NORM}"])
     n_layer = len({name.split(".")[2] for name in state_dict if name.startswith("transformer.h.")})
-    shapes, rows, columns, bands = {}, {}, {}, {}
+    shapes, rows, columns = {}, {}, {}
     for kind in KINDS:
         A, B = ([state_dict[f"transformer.h.{layer}.{kind}.{side}"].shape for layer in range(n_layer)] for side in "AB")
         shapes[kind] = [(dim_1, dim_2, r) for r, dim_1, dim_2 in A]
         rows[kind], columns[kind] = ([a[side] * b[side] for a, b in zip(A, B)] for side in (1, 2))
-    for name in "wte", "wpe":
-        E = {part: state_dict.get(f"transformer.{name}.{part}") for part in ("weight", "A", "B", "row")}
-        if E["weight"] is not None:
-            bands[name] = [E["weight"].shape]
-        elif E["row"] is not None:
-            bands[name] = stated[name]
-        else:
-            bands[name] = [(E["A"].numel() // len(E["B"]), len(E["B"]))]
+    bands = {name: stated.get(name) or [state_dict[f"transformer.{name}.weight"].shape] for name in ("wte", "wpe")}
     vocab_size, block_size = (sum(n for n, _ in bands[name]) for name in ("wte", "wpe"))
     sizes = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd,
                  n_inner=columns["mlp.c_fc"])
@@ -398,36 +355,35 @@ def infer(state_dict, stated):
     n_head = stated["n_head"]
     if n_head is None:
         n_head = max(1, n_embd // GPT2_HEAD_DIM)
-        if n_embd not in GPT2_WIDTHS:
-            warnings.warn(f"the file does not say its number of heads: {n_head} of width {n_embd // n_head} taken",
-                          stacklevel=3)
+        warnings.warn(f"the file does not say its number of heads: {n_head} of width {n_embd // n_head} taken", stacklevel=3)
     head_v = stated.get("head_v") or [width // n_head for width in rows["attn.c_proj"]]
     head_qk = stated.get("head_qk") or [(width // n_head - v) // 2 for width, v in zip(columns["attn.c_attn"], head_v)]
     return dict(sizes, **bands, n_head=n_head, head_qk=head_qk, head_v=head_v, head_dim=stated.get("head_dim"),
                 shapes=shapes, tokenizer=stated["tokenizer"])
 
 
-def check(model):
-    """Raise ValueError where a weight is not finite."""
-    for name, p in model.named_parameters():
-        if not torch.stack(p.detach().aminmax()).isfinite().all():  # one pass, and nothing as large as the weights
-            raise ValueError(f"its weights are not finite: {name}")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # from a KronyGPT's tensors to a file's
 
-def to_file_names(state_dict, ranks_once=False):
-    """A KronyGPT's state dict under the published names, contiguous; with ranks_once, low-rank sides lack an identity."""
-    result = {}
-    for module, parts in by_module(state_dict).items():
-        is_matrix, names = module.endswith(KINDS), {}
+def stored_parts(state_dict, ranks_once):
+    """{module: {part: tensor}} of a KronyGPT's state dict. With ranks_once, low-rank sides lack an identity, which `pivots`
+    places, and an embedding of low rank is A [r, rows - r, 1] and B [r, 1, C]; without, A is [r, rows, 1]."""
+    modules = by_module(state_dict)
+    for module, parts in modules.items():
         if "A" in parts and "row" not in parts:  # a staircase has neither of these forms
             A, B = parts["A"], parts["B"]
-            if not is_matrix:
+            if not module.endswith(KINDS):
                 A, B = A.view(-1, len(B)).T[:, :, None], B[:, None]
             A, B, pivots = with_identity(A, B) if ranks_once else (A, B, None)
             parts |= dict(A=A, B=B) if pivots is None else dict(A=A, B=B, pivots=pivots)
+    return modules
+
+
+def to_file_names(state_dict, ranks_once=False):
+    """A KronyGPT's state dict under the published names, contiguous; with ranks_once, each rank is there once."""
+    result = {}
+    for module, parts in stored_parts(state_dict, ranks_once).items():
+        is_matrix, names = module.endswith(KINDS), {}
         if is_matrix and ".attn." in module and parts["B"].shape == (1, 1, 1):
             parts = dict(weight=parts["A"][0].T, bias=parts["bias"])  # [out, in], as nn.Linear has it
         elif is_matrix:
@@ -443,24 +399,19 @@ def to_file_names(state_dict, ranks_once=False):
 # a run that is resumed
 
 def load_optimizer_state(optimizer, state, path):
-    """Give an AdamW with named parameters the steps and moments of the state_dict() of another one, by name. The options of
-    its groups (learning rates, weight decay, betas) stay, as a run that is resumed may have others than before.
+    """Give an AdamW with named parameters the steps and moments in the state_dict() of another one. The options of its
+    groups (learning rates, weight decay, betas) stay, as a run that is resumed may have others than before.
 
     Raises:
-        UserError: moments are missing in the checkpoint `path`, or have another shape: the fused step would write beyond
-            them.
+        UserError: the checkpoint `path` has no moments, those of other parameters, or some of another shape: the fused step
+            would write beyond them.
     """
-    own = optimizer.state_dict()
-    try:
-        moments = {name: state["state"][i] for group in state["param_groups"]
-                   for i, name in zip(group["params"], group["param_names"]) if state["state"]}
-        for group, own_group in zip(optimizer.param_groups, own["param_groups"]):
-            for i, name, p in zip(own_group["params"], group["param_names"], group["params"]):
-                if moments:
-                    own["state"][i] = {key: moments[name][key] for key in ("step", "exp_avg", "exp_avg_sq")}
-                    if not moments[name]["exp_avg"].shape == moments[name]["exp_avg_sq"].shape == p.shape:
-                        raise ValueError(f"the moments of {name} have another shape")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot be resumed: it holds no optimizer's state of this model ({error}). Start from its "
-                        f"weights, --init_from={path} with another --out_dir") from None
-    optimizer.load_state_dict(own)
+    own, state = optimizer.state_dict(), state or {"param_groups": [], "state": {}}
+    names, found_names = ([group.get("param_names") for group in s["param_groups"]] for s in (own, state))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = {i: [p.shape, p.shape] for i, p in enumerate(parameters)}
+    found = {i: [moments[key].shape for key in ("exp_avg", "exp_avg_sq")] for i, moments in state["state"].items()}
+    if names != found_names or found not in ({}, shapes):  # a run that has made no step has none
+        raise UserError(f"{path} cannot be resumed: it holds no optimizer's state of this model. Start from its weights, "
+                        f"--init_from={path} with another --out_dir")
+    optimizer.load_state_dict(dict(own, state=state["state"]))

@@ -4,21 +4,18 @@ import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional as F
 
 from kronygpt import __version__, checkpoint
 from kronygpt.compress import without_dropped_units
 from kronygpt.configurator import UserError
-from kronygpt.kron import column_side, others, with_identity
+from kronygpt.kron import column_side, others
 from kronygpt.tokenizer import END_OF_TEXT, READABLE, GPT2Tokenizer, bytes_to_unicode, special_token
 from model import KINDS
 
 CODE = Path(__file__).with_name("modeling_kronygpt.py")  # which travels with a compressed export
 MARK = "<!-- Written by kron_to_gpt.py, which replaces this file; without this line it stays. -->"
-TRAINING = ("dataset", "learning_rate", "max_iters", "batch_size", "gradient_accumulation_steps", "block_size", "teacher")
-UNSAID = ("init_from", "tokenizer", "out")  # options that the card says otherwise, or not at all
 TOKENS_COMPARED = 256
 ROUNDING = 0.2  # share of a matrix's norm; int8 takes about 0.01, and at most sqrt(m) / 254 where a column is one number
 GPT2_FILES = {  # as tiktoken names them, with their sha256
@@ -44,22 +41,21 @@ def to_dense(model):
     pad narrow heads to the width head_dim, and all MLPs to one number of hidden units."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config, state_dict = model.config, layer_norms(model)
+    config = model.config
+    state_dict = {name: p for name, p in model.state_dict().items() if ".ln_" in name}
 
-    def pad_heads(t, widths):  # (..., sum of widths), one for each head of each part
-        return torch.cat([F.pad(head, (0, config.head_dim - head.shape[-1])) for head in t.split(widths, dim=-1)], dim=-1)
+    def padded(t):  # (..., sum of widths), where zeros bring each part to one width
+        return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in t.split(widths, dim=-1)], dim=-1)
 
     for layer, kind, matrix in model.matrices():
         W, bias, qk, v = matrix.weight, matrix.bias, config.head_qk[layer], config.head_v[layer]
-        units = 0, max(config.n_inner) - config.n_inner[layer]
-        if kind == "attn.c_attn":
-            W, bias = pad_heads(W, [*qk, *qk, *v]), pad_heads(bias, [*qk, *qk, *v])
-        elif kind == "attn.c_proj":
-            W = pad_heads(W.T, v).T
-        elif kind == "mlp.c_fc":
-            W, bias = F.pad(W, units), F.pad(bias, units)
+        widths, width = [config.n_inner[layer]], max(config.n_inner)
+        if kind.startswith("attn."):
+            widths, width = v if kind.endswith("c_proj") else [*qk, *qk, *v], config.head_dim
+        if kind.endswith("c_proj"):
+            W = padded(W.T).T
         else:
-            W = F.pad(W, (0, 0, *units))
+            W, bias = padded(W), padded(bias)
         state_dict |= {f"transformer.h.{layer}.{kind}.weight": W, f"transformer.h.{layer}.{kind}.bias": bias}
     for name in "wte", "wpe":
         state_dict[f"transformer.{name}.weight"] = model.transformer.get_submodule(name).dense()
@@ -79,46 +75,39 @@ def to_compressed(model, int8=False):
         widths=widths, int8=int8,
         shapes={kind: [list(shape) for shape in of_blocks] for kind, of_blocks in model.config.shapes.items()},
         auto_map={auto: f"{CODE.stem}.{name}" for auto, name in classes.items()}, **sizes(model.config))
-    modules = {f"transformer.h.{layer}.{kind}": linear_parts(matrix) for layer, kind, matrix in model.matrices()}
-    modules |= {f"transformer.{name}": embedding_parts(model.transformer.get_submodule(name)) for name in ("wte", "wpe")}
+    modules = checkpoint.stored_parts(model.state_dict(), ranks_once=True)
     for layer, (qk, v) in enumerate(zip(model.config.head_qk, model.config.head_v)):
         if {*qk, *v} != {model.config.head_dim}:
             modules[f"transformer.h.{layer}.attn"] = head_places(qk, v)
-    state_dict = layer_norms(model)
+    state_dict = {}
     for module, parts in modules.items():
+        if module.endswith(KINDS):
+            parts = linear_parts(**parts)
+        elif "B" in parts:
+            parts = embedding_parts(model.transformer.get_submodule(module.partition(".")[2]).bands, **parts)
         state_dict |= {f"{module}.{part}": p for part, p in (rounded(parts) if int8 else parts).items()}
     return with_weights(KronyGPTForCausalLM, config, state_dict)
 
 
-def layer_norms(model):
-    return {name: p for name, p in model.state_dict().items() if ".ln_" in name}
-
-
-@torch.no_grad()
-def linear_parts(matrix):
-    """The tensors of a modeling_kronygpt.LowRankLinear from a dense or low-rank model.KronLinear, or else those of its
-    KronLinear."""
-    if matrix.is_dense:
-        return {"up.weight": matrix.A[0].T, "up.bias": matrix.bias}
-    A, B, pivots = with_identity(matrix.A, matrix.B)
+def linear_parts(A, B, bias, pivots=None):
+    """The tensors of a modeling_kronygpt.LowRankLinear from those of a dense or low-rank model.KronLinear, or else those of
+    its KronLinear."""
+    if B.shape == (1, 1, 1):
+        return {"up.weight": A[0].T, "up.bias": bias}
     if pivots is None:
-        return dict(A=A, B=B, bias=matrix.bias)
+        return dict(A=A, B=B, bias=bias)
     rest, row = (B, A) if column_side(A.shape, B.shape) == "B" else (A, B)
     order = torch.cat((pivots, others(pivots, rest.shape[1] + len(pivots))))
-    return {"down.weight": rest[:, :, 0], "up.weight": row[:, 0].T, "up.bias": matrix.bias, "order": order.int()}
+    return {"down.weight": rest[:, :, 0], "up.weight": row[:, 0].T, "up.bias": bias, "order": order.int()}
 
 
-@torch.no_grad()
-def embedding_parts(embedding):
-    """The tensors of a modeling_kronygpt.FactoredEmbedding from a model.Embedding, or its weight where it is dense."""
-    if embedding.is_dense:
-        return dict(weight=embedding.weight)
-    A, B, row, columns = embedding.A, embedding.B, embedding.row, embedding.columns
+def embedding_parts(bands, A, B, row=None, pivots=None):
+    """The tensors of a modeling_kronygpt.FactoredEmbedding from those of a model.Embedding of some bands."""
+    columns = torch.tensor([k for n, k in bands for _ in range(n)])
     if row is None:
-        V, rank = embedding.bands[0]
-        A, B, pivots = with_identity(A.view(V, rank).T[:, :, None], B[:, None])
-        A, B, columns = A[:, :, 0].T.flatten(), B[:, 0], torch.where(torch.arange(V) < rank, 0, rank)
-        row = torch.cat((pivots, others(pivots, V))).argsort()
+        columns[:len(pivots)] = 0
+        row = torch.cat((pivots, others(pivots, len(columns)))).argsort()
+        A, B = A[:, :, 0].T.flatten(), B[:, 0]
     starts = columns.cumsum(0) - columns
     return dict(A=A, B=B, row=row.int(), start=starts[row].int(), columns=columns[row].int())
 
@@ -155,8 +144,8 @@ def with_weights(cls, config, state_dict):
 @torch.no_grad()
 def verify(model, directory, compressed, dtype, tolerance):
     """The largest absolute difference of a logit between a KronyGPT and the transformers model in a directory, whose code
-    does not run, but our own; UserError where it is too large. In int8, matrices are compared with the KronyGPT's, and
-    logits with the rounded matrices' own."""
+    does not run, but our own; UserError where it is too large. In int8, a matrix may differ by a share of ROUNDING of its
+    norm, which finds a wrong scale or order, and logits are compared with the rounded matrices' own."""
     from transformers import GPT2LMHeadModel
 
     from kronygpt.modeling_kronygpt import KronyGPTForCausalLM
@@ -166,7 +155,14 @@ def verify(model, directory, compressed, dtype, tolerance):
     size = 2, min(TOKENS_COMPARED, model.config.block_size)
     idx = torch.randint(model.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
     logits, found = model.eval()(idx), exported(idx).logits
-    expected = check_rounded(without_dropped_units(model), directory).eval()(idx) if dtype == "int8" else logits
+    expected = logits
+    if dtype == "int8":
+        again = checkpoint.load(directory)[0].eval()
+        for W, rounded_W in zip(matrices(without_dropped_units(model)), matrices(again)):
+            if not (W - rounded_W).norm() <= ROUNDING * W.norm():
+                raise UserError(f"a matrix in int8 is off by {(W - rounded_W).norm() / W.norm():.0%} of its norm; "
+                                "nothing was written", status=1)
+        expected = again(idx)
     difference = (expected - found).abs().max().item()
     limit = largest_allowed(logits, compressed, dtype) if tolerance is None else tolerance
     if not difference < limit:
@@ -175,18 +171,12 @@ def verify(model, directory, compressed, dtype, tolerance):
     return (logits - found).abs().max().item()
 
 
-def check_rounded(model, directory):
-    """The KronyGPT of an export in int8; UserError where one of its matrices is off by more than a share of ROUNDING of the
-    norm: by another scale, or transposed."""
-    found, _ = checkpoint.load(directory)
-    pairs = [(kind, p.weight, q.weight) for (_, kind, p), (_, _, q) in zip(model.matrices(), found.matrices())]
-    pairs += [(name, getattr(model.transformer, name).dense(), getattr(found.transformer, name).dense())
-              for name in ("wte", "wpe")]
-    for name, W, other in pairs:
-        if not (W - other).norm() <= ROUNDING * W.norm():
-            raise UserError(f"{name} in int8 is off by {(W - other).norm() / W.norm():.0%} of its norm; nothing was written",
-                            status=1)
-    return found
+def matrices(model):
+    """Yield the embeddings and the matrices of a KronyGPT, expanded."""
+    yield model.transformer.wte.dense()
+    yield model.transformer.wpe.dense()
+    for *_, matrix in model.matrices():
+        yield matrix.weight
 
 
 def largest_allowed(logits, compressed, dtype):
@@ -264,25 +254,6 @@ def write_own(directory, ours):
 # ----------------------------------------------------------------------------------------------------------------------
 # the model card
 
-def is_card(path):
-    """Whether a README.md is a model card of ours, which nobody made their own."""
-    return path.is_file() and MARK.encode() in path.read_bytes()
-
-
-def describe_origin(config, iter_num):
-    """A sentence about the training run or the compression that made a checkpoint, from the options in it. Of absolute
-    paths only the names are told."""
-    if not config:
-        return "The checkpoint does not say."
-    said = {name: Path(str(value)).name if Path(str(value)).is_absolute() else value for name, value in config.items()
-            if value not in (None, "")}
-    is_training = "gradient_accumulation_steps" in said
-    names = TRAINING if is_training else [name for name in said if name not in UNSAID]
-    options = ", ".join(f"{name}={said[name]}" for name in names if name in said)
-    done = f"Trained for {iter_num:,} steps" if is_training else "Compressed"
-    return f"{done} from `{said.get('init_from')}`: `{options}`"
-
-
 def base_model(config):
     """The hub name that the options in a checkpoint start from, or None where they start elsewhere."""
     name = str(config.get("init_from", "scratch"))
@@ -290,19 +261,12 @@ def base_model(config):
     return name if checkpoint.looks_like_hub_name(name) and not is_local and name not in ("scratch", "resume") else None
 
 
-def describe_shapes(config):
-    """A table of the shapes of the four matrices, with the blocks that have them."""
-    lines = ["| matrix | shapes (dim_1, dim_2, r) and the number of blocks that have them |", "|---|---|"]
-    for kind in KINDS:
-        said = []
-        for layer, shape in enumerate(config.shapes[kind]):
-            m, n = config.sizes(layer)[kind]
-            said.append(f"[{m}, {n}] " + ("dense" if shape == (m, n, 1) else f"({', '.join(map(str, shape))})"))
-        lines.append(f"| {kind} | {', '.join(f'{text} in {said.count(text)}' for text in dict.fromkeys(said))} |")
-    return "\n".join(lines)
-
-
-CARD = """{mark}
+CARD = """---
+{base}library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, kronecker, compression]
+---
+{mark}
 
 # {name}
 
@@ -322,27 +286,26 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 
 ## How it was made
 
-By KronyGPT {version}. {origin}
+By KronyGPT {version}, with {steps:,} steps of training and these options:
 
-{shapes}
+{options}
 {scores}"""
 
 
 def model_card(name, model, rest, perplexities, dtype):
-    """The ModelCard of a KronyGPT that is exported under a name, in a dtype.
+    """The text of the model card of a KronyGPT that is exported under a name, in a dtype.
 
     Args:
-        rest: what checkpoint.load returned beside the model.
+        rest: what checkpoint.load returned beside the model. Of absolute paths in its options only the names are told.
         perplexities: {data set: {"perplexity", ...}} as perplexity.py --json_out writes it, perhaps empty.
     """
-    parameters = model.count_parameters()["total"]
-    dense = parameters + sum(matrix.weight.numel() + matrix.bias.numel() - matrix.count_parameters()
-                             for _, _, matrix in model.matrices())
-    dense += sum(E.dense().numel() - E.count_parameters() for E in (model.transformer.wte, model.transformer.wpe))
-    data = ModelCardData(base_model=base_model(rest["config"]), library_name="transformers", pipeline_tag="text-generation",
-                         tags=["gpt2", "kronecker", "compression"])
-    rows = [f"| {dataset} | {result['perplexity']:.2f} |" for dataset, result in perplexities.items()]
-    text = CARD.format(mark=MARK, name=name, version=__version__, parameters=parameters, dense=dense, dtype=dtype,
-                       origin=describe_origin(rest["config"], rest["iter_num"]), shapes=describe_shapes(model.config),
-                       scores="\n".join(["", "| data set | perplexity |", "|---|---|", *rows, ""] if rows else []))
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    base, counts = base_model(rest["config"]), model.count_parameters()
+    dense = counts["vectors"] + sum(W.numel() for W in matrices(model))
+    options = {option: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+               for option, value in rest["config"].items() if value not in (None, "")}
+    rows = [f"| {dataset} | {result['perplexity']:.2f} |\n" for dataset, result in perplexities.items()]
+    return CARD.format(
+        base=f"base_model: {base}\n" if base else "", mark=MARK, name=name, parameters=counts["total"], dense=dense,
+        dtype=dtype, version=__version__, steps=rest["iter_num"],
+        options="\n".join(f"    {option} = {value!r}" for option, value in options.items()) or "    not known",
+        scores="".join(["\n| data set | perplexity |\n|---|---|\n", *rows] if rows else []))

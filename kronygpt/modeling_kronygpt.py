@@ -7,7 +7,6 @@ dense and low-rank ones as modules of nn.Linear, other shapes as KronLinear. A b
 units than GPT-2's, and embeddings may be of lower rank. Weights may be int8. Everything else is inherited. This file travels
 with each exported model, so it imports torch and transformers alone; it serves transformers 4.57 and 5.
 """
-import math
 from functools import partial
 
 import torch
@@ -17,15 +16,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block
 COPY = 64  # multiply-adds that take as long as writing one number to memory
+STD = 0.02  # of an element of a new matrix, as in GPT-2
 
 
 class KronyGPTConfig(GPT2Config):
     """GPT-2's config, with three fields more.
 
-    shapes: {"attn.c_attn": [[dim_1, dim_2, r] of each block], ...}. A matrix that is not there is dense.
+    shapes: {"attn.c_attn": [[dim_1, dim_2, r] of each block], ...} of the four matrices.
     widths: {"n_inner": [...], "head_qk": [[...], ...], "head_v": [[...], ...], "wte": [[rows, columns], ...], "wpe": ...}:
         of each block the hidden units, and of each of its heads the width of queries and keys, and that of values; of each
-        embedding the bands of a FactoredEmbedding. What is not there is as in GPT-2.
+        embedding that is not dense the bands of a FactoredEmbedding.
     int8: weights are as hold_int8() has them.
     """
 
@@ -38,46 +38,20 @@ class KronyGPTConfig(GPT2Config):
         self.widths = widths or {}
 
 
+def new_factors(r, *shapes):
+    """The sides of a new matrix, whose elements are sums of r products of theirs."""
+    return [nn.Parameter(torch.empty(shape).normal_(std=STD**0.5 / r**0.25)) for shape in shapes]
+
+
 class KronLinear(nn.Module):
-    """y = x (Σ_f A_f ⊗ B_f) + bias, for x (..., m) and A [r, m1, n1], B [r, m2, n2], with m = m1 m2 and n = n1 n2.
+    """y = x (Σ_f A_f ⊗ B_f) + bias, for x (..., m) and A [r, m1, n1], B [r, m2, n2], with m = m1 m2 and n = n1 n2. The shape
+    is (m1, n1, r)."""
 
-    Args:
-        m, n: size of the matrix.
-        shape: (m1, n1, r).
-        std: standard deviation of an element of the matrix of a new model.
-
-    Raises:
-        ValueError: m1 or n1 does not divide m or n.
-    """
-
-    def __init__(self, m, n, shape, std):
+    def __init__(self, m, n, shape):
         super().__init__()
         m1, n1, r = shape
-        if min(shape) < 1 or m % m1 or n % n1:
-            raise ValueError(f"the shape {tuple(shape)} does not divide a matrix of {m} x {n}")
-        self.std = std
-        self.A = nn.Parameter(torch.empty(r, m1, n1))
-        self.B = nn.Parameter(torch.empty(r, m // m1, n // n1))
-        self.bias = nn.Parameter(torch.empty(n))
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Draw both sides at the scale sqrt(std / sqrt(r)); a side of one element is 1.
-
-        torch.nn.init leaves loaded tensors alone, while transformers loads a model. A few normal numbers are far from their
-        expected scale, so the smaller side is brought to it, unless it was loaded.
-        """
-        small, large = sorted((self.A, self.B), key=lambda side: side[0].numel())
-        std = self.std / math.sqrt(len(self.A))
-        scale = math.sqrt(std) if small[0].numel() > 1 else 1.0
-        nn.init.normal_(large, std=std / scale)
-        nn.init.zeros_(self.bias)
-        if scale == 1.0:
-            nn.init.ones_(small)
-            return
-        nn.init.normal_(small, std=scale)
-        if not getattr(small, "_is_hf_initialized", False):
-            small.mul_(scale / small.square().mean(dim=(1, 2), keepdim=True).sqrt())
+        self.A, self.B = new_factors(r, (r, m1, n1), (r, m // m1, n // n1))
+        self.bias = nn.Parameter(torch.zeros(n))
 
     def forward(self, x):
         # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
@@ -106,15 +80,12 @@ class LowRankLinear(nn.Module):
     identity and not stored. `order` [m] has their places first. A dense W is `up` alone. Both are nn.Linear, which
     quantizers, LoRA and compilers look for."""
 
-    def __init__(self, m, n, rank, std):
+    def __init__(self, m, n, rank):
         super().__init__()
         self.rank = rank
         self.up = nn.Linear(rank, n)
-        # std of a new W, with `down` small beside the identity, or else high learning rates diverge
-        self.up.std = std / math.sqrt(rank * (1 + (m - rank) * std**2) / m)
         if rank < m:
             self.down = nn.Linear(m - rank, rank, bias=False)
-            self.down.std = std
             self.register_buffer("order", torch.arange(m, dtype=torch.int32))
 
     def forward(self, x):
@@ -129,21 +100,15 @@ class FactoredEmbedding(nn.Module):
     beyond their first columns. Where there is one band only, the first r rows of A are the identity and not stored. A is one
     vector, row after row; `row`, `start` and `columns` [V] tell where each token's numbers are."""
 
-    def __init__(self, V, C, bands, std):
+    def __init__(self, V, C, bands):
         super().__init__()
         rank = max(k for _, k in bands)
         self.n_units = rank if len(bands) == 1 else 0
-        self.bands, self.std = [(V - rank, rank)] if self.n_units else [tuple(band) for band in bands], std
-        self.A = nn.Parameter(torch.empty(sum(n * k for n, k in self.bands)))
-        self.B = nn.Parameter(torch.empty(rank, C))
+        self.bands = [(V - rank, rank)] if self.n_units else bands
+        self.A, self.B = new_factors(rank, (sum(n * k for n, k in self.bands),), (rank, C))
         columns = torch.tensor([0] * self.n_units + [k for n, k in self.bands for _ in range(n)], dtype=torch.int32)
         for name, values in dict(row=torch.arange(V), start=columns.cumsum(0) - columns, columns=columns).items():
             self.register_buffer(name, values.int())
-
-    @torch.no_grad()
-    def init_weights(self):
-        for p in self.A, self.B:
-            nn.init.normal_(p, std=math.sqrt(self.std / math.sqrt(len(self.B))))
 
     def forward(self, idx):
         column = torch.arange(len(self.B), device=idx.device)
@@ -245,59 +210,45 @@ def cut_heads(attention, c_proj, inputs):
     return inputs[0].index_select(-1, attention.v_places),
 
 
-class InitFactors:
-    """Initialize factored matrices. transformers asks each sub-model for its own modules, so both classes have this."""
+class InitRest:
+    """transformers initializes each module, and GPT-2's rule looks for a weight in c_proj. Factors are drawn where they are
+    made, and only a file has weights in int8."""
 
     def _init_weights(self, module):
-        if self.config.int8:  # only a file has them
-            return
-        if isinstance(module, (KronLinear, FactoredEmbedding)):
-            module.init_weights()
-        elif hasattr(module, "std"):  # of a LowRankLinear
-            nn.init.normal_(module.weight, std=module.std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif not hasattr(module, "c_proj"):  # of which GPT-2's looks for the weight
+        if not (self.config.int8 or hasattr(module, "c_proj")):
             super()._init_weights(module)
 
 
-class KronyGPTModel(InitFactors, GPT2Model):
+class KronyGPTModel(InitRest, GPT2Model):
     config_class = KronyGPTConfig
 
     def __init__(self, config):
         super().__init__(config)
-        for name, shapes in config.shapes.items():
-            if name not in MATRICES or len(shapes) != len(self.h):
-                raise ValueError(f"shapes has {len(shapes)} shapes of {name} for {len(self.h)} blocks")
+        C, head_dim = config.n_embd, config.n_embd // config.n_head
         for i, block in enumerate(self.h):
-            C, H, head_dim = config.n_embd, config.n_head, config.n_embd // config.n_head
-            usual = dict(n_inner=config.n_inner or 4 * C, head_qk=[head_dim] * H, head_v=[head_dim] * H)
-            hidden, qk, v = (config.widths[name][i] if name in config.widths else width for name, width in usual.items())
-            qk, v = ([widths] * H if isinstance(widths, int) else widths for widths in (qk, v))
+            hidden, qk, v = (config.widths[name][i] for name in ("n_inner", "head_qk", "head_v"))
             sizes = (C, 2 * sum(qk) + sum(v)), (sum(v), C), (C, hidden), (hidden, C)
             for name, (m, n) in zip(MATRICES, sizes):
                 part, matrix = name.split(".")
-                shape = tuple(config.shapes[name][i]) if name in config.shapes else (m, n, 1)
-                is_residual = matrix == "c_proj"  # which writes to the residual stream, 2 n_layer times in all
-                std = config.initializer_range / (math.sqrt(2 * config.n_layer) if is_residual else 1)
-                if shape == (m, n, 1):
-                    new = LowRankLinear(m, n, m, std)
-                elif shape[:2] in ((m, 1), (1, n)) and shape[2] < m:
-                    new = LowRankLinear(m, n, shape[2], std)
+                m1, n1, r = config.shapes[name][i]
+                if (m1, n1, r) == (m, n, 1):
+                    new = LowRankLinear(m, n, m)
+                elif (m1, n1) in ((m, 1), (1, n)) and r < m:
+                    new = LowRankLinear(m, n, r)
                 else:
-                    new = KronLinear(m, n, shape, std)
+                    new = KronLinear(m, n, (m1, n1, r))
                 setattr(getattr(block, part), matrix, new)
             if {*qk, *v} != {head_dim}:
                 narrow_heads(block.attn, qk, v, head_dim)
         for name, rows in dict(wte=config.vocab_size, wpe=config.n_positions).items():
             if name in config.widths:
-                setattr(self, name, FactoredEmbedding(rows, config.n_embd, config.widths[name], config.initializer_range))
+                setattr(self, name, FactoredEmbedding(rows, C, config.widths[name]))
         for module in self.modules() if config.int8 else ():
             hold_int8(module)
         self.post_init()
 
 
-class KronyGPTForCausalLM(InitFactors, GPT2LMHeadModel):
+class KronyGPTForCausalLM(InitRest, GPT2LMHeadModel):
     config_class = KronyGPTConfig
 
     def __init__(self, config):

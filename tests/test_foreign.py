@@ -93,7 +93,7 @@ def test_weights_may_lie_deeper(wrap, small_model, tmp_path):
 def test_a_file_with_several_models_is_refused(small_model, tmp_path):
     weights = checkpoint.to_file_names(small_model.state_dict())
     prefixed = {f"{name}.{key}": p for name in ("actor", "critic") for key, p in weights.items()}
-    for content, names in ({"student": weights, "teacher": weights}, r"\(student, teacher\)"), (prefixed, "actor., critic."):
+    for content, names in ({"student": weights, "teacher": weights}, "student., teacher."), (prefixed, "actor., critic."):
         torch.save(content, tmp_path / "a.pt")
         with pytest.raises(UserError, match=f"it holds several models.*{names}"):
             checkpoint.load(str(tmp_path / "a.pt"))
@@ -116,8 +116,7 @@ def test_what_a_config_does_not_say_has_the_default_of_transformers(tmp_path):
     assert all(defaults.get(name) == values[0] for name, values in checkpoint.FUNCTION.items())
     sizes = dict(n_layer=2, n_embd=96, n_positions=32, vocab_size=256)
     GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)).save_pretrained(tmp_path)
-    renamed = dict(num_attention_heads=6, num_hidden_layers=2, hidden_size=96, max_position_embeddings=32, vocab_size=256)
-    for config, n_head in (sizes, 12), (renamed, 6):
+    for config, n_head in (sizes, 12), (dict(sizes, num_attention_heads=6), 6):
         (tmp_path / "config.json").write_text(json.dumps(config))
         model, _ = checkpoint.load(str(tmp_path))
         assert model.config.n_head == n_head
@@ -153,7 +152,7 @@ def test_a_pruned_gpt2_loads_and_is_compressed(workdir):
     torch.testing.assert_close(logits(exported), logits(checkpoint.load("small.pt")[0]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name, value", [("n_layer", 10**7), ("n_embd", 32), ("n_positions", 64), ("n_inner", 17)])
+@pytest.mark.parametrize("name, value", [("n_layer", 10**7), ("n_embd", 32), ("n_inner", 17)])
 def test_a_config_that_contradicts_the_weights_is_one_line(name, value, directory):
     change(directory, **{name: value})
     with pytest.raises(UserError, match=f"does not fit together: its config says [a-z_]*={value}"):

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import continuation, kinds_of_shape, kron_sum, load_gpt2, random_tokens, run_here
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kronygpt import checkpoint, compress, export
 from kronygpt.export import model_card
-from kronygpt.modeling_kronygpt import MATRICES, KronLinear, KronyGPTConfig, KronyGPTForCausalLM, KronyGPTModel
+from kronygpt.modeling_kronygpt import KronLinear, KronyGPTForCausalLM, KronyGPTModel
 from model import Shape
 from prune import prune_matrix
 
@@ -68,9 +69,6 @@ torch.empty = lambda *args, **options: empty(*args, **options).fill_(torch.nan) 
 torch.manual_seed(0)
 new = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
 torch.empty = empty
-inputs = {name: new.config.n_embd * (4 if name.endswith("mlp.c_proj") else 1) for name, _ in new.named_modules()}
-found["scales"] = {name: m(torch.eye(inputs[name])).std().item() for name, m in new.named_modules()
-                   if name.endswith(("c_attn", "c_proj", "c_fc"))}
 new(idx, labels=idx).loss.backward()
 found["reached"] = all(p.isfinite().all() and p.grad is not None and bool(p.grad.any()) for p in new.parameters())
 print(json.dumps(found))
@@ -88,12 +86,6 @@ def made(mixed_model, workdir):
     said = export_to(mixed_model)
     assert said.returncode == 0, said.stderr
     return Path("made").resolve()
-
-
-@pytest.fixture
-def config(mixed_model):
-    return KronyGPTConfig(shapes=as_lists(mixed_model.config.shapes), **export.sizes(mixed_model.config),
-                          bos_token_id=None, eos_token_id=None)
 
 
 def as_lists(shapes):
@@ -115,13 +107,6 @@ def of_columns(config):
             for kind, shapes in config.shapes.items() for m, n in [config.sizes(0)[kind]]}
 
 
-def assert_scales(stds):
-    """Of the elements of the matrices of a new model of 5 blocks."""
-    assert len(stds) == 20
-    for name, std in stds.items():
-        assert 0.85 < std / (0.02 / np.sqrt(10) if name.endswith("c_proj") else 0.02) < 1.15, name
-
-
 def load(directory, **options):
     return KronyGPTForCausalLM.from_pretrained(directory, **options).eval()
 
@@ -129,7 +114,7 @@ def load(directory, **options):
 @pytest.mark.parametrize("m, n", [(64, 192), (256, 64)])
 def test_a_matrix_is_the_sum_of_kronecker_products(m, n):
     for shape in [*kinds_of_shape(m, n)[:-1], (m, n, 2), (8, 8, 5)]:
-        matrix = KronLinear(m, n, shape, std=0.02).double()
+        matrix = KronLinear(m, n, shape).double()
         for p in matrix.parameters():
             torch.nn.init.normal_(p)
         x, W = torch.randn(3, 5, m, dtype=torch.float64), kron_sum(matrix.A, matrix.B)
@@ -155,7 +140,6 @@ def test_transformers_alone_computes_the_same(made, mixed_model, tmp_path_factor
     assert found["base"] == 0 and max(found["attention"]) < 1e-5
     for difference, dtype in zip(found["half"], (torch.bfloat16, torch.float16)):
         assert 0 < difference < 8 * torch.finfo(dtype).eps * np.abs(found["logits"]).max()
-    assert_scales(found["scales"])
     expected = continuation(mixed_model, IDX[:, :4], 8, temperature=0).tolist()
     assert found["cached"] == found["uncached"] == found["padded"] == expected
     assert {file.name for file in elsewhere.joinpath("again").iterdir()} >= {"modeling_kronygpt.py", "model.safetensors"}
@@ -301,9 +285,9 @@ def test_it_is_converted_again(made, mixed_model):
 
 # the class as a model of transformers
 
-def test_training_steps_that_recompute_reach_every_factor(config):
+def test_training_steps_that_recompute_reach_every_factor(mixed_model):
     torch.manual_seed(0)
-    model = KronyGPTForCausalLM(config).train()
+    model = KronyGPTForCausalLM(export.to_compressed(mixed_model).config).train()
     model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before, losses = {name: p.clone() for name, p in model.named_parameters()}, []
@@ -315,21 +299,6 @@ def test_training_steps_that_recompute_reach_every_factor(config):
         losses.append(loss.item())
     assert losses[-1] < losses[0] and not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert model.lm_head.weight is model.transformer.wte.weight
-
-
-@pytest.mark.parametrize("shape", [(3,), (16,), None], ids=str)
-def test_a_new_model_trains_at_a_high_rate(shape):
-    shapes = {name: [[256 if name == "mlp.c_proj" else 64, 1, *shape]] * 4 for name in MATRICES} if shape else {}
-    torch.manual_seed(0)
-    model = KronyGPTForCausalLM(KronyGPTConfig(shapes=shapes, vocab_size=256, n_positions=32, n_embd=64, n_layer=4, n_head=2,
-                                               resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        loss = model(IDX, labels=IDX).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < (0.5 if shape else 2.5)  # dense matrices are as GPT-2's own
 
 
 def test_torch_export_takes_it(small_model):
@@ -378,8 +347,6 @@ def test_lora_trains_merges_and_is_read_back(made):
 # the model card
 
 def test_the_card_tells_how_a_model_was_made(mixed_model, workdir):
-    from huggingface_hub import ModelCard
-
     trained = dict(init_from="gpt2", dataset="own", batch_size=3, gradient_accumulation_steps=5, block_size=16,
                    teacher=str(workdir / "private/teacher.pt"))
     checkpoint.save("run.pt", mixed_model, config=trained, iter_num=100)
@@ -389,8 +356,8 @@ def test_the_card_tells_how_a_model_was_made(mixed_model, workdir):
     card = ModelCard.load("mine/README.md")
     assert card.data.to_dict() == dict(base_model="gpt2", library_name="transformers", pipeline_tag="text-generation",
                                        tags=["gpt2", "kronecker", "compression"])
-    assert "Trained for 100 steps from `gpt2`: `dataset=own, " in card.text
-    assert "teacher=teacher.pt" in card.text
+    assert "with 100 steps of training" in card.text and "    init_from = 'gpt2'\n    dataset = 'own'\n" in card.text
+    assert "teacher = 'teacher.pt'\n" in card.text
     assert "| wiki103 | 41.24 |" in card.text and 'from_pretrained("mine", trust_remote_code=True)' in card.text
     dense = sum(p.numel() for p in export.to_dense(mixed_model).parameters())
     assert f"{mixed_model.count_parameters()['total']:,} parameters ({dense:,} with" in card.text
@@ -401,9 +368,7 @@ def test_the_card_of_a_compression_names_its_options_and_no_file_of_ours_as_its_
     config = dict(init_from="base", budget="82M", calibrate="openwebtext", tokenizer=None, out="secret.pt")
     (workdir / "models" / "base").mkdir(parents=True)
     card = model_card("a", mixed_model, dict(config=config, iter_num=0), {}, "float32")
-    assert "Compressed from `base`: `budget=82M, calibrate=openwebtext`\n" in card.text and "base_model" not in card.content
-    card = model_card("a", mixed_model, dict(config={}, iter_num=0), {}, "float32")
-    assert "The checkpoint does not say." in card.text and "base_model" not in card.content
+    assert "    budget = '82M'\n    calibrate = 'openwebtext'\n" in card and "base_model" not in card
 
 
 def test_a_card_of_ones_own_stays_and_ours_goes_with_the_code(made):
