@@ -70,7 +70,7 @@ def main(ckpt, out_dir=None):
     logging.set_verbosity_error()
 
     # the model
-    model, rest = checkpoint.load(ckpt)
+    model, rest = checkpoint.load(ckpt, as_stored=True)
     found = find_tokenizer(model.config)
     narrow = without_dropped_units(model)
     if narrow is not model:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from kronygpt import checkpoint, data
-from kronygpt.configurator import UserError, run
+from kronygpt.configurator import UserError, progress, run
 from kronygpt.device import autocast_to, pick_device
 from kronygpt.files import atomic_write, output_file
 from kronygpt.hub import hub_dataset
@@ -78,7 +78,7 @@ def main(ckpt, dataset=None, n_batches=None):
         raise UserError(f"n_batches is for a data set under data/ only, not for {dataset}")
     if json_out:
         output_file(json_out)
-    model, _ = checkpoint.load(ckpt)
+    model, _ = checkpoint.load(ckpt, as_stored=True)
     model.to(pick_device(device)).eval()
     context = model.config.block_size
     step = context if stride is None else stride
@@ -96,7 +96,7 @@ def main(ckpt, dataset=None, n_batches=None):
             raise UserError(f"{name} has {len(tokens)} tokens, and one is scored by those before it: give more text")
 
         start, autocast = time.perf_counter(), autocast_to(next(model.parameters()).device, dtype)
-        with autocast, data.progress(desc=name, total=len(tokens), unit="tokens") as bar:
+        with autocast, progress(desc=name, total=len(tokens), unit="tokens", unit_scale=True) as bar:
             for so_far in data.score(model, tokens, data.sliding_windows(len(tokens), context, step), batch_size):
                 bar.update(so_far[1] - bar.n)
         seconds, (total, n_scored) = time.perf_counter() - start, so_far

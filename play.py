@@ -47,7 +47,7 @@ Player = namedtuple("Player", "model tokenizer facts")  # a KronyGPT on its devi
 
 
 def load_player(ckpt):
-    model, _ = checkpoint.load(ckpt)
+    model, _ = checkpoint.load(ckpt, as_stored=True)
     text_tokenizer = open_tokenizer(model.config, tokenizer)
     model.to(pick_device(device)).eval()
     facts = dict(name=ckpt, kind="dense" if all(matrix.is_dense for _, _, matrix in model.matrices()) else "compressed",

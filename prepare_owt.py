@@ -22,7 +22,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-from kronygpt.configurator import UserError, run
+from kronygpt.configurator import UserError, progress, run
 
 out: str | None = None  # name of the data set, a directory under data/; default: openwebtext, or the last part of --hub
 hub: str | None = None  # a data set of the Hugging Face hub, streamed; needs --documents; default: OpenWebText
@@ -77,12 +77,11 @@ def gather(texts, path):
     from datasets import Dataset, Features, Value
     from datasets.arrow_writer import ArrowWriter
 
-    from kronygpt.data import progress
     from kronygpt.tokenizer import END_OF_TEXT, well_formed
 
     n_marked, features = 0, Features(text=Value("large_string"))
     with closing(texts), ArrowWriter(path=path, features=features, writer_batch_size=DOCUMENTS_PER_TASK) as writer, \
-            progress(desc="reading", total=documents, unit="documents") as bar:
+            progress(desc="reading", total=documents, unit="documents", unit_scale=True) as bar:
         for text in islice(texts, documents):
             bar.update()
             n_marked += END_OF_TEXT in text
@@ -95,11 +94,9 @@ def gather(texts, path):
 
 def encode_all(part, split, ours):
     """Yield the tokens of the documents of a split, a datasets.Dataset."""
-    from kronygpt.data import progress
-
     tasks = part.iter(DOCUMENTS_PER_TASK)
     with ThreadPoolExecutor(os.cpu_count()) as pool, \
-            progress(desc=f"tokenizing {split}", total=len(part), unit="documents") as bar:
+            progress(desc=f"tokenizing {split}", total=len(part), unit="documents", unit_scale=True) as bar:
         while some := list(islice(tasks, TASKS_AT_ONCE)):
             for tokens in pool.map(lambda task: [ours.encode(text) for text in task["text"]], some):
                 yield from tokens

@@ -28,7 +28,7 @@ def main(ckpt):
     from kronygpt.tokenizer import open_tokenizer, stream_text
 
     prompt = Path(start[5:]).read_text(encoding="utf-8-sig") if start.startswith("FILE:") else start
-    model, _ = checkpoint.load(ckpt)
+    model, _ = checkpoint.load(ckpt, as_stored=True)
     text_tokenizer = open_tokenizer(model.config, tokenizer)
     tokens = text_tokenizer.encode_prompt(prompt)
     torch_device = pick_device(device)

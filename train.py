@@ -249,7 +249,7 @@ def adopt_sizes(saved):
 def wrap(model, torch_device, world_size):
     """The module that computes the loss of a batch: with a teacher, compiled, on several processes, as the options say."""
     if teacher:
-        teacher_model, _ = checkpoint.load(teacher)
+        teacher_model, _ = checkpoint.load(teacher, as_stored=True)
         theirs, ours = [(config.vocab_size, tokenizer_name(config)) for config in (teacher_model.config, model.config)]
         if theirs[0] != ours[0] or not is_same(theirs[1], ours[1]):
             raise UserError(f"--teacher={teacher} has a vocabulary of {theirs[0]}, of {theirs[1]} tokens, and the model one "

@@ -107,7 +107,7 @@ def make_start(folder, command):
     path = folder / "start.pt" if command else base
     if command:
         call(*command, f"--init_from={base}", f"--out={path}")
-    model, _ = checkpoint.load(str(path))
+    model, _ = checkpoint.load(str(path), as_stored=True)
     shapes = {name: [list(shape) for shape in of_blocks] for name, of_blocks in model.config.shapes.items()}
     widths = {name: getattr(model.config, name) for name in ("head_qk", "head_v", "n_inner", "wte", "wpe")}
     return dict(parameters=model.count_parameters()["total"], shapes=shapes, widths=widths,
@@ -123,7 +123,7 @@ def train_start(folder, start, options, seed, is_exported):
     train_steps = [f"--max_iters={steps}"] if steps else []
     call("train.py", train_config, *options, f"--init_from={start}", f"--dataset={dataset}", f"--out_dir={folder}",
          f"--seed={seed}", "--overwrite=True", *train_steps)  # ours last: they count
-    _, last = checkpoint.load(str(folder / "ckpt.pt"))
+    _, last = checkpoint.load(str(folder / "ckpt.pt"), as_stored=True)
     source = folder / "best.pt"
     if is_exported:
         source = folder / "hf"

@@ -51,7 +51,7 @@ def scores(source, path):
 
 def measure(source, folder):
     """Score a model, perhaps before and after training: {"parameters", "before": {data set: perplexity}, "after"}."""
-    parameters, after = checkpoint.load(str(source))[0].count_parameters()["total"], None
+    parameters, after = checkpoint.load(str(source), as_stored=True)[0].count_parameters()["total"], None
     before = scores(source, folder / "before.json")
     if steps:
         call("train.py", train_config, f"--init_from={source}", f"--dataset={dataset}", f"--out_dir={folder / 'run'}",

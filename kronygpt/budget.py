@@ -8,8 +8,7 @@ from itertools import product
 
 import torch
 
-from kronygpt.calibration import progress
-from kronygpt.configurator import UserError
+from kronygpt.configurator import UserError, progress
 from kronygpt.device import float64
 from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, N_BANDS, Block, Choice, Staircase, Table, grid, narrowed, rank_table
 from model import KINDS, KronyGPT, Shape, multiply_adds
@@ -170,7 +169,7 @@ def plan_widths(dense, limits, statistics, narrows=NARROWS, kinds=KINDS):
     spare = [room(config, kinds, limit, narrows) for limit in limits]
     if narrows:
         blocks = [Block(dense, layer, statistics) for layer in range(config.n_layer)]
-        for block in progress(blocks, "widths", "block"):
+        for block in progress(blocks, desc="widths", unit="blocks"):
             parts += block.attention("heads" in narrows), block.mlp("hidden" in narrows)
     else:
         for layer, kind, matrix in dense.matrices():

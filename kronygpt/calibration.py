@@ -6,13 +6,12 @@ other by least squares. The inputs come from the model compressed so far and the
 matrix compensates for the errors of the earlier ones.
 """
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from kronygpt.configurator import progress
 from kronygpt.device import float64, float64_device
 from kronygpt.least_squares import Moments, Problem, fit, gram, share, targets_of
 from kronygpt.narrow import spectrum
@@ -22,13 +21,6 @@ TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
 GRADIENT_TOKENS = 1024  # in a batch of a backward pass
 STATISTICS_TOKENS = 32768  # at most, of statistics(); with a quarter or four times as many the loss is within 0.001
 HALVES = {"attn": ("ln_1", "c_attn"), "mlp": ("ln_2", "c_fc")}  # the norm and the first matrix; the second is c_proj
-SECONDS = 30  # between two states of a bar in a log
-
-
-def progress(items, what, unit):
-    """Yield the items of a sequence, and show how far it is: a bar of tqdm, in a log a new state every SECONDS."""
-    seconds = 0.1 if sys.stderr.isatty() else SECONDS
-    return tqdm(items, what, unit=unit, leave=False, delay=seconds, mininterval=seconds, maxinterval=SECONDS)
 
 
 class ResidualStream:
@@ -136,7 +128,7 @@ def statistics(model, tokens, seed=0):
 
     model.eval()
     hooks = [watch(name) for name in (*names, "transformer.drop")]
-    for rows in progress(batches(tokens, GRADIENT_TOKENS), "gradients", "batch"):
+    for rows in progress(batches(tokens, GRADIENT_TOKENS), desc="gradients", unit="batches"):
         x = model.hidden(tokens[rows]).flatten(0, 1)
         add_gram("hidden", x)
         z, parts, targets = wte.as_output(x, tokens[rows].flatten())
@@ -262,7 +254,7 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, goal=None):
     """
     fisher = fisher or {}
     teacher, student, fits = ResidualStream(dense, tokens), ResidualStream(compressed, tokens), []
-    for layer in progress(range(dense.config.n_layer), "calibrating", "block"):
+    for layer in progress(range(dense.config.n_layer), desc="calibrating", unit="blocks"):
         for half in HALVES:
             fits += fit_half(teacher, student, goal or dense, layer, half, fisher, fixed_B)
     return fits

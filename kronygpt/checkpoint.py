@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from kronygpt.configurator import UserError
 from kronygpt.files import atomic_write
 from kronygpt.hub import WEIGHTS, download
-from kronygpt.kron import with_identity, without_identity
+from kronygpt.kron import column_side, others, whole_column, with_identity, without_identity
 from kronygpt.tokenizer import check_no_pointer, read_json, tokenizer_record
 from model import KINDS, KronyGPT
 
@@ -72,13 +72,15 @@ def save(path, model, optimizer=None, iter_num=0, best_val_loss=float("inf"), co
             raise error.__context__ or error from None
 
 
-def load(source, dropout=0.0):
+def load(source, dropout=0.0, as_stored=False):
     """Load a model from anywhere.
 
     Args:
         source: a .pt, .bin or .safetensors file, a Hugging Face GPT-2 directory, a directory with a ckpt.pt, a name under
             models/, or a hub name (gpt2, gpt2-medium, ...).
         dropout: of the model; checkpoints keep none.
+        as_stored: leave low rank as the file has it, without an identity: loaded and run faster, but not for training.
+            Otherwise its two sides are balanced.
 
     Returns:
         (model, rest): a KronyGPT in float32 on the CPU, and what else the file held, as it is there: `optimizer`,
@@ -96,7 +98,7 @@ def load(source, dropout=0.0):
         if not ("shapes" in stated or "dim_1" in stated or is_conv1d(modules)):  # dim_1: the first edition
             warnings.warn(f"{path} is a file of nanoGPT or Krony-PT, which compute the exact GELU; here it is GPT-2's tanh "
                           "form, and logits differ by up to 1e-3", stacklevel=2)
-        state_dict = upgrade(modules)
+        state_dict = upgrade(modules, as_stored)
         model = KronyGPT.from_state_dict(dict(infer(state_dict, stated), dropout=dropout), state_dict)
         for name, p in model.named_parameters():
             if not torch.stack(p.detach().aminmax()).isfinite().all():  # one pass, and nothing as large as the weights
@@ -243,7 +245,7 @@ def is_conv1d(modules):
     return weight is not None and len(weight) == n_embd != weight.shape[1]
 
 
-def upgrade(modules):
+def upgrade(modules, as_stored=False):
     """The state dict of a KronyGPT, contiguous float32 in memory of its own, from the {module: {part: tensor}} of any file.
     Parts that are not known stay, and no KronyGPT takes them."""
     tie(modules)
@@ -251,9 +253,9 @@ def upgrade(modules):
     for module, parts in modules.items():
         dequantize(module, parts)
         if module.endswith(KINDS):
-            parts = read_matrix(parts, transposed)
+            parts = read_matrix(parts, transposed, as_stored)
         elif "A" in parts:
-            parts = read_embedding(parts)
+            parts = read_embedding(parts, as_stored)
         elif ".ln_" in module:
             parts.setdefault("bias", torch.zeros_like(parts["weight"]))  # which an old file lacks
         for part, p in parts.items():
@@ -292,9 +294,9 @@ def owners(row, columns):
     return tokens.repeat_interleave(columns[tokens])
 
 
-def read_matrix(parts, transposed):
-    """A [r, m1, n1], B [r, m2, n2] and bias [n1 n2] of a KronLinear from the parts of a matrix in a file. With transposed, a
-    dense weight is [out, in]. With pivots or order, one side of a low-rank matrix lacks an identity."""
+def read_matrix(parts, transposed, as_stored):
+    """A [r, m1, n1], B [r, m2, n2], bias [n1 n2] and perhaps order of a KronLinear from the parts of a matrix in a file.
+    With transposed, a dense weight is [out, in]. With pivots or order, one side of low rank lacks an identity."""
     parts = {IN_MEMORY.get(part, part): p for part, p in parts.items()}
     if "0_0" in parts:  # of the oldest files
         factors = range(sum(part.endswith("_0") for part in parts))
@@ -313,13 +315,18 @@ def read_matrix(parts, transposed):
     if "order" in parts:
         parts["pivots"] = parts.pop("order")[:len(A)].long()
     if "pivots" in parts:
-        A, B = without_identity(A, B, parts.pop("pivots"))
+        pivots = parts.pop("pivots")
+        if as_stored:
+            m = len(pivots) + (A if column_side(A.shape, B.shape) == "A" else B).shape[1]
+            parts["order"] = torch.cat((pivots, others(pivots, m)))
+        else:
+            A, B = without_identity(A, B, pivots)
     if B.shape == (1, 1, 1):  # A ⊗ [[b]] is b A
         A, B = A * B, torch.ones_like(B)
     return {"bias": B.new_zeros(A.shape[2] * B.shape[2]), **parts, "A": A, "B": B}
 
 
-def read_embedding(parts):
+def read_embedding(parts, as_stored):
     """A, B and perhaps row of a factored model.Embedding. A low-rank one in a file is A [r, rows, 1] and B [r, 1, C], which
     with pivots [r] lacks an identity. In an export, A is flat, and `row`, `start` and `columns` tell where each token is."""
     A, B = parts.pop("A").float(), parts.pop("B").float()
@@ -328,7 +335,9 @@ def read_embedding(parts):
         if not columns.min():  # of the tokens whose vectors are a row of B each
             parts["pivots"] = parts.pop("row").argsort()[:len(B)]
             A, B = A.view(-1, len(B)).T[:, :, None], B[:, None]
-    if "pivots" in parts:
+    if "pivots" in parts and as_stored:
+        A, B = whole_column(A, parts.pop("pivots")).flatten(), B[:, 0]
+    elif "pivots" in parts:
         A, B = without_identity(A, B, parts.pop("pivots"))
     if A.dim() == 3:
         A, B = A[:, :, 0].T.flatten(), B[:, 0]
@@ -342,7 +351,7 @@ def infer(state_dict, stated):
     n_layer = len({name.split(".")[2] for name in state_dict if name.startswith("transformer.h.")})
     shapes, rows, columns = {}, {}, {}
     for kind in KINDS:
-        A, B = ([state_dict[f"transformer.h.{layer}.{kind}.{side}"].shape for layer in range(n_layer)] for side in "AB")
+        A, B = zip(*(whole_shapes(state_dict, f"transformer.h.{layer}.{kind}") for layer in range(n_layer)))
         shapes[kind] = [(dim_1, dim_2, r) for r, dim_1, dim_2 in A]
         rows[kind], columns[kind] = ([a[side] * b[side] for a, b in zip(A, B)] for side in (1, 2))
     bands = {name: stated.get(name) or [state_dict[f"transformer.{name}.weight"].shape] for name in ("wte", "wpe")}
@@ -362,6 +371,15 @@ def infer(state_dict, stated):
                 shapes=shapes, tokenizer=stated["tokenizer"])
 
 
+def whole_shapes(state_dict, name):
+    """The shapes of both sides of a KronLinear, which may lack an identity in its column."""
+    A, B = (state_dict[f"{name}.{side}"].shape for side in "AB")
+    if f"{name}.order" in state_dict:
+        m = len(state_dict[f"{name}.order"])
+        A, B = ((A[0], m, 1), B) if column_side(A, B) == "A" else (A, (B[0], m, 1))
+    return A, B
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # from a KronyGPT's tensors to a file's
 
@@ -371,6 +389,9 @@ def stored_parts(state_dict, ranks_once):
     modules = by_module(state_dict)
     for module, parts in modules.items():
         if "A" in parts and "row" not in parts:  # a staircase has neither of these forms
+            if "order" in parts:
+                parts["pivots"] = parts.pop("order")[:len(parts["A"])]
+                continue
             A, B = parts["A"], parts["B"]
             if not module.endswith(KINDS):
                 A, B = A.view(-1, len(B)).T[:, :, None], B[:, None]

@@ -123,7 +123,7 @@ def write(path, dense, new, options, recipe):
     for name, place in (("mlp", "in the MLPs"), ("total", "in all")):
         print(f"parameters {place}: {before[name]:,} → {after[name]:,} ({after[name] / before[name]:.1%})")
     checkpoint.save(path, new.cpu(), config=options)
-    again, _ = checkpoint.load(str(path))
+    again, _ = checkpoint.load(str(path), as_stored=True)
     if not is_same(new, again):
         raise UserError(f"{path} does not hold what was written to it", status=1)
     print(f"wrote {path} ({os.path.getsize(path) / 2**20:.0f} MiB), and verified it")

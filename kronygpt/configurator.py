@@ -31,6 +31,7 @@ EXAMPLES = {bool: "True or False", int: "a whole number", float: "a number", str
 LIBRARY = re.compile(rf"<|{re.escape(os.path.dirname(os.__file__))}|.*(site|dist)-packages")  # files of Python and packages
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")  # what shells, Slurm and a lost connection send
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+LOG_SECONDS = 30  # between lines of progress in a log
 SIGNALLED = 128  # and the number of a signal: the exit status of a script that it ended
 
 given = set()  # names of the options that the command line or a config file has set
@@ -158,6 +159,16 @@ def print_help(main):
     width = min(36, max(len(left) for left, _ in rows))
     for left, comment in rows:
         print(f"  {left:<{width}}  {comment}".rstrip())
+
+
+def progress(items=None, unit_scale=False, **options):
+    """A tqdm bar on a terminal; in a log, a line every LOG_SECONDS."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {elapsed} so far, {remaining} left\n"
+        options |= dict(bar_format=line, miniters=1, delay=LOG_SECONDS, mininterval=LOG_SECONDS, maxinterval=LOG_SECONDS)
+    return tqdm(items, unit_scale=unit_scale, leave=False, **options)
 
 
 def run(main):

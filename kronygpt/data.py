@@ -6,7 +6,6 @@ it. A directory without meta.json (one that nanoGPT's own script made) holds GPT
 import json
 import os
 import shutil
-import sys
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -29,7 +28,6 @@ ROWS = (".jsonl", ".ndjson", ".jsonlines", ".json", *TABLES)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 CHARACTERS_AT_ONCE = 2**20  # of a text that is split
 LARGEST_ROW = 2**26  # bytes of a row of a .csv; a larger one is an error
-LOG_SECONDS = 30  # between lines of progress in a log
 
 
 def find_dataset(name):
@@ -265,16 +263,6 @@ def scratch_folder(directory):
         with suppress(OSError):  # only empty ones can be removed
             os.removedirs(directory)
         held.release()
-
-
-def progress(**options):
-    """A tqdm bar on a terminal; in a log, a line every LOG_SECONDS."""
-    from tqdm import tqdm
-
-    if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {elapsed} so far, {remaining} left\n"
-        options |= dict(bar_format=line, miniters=1, delay=LOG_SECONDS, mininterval=LOG_SECONDS, maxinterval=LOG_SECONDS)
-    return tqdm(unit_scale=True, leave=False, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def verify(model, directory, compressed, dtype, tolerance):
     logits, found = model.eval()(idx), exported(idx).logits
     expected = logits
     if dtype == "int8":
-        again = checkpoint.load(directory)[0].eval()
+        again = checkpoint.load(directory, as_stored=True)[0].eval()
         for W, rounded_W in zip(matrices(without_dropped_units(model)), matrices(again)):
             if not (W - rounded_W).norm() <= ROUNDING * W.norm():
                 raise UserError(f"a matrix in int8 is off by {(W - rounded_W).norm() / W.norm():.0%} of its norm; "

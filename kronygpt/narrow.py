@@ -200,13 +200,14 @@ class Staircase:
         R = torch.linalg.cholesky((1 - BLEND) * metric + BLEND * mean * torch.eye(len(metric)).to(metric))  # R Rᵀ = M
         directions = torch.linalg.eigh(R.T @ (E.T @ (weights[:, None] * E)) @ R).eigenvectors.flip(1)
         self.order = weights.argsort(descending=True, stable=True) if n_bands > 1 else torch.arange(len(E), device=E.device)
-        self.A = E[self.order] @ (R @ directions)  # (V, C)
+        self.A = (E @ (R @ directions))[self.order]  # (V, C)
         self.B = torch.linalg.solve_triangular(R, directions.T, upper=False, left=False)  # (C, C), E = A B
-        weighted = (weights[self.order][:, None] * self.A.square()).tensor_split(n_bands)
-        self.rows = [len(band) for band in weighted]
-        self.squares = torch.stack([band.sum(0) for band in weighted])  # (n_bands, C)
+        bands = self.A.tensor_split(n_bands)
+        self.rows = [len(band) for band in bands]
+        self.squares = torch.stack([w @ band.square() for w, band in zip(weights[self.order].tensor_split(n_bands), bands)])
         scale = (self.B.norm(dim=1) / self.A.norm(dim=0).clamp(min=torch.finfo(E.dtype).tiny)).sqrt()
-        self.A, self.B = self.A * scale, self.B / scale[:, None]  # training then changes both sides alike
+        self.A *= scale  # training then changes both sides alike
+        self.B /= scale[:, None]
 
     def options(self):
         """[(bands, size, predicted loss)], sizes rising and losses falling: ranks, staircases, and the dense embedding."""

@@ -125,6 +125,7 @@ def test_buffers_lie_where_the_weights_are(model):
     assert {t.device.type for t in (*moved.parameters(), *moved.buffers())} == {"meta"}
 
 
+@torch.no_grad()
 def test_a_file_holds_each_rank_once(model, tmp_path):
     checkpoint.save(tmp_path / "a.pt", model)
     content = torch.load(tmp_path / "a.pt", weights_only=True)["model"]
@@ -137,12 +138,21 @@ def test_a_file_holds_each_rank_once(model, tmp_path):
     whole = sum(p.numel() for p in model.parameters())
     assert numbers == model.count_parameters()["total"] == whole - sum(r * r for _, r in low_rank)
     again, _ = checkpoint.load(str(tmp_path / "a.pt"))
-    assert again.config == model.config
-    for name in "wte", "wpe":
-        E, same = (m.transformer.get_submodule(name).dense() for m in (model, again))
-        assert (E - same).norm() <= 1e-6 * E.norm()
-    for (name, p), (_, q) in zip(named_matrices(model), named_matrices(again)):
-        assert (p.weight - q.weight).norm() <= 1e-6 * p.weight.norm(), name
+    stored, _ = checkpoint.load(str(tmp_path / "a.pt"), as_stored=True)
+    for other in again, stored:
+        assert other.config == model.config and other.count_parameters() == model.count_parameters()
+        for name in "wte", "wpe":
+            E, same = (m.transformer.get_submodule(name).dense() for m in (model, other))
+            assert (E - same).norm() <= 1e-6 * E.norm()
+        for (name, p), (_, q) in zip(named_matrices(model), named_matrices(other)):
+            assert (p.weight - q.weight).norm() <= 1e-6 * p.weight.norm(), name
+        torch.testing.assert_close(other.eval()(IDX), plain_logits(model, IDX), rtol=0, atol=2e-5)
+    assert sum(matrix.order is not None for *_, matrix in stored.matrices()) == 7
+    ranks = sum(r * r for shape, r in low_rank if shape)
+    assert stored.flops_per_token() <= model.flops_per_token() - 6 * ranks
+    checkpoint.save(tmp_path / "b.pt", stored)
+    copied = torch.load(tmp_path / "b.pt", weights_only=True)["model"]
+    assert all(torch.equal(p, copied[name]) for name, p in content.items() if "attn" in name or "mlp" in name)
 
 
 @torch.no_grad()
