@@ -31,7 +31,7 @@ class KronLinear(nn.Module):
             return torch.addmm(self.bias, x.flatten(0, -2), self.A.squeeze(0)).view(*x.shape[:-1], -1)
         if self.order is not None:
             T, row = self.low_rank()
-            pivots, others = x.flatten(0, -2).index_select(-1, self.order).tensor_split([len(T)], -1)
+            pivots, others = take_columns(x.flatten(0, -2), self.order).tensor_split([len(T)], -1)
             return torch.addmm(self.bias, torch.addmm(pivots, others, T.T), row).view(*x.shape[:-1], -1)
         return kron_linear(x, self.A, self.B, self.bias)  # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
 
@@ -76,6 +76,11 @@ class KronLinear(nn.Module):
             nn.init.ones_(small)
 
 
+def take_columns(x, columns):
+    """x[..., columns], by the fastest of several ways on a CPU."""
+    return x.gather(-1, columns.expand(*x.shape[:-1], -1))
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -108,7 +113,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
         y = y[..., :self.widths[2] // self.n_head].transpose(1, 2).flatten(-2)
-        return y if self.v_columns is None else y.index_select(-1, self.v_columns)
+        return y if self.v_columns is None else take_columns(y, self.v_columns)
 
 
 def padded_columns(parts):
@@ -328,8 +333,9 @@ class KronyGPT(nn.Module):
         """The embeddings and the matrices: all that may be dense or factored."""
         return [self.transformer.wte, self.transformer.wpe, *(matrix for *_, matrix in self.matrices())]
 
-    def hidden(self, idx, cache=None):
-        """The final hidden state (B, T, C), after the last layer norm, of tokens idx (B, T).
+    def hidden(self, idx, cache=None, states=None):
+        """The final hidden state (B, T, C), after the last layer norm, of tokens idx (B, T). `states`, a list, gets the
+        residual stream (B, T, C) behind each block.
 
         With a KVCache, idx continues the tokens that it has seen: any number at first, then one at a time.
         """
@@ -341,6 +347,8 @@ class KronyGPT(nn.Module):
         x = self.transformer.drop(x)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, cache)
+            if states is not None:
+                states.append(x)
         if cache is not None:
             cache.seen = end
         return self.transformer.ln_f(x)
@@ -563,8 +571,9 @@ def product_of_bands(z, parts):
 
 
 def chunk_rows(parts, dtype):
-    """Tokens in a chunk of logits. In float32 on a CPU a chunk has 2^23 numbers: 32 MiB, which malloc reuses. In half
-    precision each chunk adds its gradient of W to a float32 sum, and on a GPU it launches kernels: few chunks are faster."""
+    """Tokens in a chunk of logits. In float32 and without gradients, on a CPU, it has 2^23 numbers: 32 MiB, which malloc
+    reuses. In half precision each chunk adds its gradient of W to a float32 sum, and on a GPU it launches kernels: few chunks
+    are faster."""
     numbers = 2**27 if parts[0].device.type == "cuda" else 2**23 if dtype == torch.float32 else 2**26
     return max(1, numbers // sum(map(len, parts)))
 
@@ -621,7 +630,7 @@ def chunked_mean(chunk_loss, x, parts, targets, *per_token):
             total = ChunkedLinearLoss.apply(chunk_loss, dtype, len(parts), x, *parts, *per_token)
         else:
             parts = [W.to(dtype) for W in parts]
-            chunks = zip(*(t.split(chunk_rows(parts, dtype)) for t in (x, *per_token)))
+            chunks = zip(*(t.split(chunk_rows(parts, torch.float32)) for t in (x, *per_token)))
             total = sum(chunk_loss(product_of_bands(rows.to(dtype), parts), *rest) for rows, *rest in chunks)
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 

@@ -21,10 +21,22 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from kronygpt import checkpoint, configurator
+from kronygpt.calibration import STATISTICS_TOKENS, statistics
 from kronygpt.configurator import UserError, check_choice, handle_signals, option_types, run
-from kronygpt.data import batch_starts, data_tokenizer, even_starts, load_meta, load_tokens, score, step_seed, windows
+from kronygpt.data import (
+    batch_starts,
+    calibration_text,
+    data_tokenizer,
+    even_starts,
+    load_meta,
+    load_tokens,
+    score,
+    step_seed,
+    windows,
+)
 from kronygpt.device import Processes, autocast_to, default_dtype
 from kronygpt.distillation import Distillation
+from kronygpt.narrow import root
 from kronygpt.run_dir import RunDir
 from kronygpt.tokenizer import is_same, tokenizer_name
 from model import KronyGPT, KronyGPTConfig, mlp_shapes
@@ -69,6 +81,7 @@ min_lr: float | None = None  # the lowest rate; default: learning_rate / 10, wit
 teacher: str | None = None  # the teacher: a checkpoint, a Hugging Face directory or a hub name
 distill = 0.5  # weight of the divergence from the teacher in the loss; the cross entropy has 1 - distill
 temperature = 1.0  # divides the logits of both models in the divergence
+features = 0.0  # weight of the difference of the residual streams behind the blocks; 4 was best, at twice the learning rate
 # the machine
 device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
 dtype = ""  # float32, bfloat16 or float16; default on CUDA: bfloat16 if the GPU has it, else float16; elsewhere float32
@@ -254,7 +267,13 @@ def wrap(model, torch_device, world_size):
         if theirs[0] != ours[0] or not is_same(theirs[1], ours[1]):
             raise UserError(f"--teacher={teacher} has a vocabulary of {theirs[0]}, of {theirs[1]} tokens, and the model one "
                             f"of {ours[0]}, of {ours[1]} tokens")
-        model = Distillation(model, teacher_model.to(torch_device), distill, temperature)
+        teacher_model, roots = teacher_model.to(torch_device), None
+        if features:
+            text = calibration_text(dataset, STATISTICS_TOKENS, teacher_model.config, torch_device)
+            fisher = statistics(teacher_model, text).fisher
+            roots = torch.stack([root(fisher[f"transformer.h.{layer}.mlp.c_proj"]) for layer in range(model.config.n_layer)])
+            roots = roots.float().to(torch_device)
+        model = Distillation(model, teacher_model, distill, temperature, features, roots)
     if compile:
         model = torch.compile(model)
     return DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model

@@ -34,26 +34,40 @@ def distillation_loss(x, parts, targets, teacher_x, teacher_parts, share, temper
     return chunked_mean(chunk_loss, x, parts, targets, teacher_x)
 
 
+def feature_loss(states, teacher_states, roots):
+    """The mean over blocks and tokens of ½ e R Rᵀ eᵀ for the errors e of residual streams (B, T, C): what they add to the
+    loss, to second order, where R [C, C] is a root of the second moments of the loss's gradient behind each block."""
+    costs = [((x - y) @ R).square().sum(-1).mean() / 2 for x, y, R in zip(states, teacher_states, roots, strict=True)]
+    return sum(costs) / len(costs)
+
+
 class Distillation(nn.Module):
-    """A student whose training loss is the distillation_loss against a teacher, in the place of its own.
+    """A student whose training loss is the distillation_loss against a teacher, in the place of its own, and perhaps a
+    multiple of the feature_loss.
 
     Args:
         student, teacher: KronyGPTs.
         share, temperature: as in distillation_loss.
+        features: weight of the feature_loss.
+        roots: [n_layer, C, C] for it, or None where the weight is 0.
     """
 
-    def __init__(self, student, teacher, share, temperature):
+    def __init__(self, student, teacher, share, temperature, features=0.0, roots=None):
         super().__init__()
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
-        self.share, self.temperature = share, temperature
+        self.share, self.temperature, self.features = share, temperature, features
+        self.register_buffer("roots", roots, persistent=False)
 
     def forward(self, idx, targets):
+        states, teacher_states = ([], []) if self.features else (None, None)
         own, teachers, targets = self.student.transformer.wte, self.teacher.transformer.wte, targets.flatten()
         with torch.no_grad():
-            teacher_x, teacher_parts, _ = teachers.as_output(self.teacher.hidden(idx).flatten(0, 1), targets)
+            x = self.teacher.hidden(idx, states=teacher_states).flatten(0, 1)
+            teacher_x, teacher_parts, _ = teachers.as_output(x, targets)
         order = None if own.row is None else own.row.argsort()
         if teachers.row is not None:
             order = teachers.row if order is None else teachers.row[order]
-        return distillation_loss(*own.as_output(self.student.hidden(idx).flatten(0, 1), targets), teacher_x, teacher_parts,
-                                 self.share, self.temperature, order)
+        x = self.student.hidden(idx, states=states).flatten(0, 1)
+        loss = distillation_loss(*own.as_output(x, targets), teacher_x, teacher_parts, self.share, self.temperature, order)
+        return loss + self.features * feature_loss(states, teacher_states, self.roots) if self.features else loss

@@ -134,6 +134,25 @@ def tiny(n_embd=32, **changes):
                                           **changes)))
 
 
+def test_features_are_compared_behind_each_block_in_the_metric():
+    student, teacher_model = tiny(16, n_layer=3), tiny(16, n_layer=3, n_head=4)
+    with torch.no_grad():
+        teacher_model.transformer.wte.weight.mul_(3)
+    idx, roots, states = random_tokens(2, 16, vocab_size=VOCAB_SIZE), torch.randn(3, 16, 9), ([], [])
+    for model, found in zip((student, teacher_model), states):
+        for block in model.transformer.h:
+            block.register_forward_hook(lambda block, inputs, output, found=found: found.append(output.detach().double()))
+    with torch.no_grad():
+        plain, both = (Distillation(student, teacher_model, 0.5, 1.0, weight, roots)(idx, idx) for weight in (0.0, 4.0))
+    expected = 0.0
+    for R, x, y in zip(roots.double(), states[0], states[1]):
+        F_l = R @ R.T
+        expected += sum(e @ F_l @ e / 2 for e in (x - y).view(-1, 16)) / (3 * 32)
+    assert (both - plain).item() == pytest.approx(4 * expected.item(), rel=1e-4)
+    with pytest.raises(ValueError, match="shorter"):
+        Distillation(student, tiny(16), 0.5, 1.0, 1.0, roots)(idx, idx)
+
+
 def test_a_student_learns_from_a_teacher_of_another_width(in_chunks):
     student, teacher_model = tiny(32, shapes=mlp_shapes(16, 64, [2])), tiny(48, dropout=0.5)
     distillation = Distillation(student, teacher_model, 0.3, 2.0)

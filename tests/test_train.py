@@ -328,7 +328,7 @@ def test_accumulation_must_be_shared_out_evenly():
 
 def test_distillation_goes_on_where_it_stopped_and_pulls_towards_the_teacher(tokens):
     run_train("--out_dir=teacher", "--max_iters=60", "--eval_interval=60")
-    taught = ["--teacher=teacher/best.pt", "--distill=0.9", "--temperature=2", "--seed=3"]
+    taught = ["--teacher=teacher/best.pt", "--distill=0.9", "--temperature=2", "--features=0.5", "--seed=3"]
     run_train("--out_dir=whole", *taught)
     run_train("--out_dir=parts", *taught, "--max_iters=10", "--lr_decay_iters=20")
     run_train("--out_dir=parts", *taught, "--init_from=resume", "--lr_decay_iters=20")
