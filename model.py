@@ -572,8 +572,8 @@ def product_of_bands(z, parts):
 
 def chunk_rows(parts, dtype):
     """Tokens in a chunk of logits. In float32 and without gradients, on a CPU, it has 2^23 numbers: 32 MiB, which malloc
-    reuses. In half precision each chunk adds its gradient of W to a float32 sum, and on a GPU it launches kernels: few chunks
-    are faster."""
+    reuses. In half precision each chunk adds its gradient of W to a float32 sum, and on a GPU it launches kernels: there,
+    few chunks are faster."""
     numbers = 2**27 if parts[0].device.type == "cuda" else 2**23 if dtype == torch.float32 else 2**26
     return max(1, numbers // sum(map(len, parts)))
 

@@ -5,7 +5,7 @@ base = "../shared/data/gpt2-bytes"
 train_config = "config/compare_bytes_train.py"
 dataset = "pydocs"
 out_dir = "out/compare_bytes"
-seeds = "1,2"
+seeds = "1,2,3"
 
 starts = f"""
 dense, trained further: kron_decompose.py 256 1024 1 | --learning_rate=3e-5
@@ -20,8 +20,8 @@ dense, trained further: kron_decompose.py 256 1024 1 | --learning_rate=3e-5
 0.9M SVD-LLM: experiments/peers.py svd_llm 0.931M --calibrate=pydocs | --learning_rate=3e-4
 0.9M activation-aware SVD, even ranks: experiments/peers.py even_ranks 0.931M --calibrate=pydocs | --learning_rate=3e-4
 0.9M ours: kron_decompose.py --budget=0.931M --calibrate=pydocs | --learning_rate=3e-5
-0.9M ours, distilled: kron_decompose.py --budget=0.931M --calibrate=pydocs | --teacher={base} --learning_rate=1e-4
+0.9M ours, distilled: kron_decompose.py --budget=0.931M --calibrate=pydocs | --teacher={base} --features=4 --learning_rate=2e-4
 0.7M activation-aware SVD, even ranks: experiments/peers.py even_ranks 0.700M --calibrate=pydocs | --learning_rate=3e-4
 0.7M ours: kron_decompose.py --budget=0.700M --calibrate=pydocs | --learning_rate=1e-4
-0.7M ours, distilled: kron_decompose.py --budget=0.700M --calibrate=pydocs | --teacher={base} --learning_rate=1e-4
+0.7M ours, distilled: kron_decompose.py --budget=0.700M --calibrate=pydocs | --teacher={base} --features=4 --learning_rate=2e-4
 """
