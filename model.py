@@ -30,20 +30,28 @@ class KronLinear(nn.Module):
         if self.is_dense:
             return torch.addmm(self.bias, x.flatten(0, -2), self.A.squeeze(0)).view(*x.shape[:-1], -1)
         if self.order is not None:
-            T, row = self.low_rank()
-            pivots, others = take_columns(x.flatten(0, -2), self.order).tensor_split([len(T)], -1)
-            return torch.addmm(self.bias, torch.addmm(pivots, others, T.T), row).view(*x.shape[:-1], -1)
+            (T, row), rows, m = self.low_rank(), x.flatten(0, -2), len(self.order)
+            r, tokens = len(T), len(rows)
+            if COPY * m * r + tokens * r * r < COPY * tokens * m:
+                z = rows @ self.column()
+            else:
+                pivots, others = take_columns(rows, self.order).tensor_split([r], -1)
+                z = torch.addmm(pivots, others, T.T)
+            return torch.addmm(self.bias, z, row).view(*x.shape[:-1], -1)
         return kron_linear(x, self.A, self.B, self.bias)  # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
 
     @property
     def weight(self):  # W [m, n]
         if self.order is not None:
-            T, row = self.low_rank()
-            return torch.cat((row, T.T @ row))[self.order.argsort()]
+            return self.column() @ self.low_rank()[1]
         return kron_weight(self.A, self.B)
 
-    def low_rank(self):  # the side with the columns of W, [r, m], and that with its rows, [r, n]
+    def low_rank(self):  # the side with the columns of W, [r, m - r], and that with its rows, [r, n]
         return (self.A[:, :, 0], self.B[:, 0]) if self.A.shape[2] == 1 else (self.B[:, :, 0], self.A[:, 0])
+
+    def column(self):  # the side with the columns of W, [m, r], with its identity
+        T, _ = self.low_rank()
+        return torch.cat((torch.eye(len(T), dtype=T.dtype, device=T.device), T.T))[self.order.argsort()]
 
     def omit_identity(self):
         """Make room for W = Σ_f A_f ⊗ B_f of low rank as in a file: r rows of the side with the columns are an identity, and

@@ -2,6 +2,7 @@
 
     python -m experiments.bench                     # training, forward, generation, memory, file size
     python -m experiments.bench --device=cuda --dtype=bfloat16
+    python -m experiments.bench --models=checkpoints/best_82M.pt --shapes=768,1,288,288     # and this model, in the same turns
     python -m experiments.bench --n_layer=2 --n_embd=256 --n_head=4 --vocab_size=256 --shapes=256,256,1
 
 Models have GPT-2's sizes and random weights; the shapes are those of the MLPs, and a fourth number is the rank of attention
@@ -23,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from experiments.compare import markdown
+from kronygpt import checkpoint
 from kronygpt.configurator import run
 from kronygpt.device import autocast_to, pick_device
 from kronygpt.files import atomic_write, output_directory
@@ -38,6 +40,7 @@ memory_batch_size = 4  # sequences in the training step whose memory is measured
 repeats = 5  # runs of each measurement; the median counts
 new_tokens = 32  # tokens generated in a measurement
 shapes = "768,768,1 768,1,288,288 768,1536,1 384,3072,1 256,64,10 768,1,153"  # dim_1,dim_2,factors[,attention rank]
+models = ""  # comma list of compressed models of these sizes, which are measured beside the first shape
 device = ""  # cuda, cpu, ...; default: CUDA if available
 dtype = "float32"  # or bfloat16 or float16, by autocast
 out_dir = "out/bench"  # directory of the results
@@ -91,8 +94,8 @@ def peak_memory(function, torch_device):
 
 
 def make_candidates(shape, is_first):
-    """{name: Candidate} to measure in turns: the dense model and ours; with the first shape also transformers' GPT-2, and
-    ours with its loss from whole logits."""
+    """{name: Candidate} to measure in turns: the dense model and ours; with the first shape also transformers' GPT-2, ours
+    with its loss from whole logits, and the option's models."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     def loss_of_whole_logits(logits_of, idx, targets):
@@ -101,6 +104,12 @@ def make_candidates(shape, is_first):
     def ours(shape):
         model = KronyGPT(make_config(shape))
         return Candidate(model, model, lambda idx, n: list(model.generate(idx, n, temperature=0)))
+
+    def loaded(path):  # balanced for training, and as stored for all else
+        model, stored = (checkpoint.load(path, as_stored=as_stored)[0] for as_stored in (False, True))
+        stored.to(pick_device(device))
+        return Candidate(model, lambda *batch: (model if torch.is_grad_enabled() else stored)(*batch),
+                         lambda idx, n: list(stored.generate(idx, n, temperature=0)))
 
     candidates = {"dense": ours((n_embd, 4 * n_embd, 1)), f"ours {shape}": ours(shape)}
     if is_first:
@@ -112,6 +121,7 @@ def make_candidates(shape, is_first):
             lambda idx, n: gpt2.generate(idx, do_sample=False, max_new_tokens=n))
         whole = ours(shape)
         candidates[f"whole logits {shape}"] = whole._replace(loss=partial(loss_of_whole_logits, whole.model))
+        candidates |= {path: loaded(path) for path in models.split(",") if path}
     return candidates
 
 
@@ -150,7 +160,8 @@ def measure(candidates, torch_device):
     for sequences, context in itertools.product(SEQUENCES, sorted({min(context, block_size) for context in CONTEXTS})):
         record(f"generation {sequences} × {context}",
                time_in_turns(partial(generate, sequences=sequences, context=context), candidates))
-    record("file", {name: 4 * sum(p.numel() for p in c.model.parameters()) for name, c in candidates.items()})
+    record("file", {name: 4 * (c.model.count_parameters()["total"] if isinstance(c.model, KronyGPT) else
+                               sum(p.numel() for p in c.model.parameters())) for name, c in candidates.items()})
     return results
 
 

@@ -8,6 +8,8 @@ import torch
 from conftest import succeed
 
 from experiments import bench
+from kronygpt import checkpoint
+from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 TINY = ("--n_layer=2", "--n_embd=64", "--n_head=1", "--vocab_size=300", "--block_size=100", "--repeats=1", "--device=cpu")
 GENERATION = ["generation 1 × 64", "generation 1 × 100", "generation 8 × 64", "generation 8 × 100"]
@@ -15,8 +17,10 @@ MEASUREMENTS = ["training step", "forward", *GENERATION, "file"]  # and peak mem
 
 
 def test_models_are_measured_against_the_dense_one(workdir):
-    done = succeed("experiments/bench.py", *TINY, "--new_tokens=4", "--shapes=32,64,2", "--out_dir=here")
-    names = ["dense", "ours (32, 64, 2)", "transformers dense", "whole logits (32, 64, 2)"]
+    config = KronyGPTConfig(vocab_size=300, block_size=100, n_layer=2, n_embd=64, n_head=1, shapes=mlp_shapes(64, 1, [9, 9]))
+    checkpoint.save("low.pt", KronyGPT(config))
+    done = succeed("experiments/bench.py", *TINY, "--new_tokens=4", "--shapes=32,64,2", "--models=low.pt", "--out_dir=here")
+    names = ["dense", "ours (32, 64, 2)", "transformers dense", "whole logits (32, 64, 2)", "low.pt"]
     results = json.loads(Path("here/results.json").read_text(encoding="utf-8"))
     assert list(results) == names
     for result in results.values():
