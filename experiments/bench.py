@@ -2,7 +2,7 @@
 
     python -m experiments.bench                     # training, forward, generation, memory, file size
     python -m experiments.bench --device=cuda --dtype=bfloat16
-    python -m experiments.bench --models=checkpoints/best_82M.pt --shapes=768,1,288,288     # and this model, in the same turns
+    python -m experiments.bench --models=checkpoints/best_82M.pt --shapes=768,1,288,288     # and this model, in turns
     python -m experiments.bench --n_layer=2 --n_embd=256 --n_head=4 --vocab_size=256 --shapes=256,256,1
 
 Models have GPT-2's sizes and random weights; the shapes are those of the MLPs, and a fourth number is the rank of attention
