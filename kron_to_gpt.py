@@ -7,7 +7,7 @@
 
 The Kronecker sums are expanded, so the result is a dense GPT-2 that computes the same function. Hidden units that prune.py
 dropped are left out of it. It is compared with the checkpoint's model before it is moved into place. Its tokenizer comes
-along as data: GPT-2's, bytes, or the model's own. Where nobody knows it, only the weights are written.
+along as data: GPT-2's, bytes, or the model's own. Where it is unknown, only the weights are written.
 
 With --compressed=True the factors are kept, and the file is as small as the checkpoint's model. Code comes along,
 modeling_kronygpt.py, and transformers runs it where it is told to: from_pretrained(directory, trust_remote_code=True).
