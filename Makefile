@@ -21,7 +21,7 @@ demo: $(VENV)/runtime  ## compress, train, export and score a small GPT-2 on the
 	@echo "to play with it beside the dense model, trained as long:" \
 	  "$(VENV)/bin/python play.py out/demo/dense_trained_further_128_512_1/seed_1337/best.pt out/demo/small"
 
-base: $(VENV)/runtime  ## train a GPT-2 on the Python source of this environment: an hour; DTYPE=bfloat16 where a CPU has units for it
+base: $(VENV)/runtime  ## train a GPT-2 on the Python source here: an hour; with DTYPE=bfloat16, on CPUs that have it, less
 	$(VENV)/bin/python -m experiments.prepare_pysource
 	$(VENV)/bin/python train.py config/base.py --dtype=$(DTYPE)
 

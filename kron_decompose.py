@@ -19,7 +19,7 @@ the sides of A in c_fc. c_proj has the mirror image.
 
 Van Loan's decomposition is the nearest to the weights. With --calibrate the factors are then fitted to what the weights do
 to the text of a data set, one matrix after the other, and errors that raise the loss more count more. This keeps far more
-of what the model has learnt. It takes minutes, and a GPU helps.
+of what the model has learned. It takes minutes, and a GPU helps.
 """
 import time
 from dataclasses import replace
@@ -36,7 +36,7 @@ matrices = "all"  # matrices that share the budget: all, or mlp for those of the
 keep = ""  # comma list of what stays as it is under --budget: embedding, heads, hidden
 calibrate: str | None = None  # data set under data/: its training split is calibrated on, its validation split scored
 calibration_tokens = 131072  # number of tokens to calibrate on
-device = ""  # where to calibrate; default: CUDA if available, else the CPU
+device = ""  # where to calibrate; default: CUDA if available, else Apple's mps, else the CPU
 
 SHOWN = 20  # shapes that are printed
 CURVE = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the parameters in the picture of several budgets

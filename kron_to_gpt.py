@@ -3,11 +3,11 @@
     python kron_to_gpt.py out/ckpt.pt               # → models/<name>/: of the file, or of its folder for ckpt.pt, best.pt
     python kron_to_gpt.py out/ckpt.pt my_model      # → my_model/
     python kron_to_gpt.py out/ckpt.pt my_model --compressed=True --dtype=bfloat16
-    python kron_to_gpt.py gpt2 my_model --compressed=True --dtype=int8         # of a dense GPT-2, too
+    python kron_to_gpt.py gpt2 my_model --compressed=True --dtype=int8         # a dense GPT-2, too
 
 The Kronecker sums are expanded, so the result is a dense GPT-2 that computes the same function. Hidden units that prune.py
 dropped are left out of it. It is compared with the checkpoint's model before it is moved into place. Its tokenizer comes
-along as data: GPT-2's, bytes, or the model's own.
+along as data: GPT-2's, bytes, or the model's own. Where it is unknown, only the weights are written.
 
 With --compressed=True the factors are kept, and the file is as small as the checkpoint's model. Code comes along,
 modeling_kronygpt.py, and transformers runs it where it is told to: from_pretrained(directory, trust_remote_code=True).
@@ -27,7 +27,7 @@ dtype = "float32"  # type of the weights: float32, bfloat16 or float16; with --c
 perplexities: str | None = None  # a file of perplexity.py --json_out, for the model card of --compressed=True
 push: str | None = None  # ORG/NAME on the Hugging Face hub, to which the finished directory is uploaded
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
-tolerance: float | None = None  # largest difference of a logit that counts as rounding; default: as largest_allowed() says
+tolerance: float | None = None  # largest difference of a logit that counts as rounding; default: export.largest_allowed()
 
 
 def default_directory(ckpt, models):

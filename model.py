@@ -1,5 +1,6 @@
-"""KronyGPT: GPT-2 whose weight matrices may be sums of Kronecker products. Everything else is GPT-2: learned positions,
-pre-norm blocks, gelu_new, and one matrix for the embedding and the output."""
+"""KronyGPT: GPT-2 whose weight matrices may be sums of Kronecker products, whose heads and MLPs may be narrower, and whose
+embeddings may be of low rank. Everything else is GPT-2: learned positions, pre-norm blocks, gelu_new, and one matrix for the
+embedding and the output."""
 import math
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
@@ -56,7 +57,8 @@ class KronLinear(nn.Module):
     def omit_identity(self):
         """Make room for W = Σ_f A_f ⊗ B_f of low rank as in a file: r rows of the side with the columns are an identity, and
         that side has only the others. `order` [m] has the numbers of these r rows, then those of the others. A token takes
-        r (m + n - r) multiply-adds (PIFA, arXiv 2501.19090) in place of r (m + n). This is not for training."""
+        r (m + n - r) multiply-adds (PIFA, arXiv 2501.19090) in place of r (m + n), unless forward() puts the identity back,
+        which is faster at low ranks. This is not for training."""
         side = "A" if self.A.shape[2] == 1 else "B"
         columns = getattr(self, side).detach()  # [r, m, 1]
         self.order = torch.empty(columns.shape[1], dtype=torch.long, device=columns.device)

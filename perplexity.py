@@ -32,7 +32,7 @@ wikitext = "Salesforce/wikitext"  # hub name, or a local directory with the same
 lambada = "cimec/lambada"  # hub name, or a local .jsonl
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 batch_size = 4  # windows in a batch
-device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
+device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
 dtype = "float32"  # bfloat16 or float16, by autocast
 json_out: str | None = None  # file for the results as JSON
 

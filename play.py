@@ -26,14 +26,14 @@ from kronygpt.configurator import UserError, run
 from kronygpt.device import autocast_to, pick_device
 from kronygpt.tokenizer import open_tokenizer, stream_text
 
-port = 8017  # of the page at 127.0.0.1; 0 takes any that is free
+port = 8017  # port of the page at 127.0.0.1; 0 takes any that is free
 prompt = "The function returns"  # what the page begins with, as do the next four options
 max_new_tokens = 200  # tokens to add
 temperature = 0.8  # divides the logits; 0 takes the most likely token
 top_k = 200  # sample among the N most likely tokens; 0 for all
 seed = 1337  # seed for sampling
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
-device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
+device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
 dtype = "float32"  # bfloat16 or float16, by autocast
 
 CONTROLS = ("prompt", "max_new_tokens", "temperature", "top_k", "seed")

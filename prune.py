@@ -4,7 +4,7 @@
     python prune.py --offset=1          # the odd ones
     python prune.py --keep=4            # one in four
     python prune.py --dim=hidden        # hidden units: c_fc's columns and c_proj's rows
-    python prune.py --epsilon=0.01      # let the dropped rows learn
+    python prune.py --epsilon=0.01      # 0.01 in B in place of the zeros
     python prune.py --dim=hidden --select=contribution --refit=True --calibrate=openwebtext
 
 A holds the kept rows, and B = [1, 0]ᵀ puts them into the even places: the model starts as the pruned one and is trained
@@ -12,7 +12,8 @@ further as a KronyGPT with (dim_1, dim_2) = (n_embd / N, 4 n_embd), or (n_embd, 
 
 --select=contribution keeps the hidden units that add most on real text: they are first moved to the even places, which
 leaves the model's function unchanged. --refit fits the kept units by least squares to the output of all units on real
-text. As long as B is 1 and zeros, kron_to_gpt.py writes a GPT-2 of the kept units alone, n_inner = 4 n_embd / N.
+text. As long as B is 1 and zeros, kron_to_gpt.py writes a model of --dim=hidden as a GPT-2 of the kept units alone, with
+n_inner = 4 n_embd / N.
 """
 from kronygpt.configurator import UserError, check_choice, run
 
@@ -25,7 +26,7 @@ select = "even"  # units to keep: even (those at the offset), or by contribution
 refit = False  # fit the kept units to real text, by least squares
 calibrate: str | None = None  # data set under data/ for --refit and --select=contribution
 calibration_tokens = 131072  # number of its tokens
-device = ""  # where to calibrate; default: CUDA if available, else the CPU
+device = ""  # where to calibrate; default: CUDA if available, else Apple's mps, else the CPU
 epsilon = 0.0  # value in B in place of the zeros
 
 

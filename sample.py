@@ -16,8 +16,8 @@ max_new_tokens = 200  # tokens in each
 temperature = 0.8  # divides the logits; 0 takes the most likely token
 top_k = 200  # sample among the N most likely tokens; 0 for all
 seed = 1337  # seed for sampling
-device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
-dtype = "float32"  # of the weights and of all that is computed: float32, bfloat16 or float16
+device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
+dtype = "float32"  # type of the weights and of all that is computed: float32, bfloat16 or float16
 
 
 def main(ckpt):

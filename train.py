@@ -7,8 +7,8 @@
     python train.py config/train_gpt2.py --teacher=gpt2                   # distillation from GPT-2
 
 Writes ckpt.pt (the latest), best.pt (lowest validation loss), log.jsonl and, when it ends, loss.png to out_dir. Ctrl-C,
-SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 finishes the step, saves, and exits with 128 plus the number of the signal; a second one
-exits at once. A resumed run ends with the weights of an uninterrupted one. On a CPU that other programs use, too,
+SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU finishes the step, saves, and exits with 128 plus the number of the signal; a
+second one exits at once. A resumed run ends with the weights of an uninterrupted one. On a CPU that other programs use, too,
 OMP_NUM_THREADS=1 in the environment is often faster.
 """
 import math
@@ -78,10 +78,10 @@ warmup_iters = 200  # steps of linear warm-up
 lr_decay_iters: int | None = None  # step at which min_lr is reached; default: max_iters
 min_lr: float | None = None  # the lowest rate; default: learning_rate / 10, with linear decay 0
 # distillation
-teacher: str | None = None  # the teacher: a checkpoint, a Hugging Face directory or a hub name
+teacher: str | None = None  # a checkpoint, a Hugging Face directory or a hub name; default: no distillation
 distill = 0.5  # weight of the divergence from the teacher in the loss; the cross entropy has 1 - distill
 temperature = 1.0  # divides the logits of both models in the divergence
-features = 0.0  # weight of the difference of the residual streams behind the blocks; 4 was best, at twice the learning rate
+features = 0.0  # weight of the error of the residual streams beside the teacher's; 4 was best, at twice the learning rate
 # the machine
 device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
 dtype = ""  # float32, bfloat16 or float16; default on CUDA: bfloat16 if the GPU has it, else float16; elsewhere float32

@@ -1,6 +1,6 @@
-# `make demo`: Krony-PT's pruning and Van Loan at two sizes, Van Loan's shape calibrated, and at the smaller size and half of
-# it, the whole model by predicted loss, beside the dense base of config/demo_base.py. The first start is the base itself,
-# (C, 4C, 1), which shows what further training alone gains.
+# `make demo`: Van Loan at two sizes, Krony-PT's pruning at the larger one, Van Loan's smaller shape calibrated, and the
+# whole model by predicted loss at the smaller size and at half of it, beside the dense base of config/demo_base.py. The
+# first start is the base itself, (C, 4C, 1), which shows what further training alone gains.
 base = "out/demo/base/best.pt"
 train_config = "config/demo_train.py"
 dataset = "pydocs"

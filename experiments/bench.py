@@ -41,7 +41,7 @@ repeats = 5  # runs of each measurement; the median counts
 new_tokens = 32  # tokens generated in a measurement
 shapes = "768,768,1 768,1,288,288 768,1536,1 384,3072,1 256,64,10 768,1,153"  # dim_1,dim_2,factors[,attention rank]
 models = ""  # comma list of compressed models of these sizes, which are measured beside the first shape
-device = ""  # cuda, cpu, ...; default: CUDA if available
+device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
 dtype = "float32"  # or bfloat16 or float16, by autocast
 out_dir = "out/bench"  # directory of the results
 

@@ -1,7 +1,7 @@
 """Compare ways to compress one model: start, train, export and score each, then one table and one picture.
 
     python -m experiments.compare config/compare_demo.py
-    python -m experiments.compare config/compare_bytes.py --seeds=1,2,3 --steps=300
+    python -m experiments.compare config/compare_demo.py --seeds=1,2,3 --steps=400
 
 A start is a compressed checkpoint: its name and the command that makes it, one start for each line of --starts. Options
 for its training follow a bar:

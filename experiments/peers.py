@@ -26,10 +26,10 @@ from kronygpt.kron import balanced
 from model import KINDS, Shape
 
 init_from = "gpt2"  # the model to compress: a hub name, a Hugging Face directory or a checkpoint
-out: str | None = None  # file to write; default: checkpoints/even_ranks_....pt
+out: str | None = None  # file to write; default: checkpoints/even_ranks_....pt or svd_llm_....pt
 calibrate: str | None = None  # data set under data/ to fit the factors to
 calibration_tokens = 131072  # number of its tokens
-device = ""  # where to calibrate; default: CUDA if available, else the CPU
+device = ""  # where to calibrate; default: CUDA if available, else Apple's mps, else the CPU
 
 SHARES = 10_000  # steps in which the share of even_ranks is chosen
 

@@ -24,8 +24,8 @@ calibrate = "openwebtext"  # data set under data/: its training split is calibra
 calibration_tokens = 131072  # number of its tokens
 eval_tokens = 131072  # number of tokens that are scored, at most
 budgets = "0.95,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.25"  # comma list: shares of the model's parameters
-share = 0.25  # of its parameters, which a matrix keeps when it is compressed alone
-device = ""  # cuda, cpu, ...; default: CUDA if available, else the CPU
+share = 0.25  # share of its parameters that a matrix keeps when it is compressed alone
+device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
 out_dir = "out/predict"  # directory of the results
 
 BATCH_SIZE = 8  # windows that are scored together

@@ -1,6 +1,6 @@
 """Least squares for one matrix: moments of activations, and the Kronecker sum that fits them in a metric.
 
-For inputs X̂ [T, m], targets Y [T, n] and a metric M [n, n] of their errors, fit() minimises
+For inputs X̂ [T, m], targets Y [T, n] and a metric M [n, n] of their errors, fit() minimizes
 
     tr[E M Eᵀ]      E = Y − X̂ Σ_f A_f ⊗ B_f − 1 bᵀ
 
@@ -121,7 +121,7 @@ class Problem:
         return share(residual.clamp(min=0).sum(), self.variance.sum())  # rounding of the moments can make it negative
 
     def objective(self, W, M_1, M_2):
-        """What a fit minimises, less its smallest value for any W: tr[Dᵀ ridged_G D (M_1 ⊗ M_2)] with D = W − solution."""
+        """What a fit minimizes, less its smallest value for any W: tr[Dᵀ ridged_G D (M_1 ⊗ M_2)] with D = W − solution."""
         D = float64(W) - self.solution
         weighted = M_1 @ D.view(-1, len(M_1), len(M_2)) @ M_2  # D (M_1 ⊗ M_2), for symmetric M_1 and M_2
         return (self.ridged_G @ D * weighted.view_as(D)).sum().item()
