@@ -15,7 +15,6 @@ import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -175,8 +174,7 @@ class Handler(BaseHTTPRequestHandler):
 def main(dense, compressed=None):
     with Server([load_player(ckpt) for ckpt in (dense, compressed) if ckpt]) as server:
         print(f"open http://{HOST}:{server.server_port} in a browser; Ctrl-C ends it", flush=True)
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -220,6 +220,8 @@ def check_options(world_size):
     check_choice(globals(), "decay", "cosine", "linear")
     if not 0 <= distill <= 1:
         raise UserError(f"--distill is a share of the loss, from 0 to 1, not {distill}")
+    if features and not teacher:
+        raise UserError("--features compares with a --teacher, and there is none")
     if eval_iters < 1:  # the mean of no losses is not finite
         raise UserError(f"--eval_iters is at least 1, not {eval_iters}; a larger --eval_interval evaluates less often")
     if gradient_accumulation_steps % world_size:

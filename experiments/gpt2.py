@@ -65,7 +65,7 @@ def cells(rows):
     columns = [(when, name) for when in ("before", "after")[:2 if steps else 1] for name in sets.split(",")]
     found = [(name, f"{row['parameters'] / 1e6:.2f}M", *(f"{row[when][text]:.2f}" for when, text in columns))
              for name, row in rows.items()]
-    if base == "gpt2":
+    if base == "gpt2" and sets == "wiki103,wiki2,lambada":
         empty = [""] * (len(columns) - 3)
         found += [(f"{name}, published", size, *empty, *map("{:.2f}".format, perplexities))
                   for name, (size, *perplexities) in PUBLISHED.items()]
@@ -79,7 +79,8 @@ def main():
         call("prepare_owt.py", "--hub=Salesforce/wikitext", "--hub_config=wikitext-103-raw-v1", f"--documents={documents}",
              f"--out={dataset}")
     made_of = dict(base=[base, modification_time(base)], dataset=[dataset, modification_time(Path("data", dataset))])
-    settings = dict(made_of, sets=sets, score_options=score_options, steps=steps, train_config=train_config)
+    settings = dict(made_of, sets=sets, score_options=score_options, steps=steps,
+                    train_config=Path(train_config).read_text(encoding="utf-8"))
     rows = {"dense": keep_result(folder / "dense.json", settings, measure, base, folder / "dense")}
     source = f"--init_from={Path(base).resolve() if Path(base).exists() else base}"
     for command, names in methods(checkpoint.load(base)[0].config):

@@ -38,7 +38,8 @@ def find_dataset(name):
     """
     directory = DATA_DIR / name
     if not any((directory / f"{split}.bin").exists() for split in SPLITS):
-        known = {"openwebtext": "python prepare_owt.py", "pydocs": "python -m experiments.prepare_pydocs"}
+        known = {"openwebtext": "python prepare_owt.py", "pydocs": "python -m experiments.prepare_pydocs",
+             "pysource": "python -m experiments.prepare_pysource"}
         command = known.get(name, f"python prepare_owt.py --data_files='*.txt' --out={name}")
         raise FileNotFoundError(f"no data set in {directory}; make it with: {command}")
     return directory

@@ -73,6 +73,7 @@ BAD = {  # {command: what its line says}
     f"{TRAIN} --dtype=float8": "--dtype is float32, bfloat16 or float16",
     f"{TRAIN} --decay=exponential": "--decay is cosine or linear",
     f"{TRAIN} --distill=50": "--distill is a share",
+    f"{TRAIN} --features=4": "--features compares with a --teacher",
     f"{TRAIN} --eval_iters=0": "--eval_iters is at least 1",
     f"{TRAIN} --n_layer=1 --n_head=1 --n_embd=16 --dim_1=16 --dim_2=64 --factors_only": "empty parameter list",
     "experiments/compare.py --seeds=x": "'x'",
