@@ -213,7 +213,7 @@ class Embedding(nn.Module):
     def logits(self, x):
         """x Eᵀ (..., V) of hidden states x (..., C)."""
         logits = product_of_bands(x if self.is_dense else F.linear(x, self.B), self.parts())
-        return logits if self.row is None else logits.index_select(-1, self.row)
+        return logits if self.row is None else take_columns(logits, self.row)
 
     def dense(self):
         """E [V, C]."""

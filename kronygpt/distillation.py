@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import IGNORE_INDEX, chunked_mean, product_of_bands, summed_cross_entropy
+from model import IGNORE_INDEX, chunked_mean, product_of_bands, summed_cross_entropy, take_columns
 
 
 def divergence(logits, teacher_logits, temperature):
@@ -27,7 +27,7 @@ def distillation_loss(x, parts, targets, teacher_x, teacher_parts, share, temper
     def chunk_loss(logits, targets, teacher_rows):
         teacher_logits = product_of_bands(teacher_rows.to(logits.dtype), teacher_parts)
         if order is not None:
-            teacher_logits = teacher_logits.index_select(1, order)
+            teacher_logits = take_columns(teacher_logits, order)
         kl = divergence(logits, teacher_logits, temperature)
         return share * (kl * (targets != IGNORE_INDEX)).sum() + (1 - share) * summed_cross_entropy(logits, targets)
 

@@ -91,7 +91,7 @@ class LowRankLinear(nn.Module):
     def forward(self, x):
         if not hasattr(self, "down"):
             return self.up(x)
-        x = x.index_select(-1, self.order)
+        x = take_columns(x, self.order)
         return self.up(x[..., :self.rank] + self.down(x[..., self.rank:]))
 
 
@@ -125,7 +125,7 @@ class FactoredEmbedding(nn.Module):
         z = F.linear(x, whole(self, "B"))
         parts = [part.view(n, k) for part, (n, k) in zip(self.A.split([n * k for n, k in self.bands]), self.bands)]
         logits = [z[..., :self.n_units]] + [z[..., :part.shape[1]] @ part.to(z.dtype).T for part in parts]
-        logits = torch.cat(logits, -1).index_select(-1, self.row)
+        logits = take_columns(torch.cat(logits, -1), self.row)
         return logits * self.A_scale.T.to(z.dtype) if hasattr(self, "A_scale") else logits
 
 
@@ -170,6 +170,11 @@ def whole(module, name):
     return weight if scale is None else weight * scale
 
 
+def take_columns(x, columns):
+    """x[..., columns], by the fastest of several ways on a CPU."""
+    return x.gather(-1, columns.long().expand(*x.shape[:-1], -1))
+
+
 def from_left(L, X):
     """L [p, q] @ X [T, q, s] -> (T, p, s), as one large product on a transposed copy; where s = 1 nothing is copied."""
     T, q, s = X.shape
@@ -202,12 +207,12 @@ def head_places(qk, v):
 
 
 def pad_heads(attention, scale, c_attn, inputs, output):
-    q, k_and_v = F.pad(output, (0, 1)).index_select(-1, attention.places).tensor_split([attention.split_size], -1)
+    q, k_and_v = take_columns(F.pad(output, (0, 1)), attention.places).tensor_split([attention.split_size], -1)
     return torch.cat((q * scale, k_and_v), dim=-1)
 
 
 def cut_heads(attention, c_proj, inputs):
-    return inputs[0].index_select(-1, attention.v_places),
+    return take_columns(inputs[0], attention.v_places),
 
 
 class InitRest:
