@@ -287,29 +287,31 @@ def grid(width, steps):
 class Block:
     """The matrices of a block of a dense KronyGPT with its calibration.Statistics, in float64, and what narrows them.
 
-    W, b, F, G, mean: {kind: weight, bias, Fisher metric of the output, covariance and mean of the input}.
+    b, F, G, mean: {kind: bias, Fisher metric of the output, covariance and mean of the input}.
     """
 
     def __init__(self, model, layer, statistics):
-        self.config = model.config
-        names = {kind: f"transformer.h.{layer}.{kind}" for kind in KINDS}
-        self.W = {kind: float64(model.get_submodule(name).weight.detach()) for kind, name in names.items()}
+        self.config, self.model = model.config, model
+        self.names = names = {kind: f"transformer.h.{layer}.{kind}" for kind in KINDS}
         self.b = {kind: float64(model.get_submodule(name).bias.detach()) for kind, name in names.items()}
         self.F, self.mean, self.G = ({kind: of_all[name] for kind, name in names.items()} for of_all in (
             statistics.fisher, statistics.means, statistics.covariances))
         self.bases = self.order = None
 
+    def W(self, kind):  # made anew, since those of all blocks take twice the memory of the model
+        return float64(self.model.get_submodule(self.names[kind]).weight.detach())
+
     def attention(self, is_narrowed):
         """Choices for the heads at all multiples of an eighth of their mean width, or at their own only. Each head has the
         share of it that costs least."""
         head, H, C = self.config.head_dim, self.config.n_head, self.config.n_embd
-        W, F = self.W["attn.c_attn"], self.F["attn.c_attn"]
-        self.bases = bases = head_bases(W, self.b["attn.c_attn"], self.W["attn.c_proj"], H, self.mean["attn.c_attn"],
+        W, F = self.W("attn.c_attn"), self.F["attn.c_attn"]
+        self.bases = bases = head_bases(W, self.b["attn.c_attn"], self.W("attn.c_proj"), H, self.mean["attn.c_attn"],
                                         self.G["attn.c_attn"], self.G["attn.c_proj"], F, self.F["attn.c_proj"])
         R_attn, R_proj = root(self.G["attn.c_attn"]), root(self.F["attn.c_proj"])
         T = torch.block_diag(*bases.qk[0], *bases.qk[1], *bases.vo[0])  # in which narrower heads take the first columns
         D = torch.block_diag(*bases.qk[1], *bases.qk[0], *bases.vo[1])
-        W, F, W_proj = W @ T, D.T @ F @ D, D[2 * C:, 2 * C:].T @ self.W["attn.c_proj"]
+        W, F, W_proj = W @ T, D.T @ F @ D, D[2 * C:, 2 * C:].T @ self.W("attn.c_proj")
         G = T[2 * C:, 2 * C:].T @ self.G["attn.c_proj"] @ T[2 * C:, 2 * C:]
 
         def columns(widths):  # of C, that heads of some widths keep
@@ -334,7 +336,8 @@ class Block:
 
     def mlp(self, is_narrowed):
         """Choices for the hidden units at all multiples of a 32nd of their number, or with all of them only."""
-        W, G, n = self.W["mlp.c_proj"], self.G["mlp.c_proj"], len(self.W["mlp.c_proj"])
+        W, W_hidden, G = self.W("mlp.c_proj"), self.W("mlp.c_fc"), self.G["mlp.c_proj"]
+        n = len(W)
         R_fc, R_proj = root(self.G["mlp.c_fc"]), root(self.F["mlp.c_proj"])
         self.order, costs = torch.arange(n), torch.zeros(n + 1)
         if is_narrowed:
@@ -342,7 +345,7 @@ class Block:
         result = []
         for width in grid(n, HIDDEN_STEPS) if is_narrowed else [n]:
             kept = self.kept(width)
-            W_fc, W_proj = self.W["mlp.c_fc"][:, kept], self.output(kept)
+            W_fc, W_proj = W_hidden[:, kept], self.output(kept)
             fc = squares(W_fc @ self.F["mlp.c_fc"][kept][:, kept] @ W_fc.T, R_fc)[:width]
             proj = squares(W_proj.T @ G[kept][:, kept] @ W_proj, R_proj)[:width]
             result.append(Choice(dict(n_inner=width), width + self.config.n_embd, float(costs[n - width]), {
@@ -353,16 +356,16 @@ class Block:
         return self.order[len(self.order) - width:].sort().values
 
     def output(self, kept):
-        W = self.W["mlp.c_proj"]
+        W = self.W("mlp.c_proj")
         return W if len(kept) == len(W) else without_units(W, self.G["mlp.c_proj"], kept)
 
     def narrowed(self, head_qk, head_v, n_inner):
         """{kind: (weight, bias, Fisher metric of the output)} in these widths."""
         (T, D), kept = head_maps(self.bases, head_qk, head_v), self.kept(n_inner)
         D_v, W, b, F = D[2 * self.config.n_embd:, 2 * sum(head_qk):], self.W, self.b, self.F
-        return {"attn.c_attn": (W["attn.c_attn"] @ T, b["attn.c_attn"] @ T, D.T @ F["attn.c_attn"] @ D),
-                "attn.c_proj": (D_v.T @ W["attn.c_proj"], b["attn.c_proj"], F["attn.c_proj"]),
-                "mlp.c_fc": (W["mlp.c_fc"][:, kept], b["mlp.c_fc"][kept], F["mlp.c_fc"][kept][:, kept]),
+        return {"attn.c_attn": (W("attn.c_attn") @ T, b["attn.c_attn"] @ T, D.T @ F["attn.c_attn"] @ D),
+                "attn.c_proj": (D_v.T @ W("attn.c_proj"), b["attn.c_proj"], F["attn.c_proj"]),
+                "mlp.c_fc": (W("mlp.c_fc")[:, kept], b["mlp.c_fc"][kept], F["mlp.c_fc"][kept][:, kept]),
                 "mlp.c_proj": (self.output(kept), b["mlp.c_proj"], F["mlp.c_proj"])}
 
 
