@@ -4,9 +4,9 @@
     python -m experiments.gpt2 --steps=2500                     # ... and after training each model: the work of a GPU
     python -m experiments.gpt2 --base=models/mine --dataset=pydocs --budgets=70%,50%,30%       # another model and text
 
-It needs a network for GPT-2's weights, WikiText and LAMBADA (2 GB in the cache of Hugging Face). Each compression takes
-minutes on a GPU and half an hour on two CPU cores, with 6 GB of memory; scoring takes a minute a model on a GPU, and half
-an hour on two cores. Finished work is not repeated. Results go to out_dir: table.md, gpt2.png, and the models in
+It needs a network for GPT-2's weights, WikiText and LAMBADA (2 GB in the cache of Hugging Face). All compressions together
+take minutes on a GPU and an hour on two CPU cores, with up to 9 GB of memory; scoring takes a minute a model on a GPU, and
+half an hour on two cores. Finished work is not repeated. Results go to out_dir: table.md, gpt2.png, and the models in
 checkpoints/.
 """
 from functools import partial
