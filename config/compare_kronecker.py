@@ -1,9 +1,11 @@
 # Kronecker products or low rank? Shapes of the MLPs fitted to text, with about as many parameters as (256, 256, 1), on the
 # base of config/compare_base.py; attention and embeddings stay dense.
-from config.compare_base import *
-
+base = "out/base/best.pt"
+train_config = "config/compare_base_train.py"
+dataset = "pysource"
 out_dir = "out/compare_kronecker"
 seeds = "1"
+n_batches = 100
 
 starts = """
 Kronecker (256, 256, 1): kron_decompose.py 256 256 1 --calibrate=pysource | --learning_rate=3e-4

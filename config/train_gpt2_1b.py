@@ -10,11 +10,20 @@
 # Why these numbers: a twelfth of the steps of train_gpt2_budget.py, of the same size and at the same rates, with a whole
 # warm-up and cosine of their own. By nanoGPT's count of 9.04 billion tokens in 8.01 million documents, 900,000 of them hold
 # as many tokens as the run sees.
-from config.train_gpt2 import *
+import torch
 
 init_from = "checkpoints/best_82M.pt"
 out_dir = "out/gpt2_1b"
 
+# 32 sequences × 1024 tokens × 12 micro-steps over all GPUs = 393,216 tokens a step
+batch_size = 32
+block_size = 1024
+gradient_accumulation_steps = 12
 max_iters = 2543
+
+learning_rate = 6e-5
 warmup_iters = 200
+
+compile = torch.cuda.is_available()  # elsewhere it takes a C++ compiler, and minutes
 eval_interval = 250
+wandb_mode = "offline"  # `wandb sync` uploads it; WANDB_MODE=online in the environment does so at once

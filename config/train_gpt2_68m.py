@@ -9,11 +9,20 @@
 #
 # Why these numbers: the steps of train_gpt2.py at a higher rate, since the start is far from GPT-2; half of Krony-PT's rate,
 # with twice as much for the factors, which are what is new.
-from config.train_gpt2 import *
+import torch
 
 init_from = "checkpoints/VL_32_64_4.pt"
 out_dir = "out/VL_32_64_4"
 
+# 32 sequences × 1024 tokens × 12 micro-steps over all GPUs = 393,216 tokens a step
+batch_size = 32
+block_size = 1024
+gradient_accumulation_steps = 12
+max_iters = 30000
+
 learning_rate = 3e-4
 factor_lr_scale = 2.0
 warmup_iters = 1000
+
+compile = torch.cuda.is_available()  # elsewhere it takes a C++ compiler, and minutes
+wandb_mode = "offline"  # `wandb sync` uploads it; WANDB_MODE=online in the environment does so at once

@@ -9,7 +9,19 @@
 # to 6e-5, batch_size 24 and gradient_accumulation_steps 5.
 #
 # Why these numbers: those of train_gpt2.py, so that only the model differs between the two sizes.
-from config.train_gpt2 import *
+import torch
 
 init_from = "checkpoints/prune_384_3072.pt"
 out_dir = "out/prune_384_3072"
+
+# 32 sequences × 1024 tokens × 12 micro-steps over all GPUs = 393,216 tokens a step
+batch_size = 32
+block_size = 1024
+gradient_accumulation_steps = 12
+max_iters = 30000
+
+learning_rate = 6e-5
+warmup_iters = 500
+
+compile = torch.cuda.is_available()  # elsewhere it takes a C++ compiler, and minutes
+wandb_mode = "offline"  # `wandb sync` uploads it; WANDB_MODE=online in the environment does so at once

@@ -7,14 +7,21 @@
 # Krony-PT as published (padas-lab-de/krony-PT, progress.md): "a training for 10 steps only, with very high batch size".
 #
 # Why these numbers: the peak rate of train_gpt2.py, without decay, at a batch 40 times as large, with less noise in it.
-from config.train_gpt2 import *
+import torch
 
 init_from = "out/VL_768_768_1/best.pt"
 out_dir = "out/VL_768_768_1_bigbatch"
 
+batch_size = 32
+block_size = 1024
 gradient_accumulation_steps = 480
 max_iters = 10
+
+learning_rate = 6e-5
 decay_lr = False
 warmup_iters = 0
+
+compile = torch.cuda.is_available()  # elsewhere it takes a C++ compiler, and minutes
 eval_interval = 5
 log_interval = 1
+wandb_mode = "offline"  # `wandb sync` uploads it; WANDB_MODE=online in the environment does so at once

@@ -7,7 +7,19 @@
 # third of an A100's peak in bfloat16. This is arithmetic, not a measurement.
 #
 # Why these numbers: those of train_gpt2.py and train_gpt2_budget.py, token for token.
-from config.train_gpt2 import *
+import torch
 
 init_from = "gpt2"
 out_dir = "out/gpt2_dense"
+
+# 32 sequences × 1024 tokens × 12 micro-steps over all GPUs = 393,216 tokens a step
+batch_size = 32
+block_size = 1024
+gradient_accumulation_steps = 12
+max_iters = 30000
+
+learning_rate = 6e-5
+warmup_iters = 500
+
+compile = torch.cuda.is_available()  # elsewhere it takes a C++ compiler, and minutes
+wandb_mode = "offline"  # `wandb sync` uploads it; WANDB_MODE=online in the environment does so at once
