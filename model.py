@@ -25,50 +25,21 @@ class KronLinear(nn.Module):
         else:
             self.B = nn.Parameter(torch.empty(r, m // dim_1, n // dim_2))
         self.bias = nn.Parameter(torch.zeros(n))
-        self.register_buffer("order", None)  # see omit_identity()
 
     def forward(self, x):
         if self.is_dense:
             return torch.addmm(self.bias, x.flatten(0, -2), self.A.squeeze(0)).view(*x.shape[:-1], -1)
-        if self.order is not None:
-            (T, row), rows, m = self.low_rank(), x.flatten(0, -2), len(self.order)
-            r, tokens = len(T), len(rows)
-            if COPY * m * r + tokens * r * r < COPY * tokens * m:
-                z = rows @ self.column()
-            else:
-                pivots, others = take_columns(rows, self.order).tensor_split([r], -1)
-                z = torch.addmm(pivots, others, T.T)
-            return torch.addmm(self.bias, z, row).view(*x.shape[:-1], -1)
         return kron_linear(x, self.A, self.B, self.bias)  # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
 
     @property
     def weight(self):  # W [m, n]
-        if self.order is not None:
-            return self.column() @ self.low_rank()[1]
         return kron_weight(self.A, self.B)
-
-    def low_rank(self):  # the side with the columns of W, [r, m - r], and that with its rows, [r, n]
-        return (self.A[:, :, 0], self.B[:, 0]) if self.A.shape[2] == 1 else (self.B[:, :, 0], self.A[:, 0])
-
-    def column(self):  # the side with the columns of W, [m, r], with its identity
-        T, _ = self.low_rank()
-        return torch.cat((torch.eye(len(T), dtype=T.dtype, device=T.device), T.T))[self.order.argsort()]
-
-    def omit_identity(self):
-        """Make room for W = Σ_f A_f ⊗ B_f of low rank as in a file: r rows of the side with the columns are an identity, and
-        that side has only the others. `order` [m] has the numbers of these r rows, then those of the others. A token takes
-        r (m + n - r) multiply-adds (PIFA, arXiv 2501.19090) in place of r (m + n), unless forward() puts the identity back,
-        which is faster at low ranks. This is not for training."""
-        side = "A" if self.A.shape[2] == 1 else "B"
-        columns = getattr(self, side).detach()  # [r, m, 1]
-        self.order = torch.empty(columns.shape[1], dtype=torch.long, device=columns.device)
-        setattr(self, side, nn.Parameter(columns[:, len(columns):]))
 
     def count_parameters(self):
         """Numbers in a file, where each rank counts once: of low rank, r rows of a side are the identity."""
         (r, m1, n1), (_, m2, n2) = self.A.shape, self.B.shape
         is_low_rank = not self.is_dense and (n1 == m2 == 1 or m1 == n2 == 1)
-        saved = r * r if self.order is None and is_low_rank and r < m1 * m2 and n1 * n2 > 1 else 0
+        saved = r * r if is_low_rank and r < m1 * m2 and n1 * n2 > 1 else 0
         return sum(p.numel() for p in self.parameters()) - saved
 
     def init_weights(self, std):
@@ -84,11 +55,6 @@ class KronLinear(nn.Module):
             small *= scale / small.square().mean(dim=(1, 2), keepdim=True).sqrt()
         else:
             nn.init.ones_(small)
-
-
-def take_columns(x, columns):
-    """x[..., columns], by the fastest of several ways on a CPU."""
-    return x.gather(-1, columns.expand(*x.shape[:-1], -1))
 
 
 class CausalSelfAttention(nn.Module):
@@ -456,7 +422,9 @@ class KronyGPT(nn.Module):
             model = cls(KronyGPTConfig(**model_args))
         for name in state_dict:
             if name.endswith(".order"):
-                model.get_submodule(name.removesuffix(".order")).omit_identity()
+                matrix = model.get_submodule(name.removesuffix(".order"))
+                matrix.__class__ = StoredLowRank
+                matrix.omit_identity()
         expected, found = ({name: tuple(p.shape) for name, p in d.items()} for d in (model.state_dict(), state_dict))
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
@@ -564,6 +532,49 @@ def kron_linear(x, A, B, bias, order=None):
         else:
             y = from_left(L, z.view(-1, m1 * r, n2)).reshape(-1, n1 * n2) + bias
     return y.reshape(*x.shape[:-1], n1 * n2)
+
+
+def take_columns(x, columns):
+    """x[..., columns], by the fastest of several ways on a CPU."""
+    return x.gather(-1, columns.expand(*x.shape[:-1], -1))
+
+
+class StoredLowRank(KronLinear):
+    """A KronLinear of low rank as a file has it: r rows of the side with the columns are an identity, and that side has only
+    the others. `order` [m] has the numbers of these r rows, then those of the others. A token takes r (m + n - r)
+    multiply-adds (PIFA, arXiv 2501.19090) in place of r (m + n), unless forward() puts the identity back, which is faster at
+    low ranks. This is not for training."""
+
+    def omit_identity(self):
+        """Make room for such tensors in what was a KronLinear."""
+        side = "A" if self.A.shape[2] == 1 else "B"
+        columns = getattr(self, side).detach()  # [r, m, 1]
+        self.register_buffer("order", torch.empty(columns.shape[1], dtype=torch.long, device=columns.device))
+        setattr(self, side, nn.Parameter(columns[:, len(columns):]))
+
+    def sides(self):  # the side with the columns of W, [r, m - r], and that with its rows, [r, n]
+        return (self.A[:, :, 0], self.B[:, 0]) if self.A.shape[2] == 1 else (self.B[:, :, 0], self.A[:, 0])
+
+    def column(self):  # the side with the columns of W, [m, r], with its identity
+        T, _ = self.sides()
+        return torch.cat((torch.eye(len(T), dtype=T.dtype, device=T.device), T.T))[self.order.argsort()]
+
+    @property
+    def weight(self):
+        return self.column() @ self.sides()[1]
+
+    def count_parameters(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, x):
+        (T, row), rows, m = self.sides(), x.flatten(0, -2), len(self.order)
+        r, tokens = len(T), len(rows)
+        if COPY * m * r + tokens * r * r < COPY * tokens * m:
+            z = rows @ self.column()
+        else:
+            pivots, others = take_columns(rows, self.order).tensor_split([r], -1)
+            z = torch.addmm(pivots, others, T.T)
+        return torch.addmm(self.bias, z, row).view(*x.shape[:-1], -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

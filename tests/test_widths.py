@@ -15,7 +15,7 @@ from kronygpt.calibration import statistics
 from kronygpt.compress import apply
 from kronygpt.distillation import Distillation
 from kronygpt.modeling_kronygpt import KronyGPTForCausalLM
-from model import IGNORE_INDEX, KronyGPT, KronyGPTConfig
+from model import IGNORE_INDEX, KronyGPT, KronyGPTConfig, StoredLowRank
 
 HEADS, HEAD_DIM = 4, 16
 IDX = random_tokens(2, 20)
@@ -147,7 +147,7 @@ def test_a_file_holds_each_rank_once(model, tmp_path):
         for (name, p), (_, q) in zip(named_matrices(model), named_matrices(other)):
             assert (p.weight - q.weight).norm() <= 1e-6 * p.weight.norm(), name
         torch.testing.assert_close(other.eval()(IDX), plain_logits(model, IDX), rtol=0, atol=2e-5)
-    assert sum(matrix.order is not None for *_, matrix in stored.matrices()) == 7
+    assert sum(isinstance(matrix, StoredLowRank) for *_, matrix in stored.matrices()) == 7
     ranks = sum(r * r for shape, r in low_rank if shape)
     assert stored.flops_per_token() <= model.flops_per_token() - 6 * ranks
     checkpoint.save(tmp_path / "b.pt", stored)
