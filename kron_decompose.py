@@ -34,6 +34,7 @@ budget = "82M"  # total number of parameters, such as 82M or 66%, or a comma lis
 plan_only = False  # show what the budgets are predicted to cost, and compress nothing
 matrices = "all"  # matrices that share the budget: all, or mlp for those of the MLPs
 keep = ""  # comma list of what stays as it is under --budget: embedding, heads, hidden
+round_ranks: int | None = None  # ranks that a budget gives are multiples of it; default: 8 on CUDA (tensor cores), else 1
 calibrate: str | None = None  # data set under data/: its training split is calibrated on, its validation split scored
 calibration_tokens = 131072  # number of tokens to calibrate on
 device = ""  # where to calibrate; default: CUDA if available, else Apple's mps, else the CPU
@@ -116,6 +117,7 @@ def print_choice(names, plans, path, total):
 def main(dim_1=None, dim_2=None, n_factors=None):
     from kronygpt import calibration, checkpoint, compress, data
     from kronygpt.budget import NARROWS, Plan, is_dense, parse_budget, plan_widths, room, smallest
+    from kronygpt.device import pick_device
     from kronygpt.files import output_file
     from model import KINDS
 
@@ -140,10 +142,11 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         kinds = [kind for kind in KINDS if matrices == "all" or kind.startswith("mlp.")]
         is_whole = matrices == "all" and is_dense(dense)  # else ranks alone are chosen
         narrows = [part for part in NARROWS if is_whole and part not in kept]
+        step = round_ranks or (8 if pick_device(device).type == "cuda" else 1)
         names = {f"best_{text}": parse_budget(text, total) for text in texts}
         for limit in names.values():
-            room(config, kinds, limit, narrows)  # an error comes before the work
-        options |= dict(budget=budget, matrices=matrices, keep=keep)
+            room(config, kinds, limit, narrows, step)  # an error comes before the work
+        options |= dict(budget=budget, matrices=matrices, keep=keep, round_ranks=step)
     paths, text = [output_file(out or f"checkpoints/{name}.pt") for name in names], None
     if calibrate:
         text = data.calibration_text(calibrate, calibration_tokens, config, device)
@@ -153,9 +156,10 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     if not dim_1:
         limits, shown = list(names.values()), plan_only or len(names) > 1
         if shown:
-            least = smallest(config, kinds, narrows)
+            least = smallest(config, kinds, narrows, step)
             limits += [limit for share in CURVE if (limit := int(share * total)) >= least]
-        plans = dict(zip(limits, plan_widths(dense, limits, calibration.statistics(dense, text), narrows, kinds)))
+        statistics = calibration.statistics(dense, text)
+        plans = dict(zip(limits, plan_widths(dense, limits, statistics, narrows, kinds, step)))
         if shown:
             print_choice(dict(zip(texts, names.values())), plans, output_file(PICTURE), total)
             plans = {limit: plans[limit] for limit in names.values()}

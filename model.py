@@ -80,6 +80,7 @@ class CausalSelfAttention(nn.Module):
                    for part in qkv.split(self.widths, dim=-1))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
+        mask = None if cache is None else cache.mask
         is_causal = cache is None or q.shape[2] > 1  # a single token sees all of the cache; several come when it is empty
         if is_causal and (narrow := v.shape[-1] - q.shape[-1]):  # fast kernels want one width for all of them
             if narrow > 0:
@@ -87,7 +88,7 @@ class CausalSelfAttention(nn.Module):
             else:
                 v = F.pad(v, (0, -narrow))
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
         y = y[..., :self.widths[2] // self.n_head].transpose(1, 2).flatten(-2)
         return y if self.v_columns is None else take_columns(y, self.v_columns)
 
@@ -319,13 +320,17 @@ class KronyGPT(nn.Module):
         end = start + idx.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit into the context of {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(start, end, device=idx.device))
+        positions = torch.arange(start, end, device=idx.device)
+        if cache is not None and cache.position is not None:
+            positions = cache.position
+            cache.mask = torch.arange(cache.length, device=idx.device) <= positions[:, None]
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         x = self.transformer.drop(x)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x, cache)
             if states is not None:
                 states.append(x)
-        if cache is not None:
+        if cache is not None and cache.position is None:
             cache.seen = end
         return self.transformer.ln_f(x)
 
@@ -336,6 +341,10 @@ class KronyGPT(nn.Module):
         if targets is None:
             return self.transformer.wte.logits(x)
         return linear_cross_entropy(*self.transformer.wte.as_output(x.flatten(0, 1), targets.flatten()))
+
+    def next_logits(self, idx, cache=None):
+        """Logits (B, vocab_size) of the token behind idx (B, T), as in hidden()."""
+        return self.transformer.wte.logits(self.hidden(idx, cache)[:, -1])
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=None):
@@ -353,10 +362,14 @@ class KronyGPT(nn.Module):
         block_size = self.config.block_size
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
         cache = KVCache(min(idx.shape[1] + max_new_tokens, block_size))
+        step = self.next_logits
         for _ in range(max_new_tokens):
-            fits = idx.shape[1] <= block_size  # else the window slides, every token has a new position, nothing can be kept
-            x = self.hidden(idx[:, cache.seen:], cache) if fits else self.hidden(idx[:, -block_size:])
-            logits = self.transformer.wte.logits(x[:, -1]).float()  # (B, vocab_size)
+            if idx.shape[1] > block_size:  # the window slides, every token has a new position, nothing can be kept
+                logits = self.next_logits(idx[:, -block_size:]).float()  # (B, vocab_size)
+            else:
+                if idx.is_cuda and cache.seen and cache.position is None:
+                    step = GraphedStep(self, idx[:, -1:], cache)
+                logits = step(idx[:, cache.seen:], cache).float()
             if not logits.sum().isfinite():  # isfinite() of all takes 1.5 ms
                 raise ValueError("the model's logits are not finite")
             if top_k is not None:
@@ -435,19 +448,45 @@ class KronyGPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in every block, for at most `length` tokens."""
+    """Keys and values of the tokens seen so far, in every block, for at most `length` tokens. With `position`, a tensor [1],
+    single tokens follow, whose place is read from it; `mask` [1, length] tells what they see, and `seen` is the caller's to
+    count. Such a step is the same for every token."""
 
     def __init__(self, length):
-        self.stores, self.length, self.seen = {}, length, 0
+        self.stores, self.length, self.seen, self.position, self.mask = {}, length, 0, None, None
 
     def extend(self, layer, *new):
         """Append keys and values (B, n_head, T, width) of the newest tokens; returns those of all tokens."""
         if layer not in self.stores:
-            self.stores[layer] = [t.new_empty(*t.shape[:2], self.length, t.shape[3]) for t in new]
+            self.stores[layer] = [t.new_zeros(*t.shape[:2], self.length, t.shape[3]) for t in new]
+        if self.position is not None:
+            return [store.index_copy_(2, self.position, t) for store, t in zip(self.stores[layer], new)]
         end = self.seen + new[0].shape[2]
         for store, t in zip(self.stores[layer], new):
             store[:, :, self.seen:end] = t
         return [store[:, :, :end] for store in self.stores[layer]]
+
+
+class GraphedStep:
+    """KronyGPT.next_logits of single tokens as one CUDA graph, which launches all kernels at once: one by one they take
+    longer to launch than to run."""
+
+    def __init__(self, model, token, cache):
+        self.token, self.graph, cache.position = token.clone(), torch.cuda.CUDAGraph(), token.new_tensor([cache.seen])
+        others = torch.cuda.Stream()
+        others.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(others):  # libraries start outside of the graph
+            model.next_logits(self.token, cache)
+        torch.cuda.current_stream().wait_stream(others)
+        with torch.cuda.graph(self.graph):
+            self.logits = model.next_logits(self.token, cache)
+
+    def __call__(self, token, cache):
+        self.token.copy_(token)
+        cache.position.fill_(cache.seen)
+        cache.seen += 1
+        self.graph.replay()
+        return self.logits
 
 
 # ----------------------------------------------------------------------------------------------------------------------

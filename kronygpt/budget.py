@@ -9,7 +9,6 @@ from itertools import product
 import torch
 
 from kronygpt.configurator import UserError, progress
-from kronygpt.device import float64
 from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, N_BANDS, Block, Choice, Staircase, Table, grid, narrowed, rank_table
 from model import KINDS, KronyGPT, Shape, multiply_adds
 
@@ -109,28 +108,28 @@ def shapes_within(config, limit):
     return sorted(found, key=lambda row: ((row[1].dim_1, row[1].factors) != (C, 1), row[1][:2] != (C, 1), row[2]))
 
 
-def smallest(config, kinds, narrows=()):
-    """Number of parameters of a KronyGPTConfig's model with rank 1 in the matrices of some kinds, and with the least of
-    what `narrows` names: "embedding", "heads", "hidden"."""
+def smallest(config, kinds, narrows=(), step=1):
+    """Number of parameters of a KronyGPTConfig's model with the least rank, `step`, in the matrices of some kinds, and with
+    the least of what `narrows` names: "embedding", "heads", "hidden"."""
     if "embedding" in narrows:
-        config = replace(config, wte=[(config.vocab_size, 1)], wpe=[(config.block_size, 1)])
+        config = replace(config, wte=[(config.vocab_size, step)], wpe=[(config.block_size, step)])
     if "heads" in narrows:
         config = replace(config, shapes={}, head_qk=grid(config.head_dim, HEAD_STEPS)[0],
                          head_v=grid(config.head_dim, HEAD_STEPS)[0])
     if "hidden" in narrows:
         config = replace(config, shapes={}, n_inner=[grid(n, HIDDEN_STEPS)[0] for n in config.n_inner])
-    shapes = {kind: [Shape(config.sizes(layer)[kind][0], 1, 1) for layer in range(config.n_layer)] for kind in kinds}
+    shapes = {kind: [Shape(config.sizes(layer)[kind][0], 1, step) for layer in range(config.n_layer)] for kind in kinds}
     return count_parameters(replace(config, shapes={**config.shapes, **shapes}))
 
 
-def room(config, kinds, limit, narrows=()):
+def room(config, kinds, limit, narrows=(), step=1):
     """How many numbers a budget of parameters leaves for the matrices of some kinds in all blocks together, and for the
     embeddings if "embedding" is in `narrows`.
 
     Raises:
-        UserError: too few for rank 1 and the narrowest widths, or enough for the dense model.
+        UserError: too few for the least rank, `step`, and the narrowest widths, or enough for the dense model.
     """
-    total, least = count_parameters(config, kinds), smallest(config, kinds, narrows)
+    total, least = count_parameters(config, kinds), smallest(config, kinds, narrows, step)
     if not least <= limit < total:
         raise UserError(f"a budget of {limit:,} parameters is not between {least:,}, where all is as narrow as can be, and "
                         f"{total:,}, which the dense model has")
@@ -145,7 +144,7 @@ def is_dense(model):
     return all(member.is_dense for member in model.members()) and widths == {model.config.head_dim}
 
 
-def plan_widths(dense, limits, statistics, narrows=NARROWS, kinds=KINDS):
+def plan_widths(dense, limits, statistics, narrows=NARROWS, kinds=KINDS, step=1):
     """Widths and ranks of a model for some numbers of parameters by predicted loss.
 
     The attention of each block chooses the widths of its heads and the ranks of its two matrices, its MLP a number of
@@ -158,6 +157,7 @@ def plan_widths(dense, limits, statistics, narrows=NARROWS, kinds=KINDS):
         narrows: what may change beside ranks.
         kinds: names of the matrices of a block whose ranks may change, such as "mlp.c_fc"; all of them unless `narrows` is
             empty. The shapes of the others stay.
+        step: ranks are multiples of it.
 
     Returns:
         [Plan], one for each limit.
@@ -166,9 +166,9 @@ def plan_widths(dense, limits, statistics, narrows=NARROWS, kinds=KINDS):
         UserError: a limit is too small for any plan, or large enough for the dense model.
     """
     config, parts, plans, blocks, embeddings = dense.config, [], [], [], {}
-    spare = [room(config, kinds, limit, narrows) for limit in limits]
+    spare = [room(config, kinds, limit, narrows, step) for limit in limits]
     if narrows:
-        blocks = [Block(dense, layer, statistics) for layer in range(config.n_layer)]
+        blocks = [Block(dense, layer, statistics, step) for layer in range(config.n_layer)]
         for block in progress(blocks, desc="widths", unit="blocks"):
             parts += block.attention("heads" in narrows), block.mlp("hidden" in narrows)
     else:
@@ -176,15 +176,14 @@ def plan_widths(dense, limits, statistics, narrows=NARROWS, kinds=KINDS):
             if kind in kinds:
                 squares = statistics.spectrum(f"transformer.h.{layer}.{kind}", matrix)
                 m, n = matrix.weight.shape
-                parts.append([Choice({}, n, 0.0, {kind: rank_table(m, n, squares)})])
+                parts.append([Choice({}, n, 0.0, {kind: rank_table(m, n, squares, step)})])
     if "embedding" in narrows:
-        found = statistics
-        E, P = (float64(getattr(dense.transformer, name).weight.detach()) for name in ("wte", "wpe"))
+        found, E, P = statistics, dense.transformer.wte.weight.detach(), dense.transformer.wpe.weight.detach()
         embeddings["wte"] = Staircase(E, (found.frequencies + found.probabilities) / 2,
                                       found.embedding_fisher + found.uncertainty * found.hidden, N_BANDS)
-        embeddings["wpe"] = Staircase(P, torch.full_like(P[:, 0], 1 / len(P)), found.embedding_fisher)
+        embeddings["wpe"] = Staircase(P, found.frequencies.new_full((len(P),), 1 / len(P)), found.embedding_fisher)
     for name, staircase in embeddings.items():
-        bands, sizes, losses = zip(*staircase.options())
+        bands, sizes, losses = zip(*staircase.options(step))
         table = Table(torch.tensor(sizes), CAUTION * torch.tensor(losses, dtype=torch.float64), bands.__getitem__)
         parts.append([Choice({}, 0, 0.0, {name: table})])
     biases = sum(config.sizes(layer)[kind][1] for layer in range(config.n_layer) for kind in kinds)  # change with widths

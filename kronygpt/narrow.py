@@ -198,27 +198,28 @@ class Staircase:
     def __init__(self, E, weights, metric, n_bands=1):
         self.E, mean = E, metric.diagonal().mean()
         R = torch.linalg.cholesky((1 - BLEND) * metric + BLEND * mean * torch.eye(len(metric)).to(metric))  # R Rᵀ = M
-        directions = torch.linalg.eigh(R.T @ (E.T @ (weights[:, None] * E)) @ R).eigenvectors.flip(1)
         self.order = weights.argsort(descending=True, stable=True) if n_bands > 1 else torch.arange(len(E), device=E.device)
-        self.A = (E @ (R @ directions))[self.order]  # (V, C)
+        E, weights = float64(E[self.order]), weights[self.order]
+        directions = torch.linalg.eigh(R.T @ (E.T @ (weights[:, None] * E)) @ R).eigenvectors.flip(1)
+        self.A = E @ (R @ directions)  # (V, C)
         self.B = torch.linalg.solve_triangular(R, directions.T, upper=False, left=False)  # (C, C), E = A B
         bands = self.A.tensor_split(n_bands)
         self.rows = [len(band) for band in bands]
-        self.squares = torch.stack([w @ band.square() for w, band in zip(weights[self.order].tensor_split(n_bands), bands)])
+        self.squares = torch.stack([w @ band.square() for w, band in zip(weights.tensor_split(n_bands), bands)])
         scale = (self.B.norm(dim=1) / self.A.norm(dim=0).clamp(min=torch.finfo(E.dtype).tiny)).sqrt()
         self.A *= scale  # training then changes both sides alike
         self.B /= scale[:, None]
 
-    def options(self):
-        """[(bands, size, predicted loss)], sizes rising and losses falling: ranks, staircases, and the dense embedding."""
-        (V, C), found = self.E.shape, []
-        for r, loss in enumerate(tails(self.squares.sum(0)).tolist()[1:min(V, C)], 1):
-            found.append(([(V, r)], r * (V + C - r), loss))
+    def options(self, step=1):
+        """[(bands, size, predicted loss)], sizes rising and losses falling: ranks and staircases in multiples of `step`, and
+        the dense embedding."""
+        (V, C), found, losses = self.E.shape, [], tails(self.squares.sum(0)).tolist()
+        found += [([(V, r)], r * (V + C - r), losses[r]) for r in range(step, full_rank(V, C), step)]
         if len(self.rows) > 1:
             rows, costs = torch.tensor(self.rows), tails(self.squares).cpu()
             prices = (self.squares.cpu() / 2 / rows[:, None]).flatten().sort().values  # at which a column is worth it
             for price in prices[torch.linspace(0, len(prices) - 1, STAIRCASES).long()]:
-                columns = 1 + (costs + price * rows[:, None] * torch.arange(C + 1))[:, 1:].argmin(1)
+                columns = step + step * (costs + price * rows[:, None] * torch.arange(C + 1))[:, step::step].argmin(1)
                 loss = costs.gather(1, columns[:, None]).sum().item()
                 found.append(([*zip(self.rows, columns.tolist())], int(rows @ columns + columns.max() * C), loss))
         found.append(([(V, C)], V * C, 0.0))
@@ -251,16 +252,23 @@ class Table(NamedTuple):
     option: Callable  # of a row: the Shape of a matrix, or the bands of a model.Embedding
 
 
-def rank_table(m, n, squares):
-    """The Table of a matrix [m, n] at rank 1, 2, ... and dense, with the σ² of spectrum(). Each rank is stored once:
-    r (m + n - r) numbers."""
-    ranks = torch.arange(1, min(m, n))
+def rank_table(m, n, squares, step=1):
+    """The Table of a matrix [m, n] at rank `step`, 2 `step`, ... and dense, with the σ² of spectrum(). Each rank is stored
+    once: r (m + n - r) numbers."""
+    ranks = torch.arange(step, max(step, full_rank(m, n)), step)
     sizes = torch.cat((ranks * (m + n - ranks), torch.tensor([m * n])))
+    losses = torch.cat((tails(squares.cpu())[ranks], torch.zeros(1, dtype=torch.float64)))
 
     def shape(row):
-        return Shape(m, 1, row + 1) if row + 1 < len(sizes) else Shape(m, n, 1)
+        return Shape(m, 1, ranks[row].item()) if row < len(ranks) else Shape(m, n, 1)
 
-    return Table(sizes, tails(squares.cpu())[1:], shape)
+    return Table(sizes, losses, shape)
+
+
+def full_rank(m, n):
+    """The least rank at which a token takes more multiply-adds than with the dense matrix [m, n], r (m + n): no rank from
+    there on is tried. (On gpt2-bytes at 1.716M that raises the predicted loss by 0.0001, at 0.931M not at all.)"""
+    return m * n // (m + n) + 1
 
 
 @dataclass
@@ -285,13 +293,14 @@ def grid(width, steps):
 
 
 class Block:
-    """The matrices of a block of a dense KronyGPT with its calibration.Statistics, in float64, and what narrows them.
+    """The matrices of a block of a dense KronyGPT with its calibration.Statistics, in float64, and what narrows them, with
+    ranks in multiples of `step`.
 
     b, F, G, mean: {kind: bias, Fisher metric of the output, covariance and mean of the input}.
     """
 
-    def __init__(self, model, layer, statistics):
-        self.config, self.model = model.config, model
+    def __init__(self, model, layer, statistics, step=1):
+        self.config, self.model, self.step = model.config, model, step
         self.names = names = {kind: f"transformer.h.{layer}.{kind}" for kind in KINDS}
         self.b = {kind: float64(model.get_submodule(name).bias.detach()) for kind, name in names.items()}
         self.F, self.mean, self.G = ({kind: of_all[name] for kind, name in names.items()} for of_all in (
@@ -323,12 +332,12 @@ class Block:
         S_qk = [W[:, at] @ F[at][:, at] @ W[:, at].T for at in in_qk]
         for n_v, v in zip(totals, of_v):
             at_v = columns(v)
-            proj = rank_table(n_v, C, squares(W_proj[at_v].T @ G[at_v][:, at_v] @ W_proj[at_v], R_proj)[:n_v])
+            proj = rank_table(n_v, C, squares(W_proj[at_v].T @ G[at_v][:, at_v] @ W_proj[at_v], R_proj)[:n_v], self.step)
             FW = F[:, 2 * C + at_v] @ W[:, 2 * C + at_v].T  # (3 C, C)
             for n_qk, qk, at, S in zip(totals, of_qk, in_qk, S_qk):
                 cross = W[:, at] @ FW[at]
                 S = S + cross + cross.T + W[:, 2 * C + at_v] @ FW[2 * C + at_v]  # W F Wᵀ of these columns
-                attn = rank_table(C, 2 * n_qk + n_v, squares(S, R_attn)[:2 * n_qk + n_v])
+                attn = rank_table(C, 2 * n_qk + n_v, squares(S, R_attn)[:2 * n_qk + n_v], self.step)
                 loss = bases.qk_costs[heads, qk].sum() + bases.vo_costs[heads, v].sum()
                 result.append(Choice(dict(head_qk=qk, head_v=v), 2 * n_qk + n_v + C, float(loss),
                                      {"attn.c_attn": attn, "attn.c_proj": proj}))
@@ -349,7 +358,8 @@ class Block:
             fc = squares(W_fc @ self.F["mlp.c_fc"][kept][:, kept] @ W_fc.T, R_fc)[:width]
             proj = squares(W_proj.T @ G[kept][:, kept] @ W_proj, R_proj)[:width]
             result.append(Choice(dict(n_inner=width), width + self.config.n_embd, float(costs[n - width]), {
-                "mlp.c_fc": rank_table(*W_fc.shape, fc), "mlp.c_proj": rank_table(*W_proj.shape, proj)}))
+                "mlp.c_fc": rank_table(*W_fc.shape, fc, self.step),
+                "mlp.c_proj": rank_table(*W_proj.shape, proj, self.step)}))
         return result
 
     def kept(self, width):

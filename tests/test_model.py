@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronygpt import checkpoint
-from model import KronLinear, KronyGPT, KronyGPTConfig, mlp_shapes
+from model import KronLinear, KronyGPT, KronyGPTConfig, KVCache, mlp_shapes
 
 
 def tiny(**changes):
@@ -205,6 +205,18 @@ def test_generation_with_the_cache_is_generation_without(mixed_model):
     for _ in range(20):
         idx = torch.cat((idx, torch.multinomial(mixed_model(idx)[:, -1].softmax(-1), 1, generator=generator)), dim=1)
     assert torch.equal(found, idx)
+
+
+@torch.no_grad()
+def test_a_step_is_the_same_for_every_token_where_a_tensor_holds_its_place(mixed_model):
+    idx, cache, counter = random_tokens(2, 12), KVCache(12), CompileCounterWithBackend("eager")
+    step = torch.compile(mixed_model.next_logits, backend=counter, fullgraph=True)
+    mixed_model.next_logits(idx[:, :5], cache)
+    cache.position = torch.tensor([0])
+    for i in range(5, 12):
+        cache.position.fill_(i)
+        torch.testing.assert_close(step(idx[:, i:i + 1], cache), mixed_model(idx[:, :i + 1])[:, -1])
+    assert counter.frame_count == 1
 
 
 def test_generation_samples_the_softmax_of_the_scaled_logits(small_model):

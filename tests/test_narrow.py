@@ -137,8 +137,8 @@ def test_an_embedding_of_low_rank_is_the_best_in_its_metric():
     blended = 0.99 * M + 0.01 * M.diagonal().mean() * torch.eye(4, dtype=torch.double)
     sigma = np.linalg.svd((weights.sqrt()[:, None] * E).numpy() @ square_root(blended), compute_uv=False)
     options = stairs.options()
-    assert [size for _, size, _ in options] == [13, 24, 33, 40]
-    for r, (bands, _, loss) in enumerate(options, 1):
+    assert [size for _, size, _ in options] == [13, 24, 40]  # rank 3 would take 42 multiply-adds
+    for r, (bands, _, loss) in zip((1, 2, 4), options):
         found = stairs.tensors(bands)
         e = E - (found["weight"] if r == 4 else found["A"].view(10, r) @ found["B"])
         assert torch.einsum("v,vi,ij,vj->", weights, e, blended, e).item() / 2 == pytest.approx(loss, abs=1e-12)
