@@ -575,6 +575,9 @@ def kron_linear(x, A, B, bias, order=None):
 
 def take_columns(x, columns):
     """x[..., columns], by the fastest of several ways on a CPU."""
+    if torch.is_autocast_enabled(x.device.type):  # which would make it float32
+        with torch.autocast(x.device.type, enabled=False):
+            return take_columns(x, columns)
     return x.gather(-1, columns.expand(*x.shape[:-1], -1))
 
 
@@ -592,7 +595,8 @@ class StoredLowRank(KronLinear):
         setattr(self, side, nn.Parameter(columns[:, len(columns):]))
 
     def sides(self):  # the side with the columns of W, [r, m - r], and that with its rows, [r, n]
-        return (self.A[:, :, 0], self.B[:, 0]) if self.A.shape[2] == 1 else (self.B[:, :, 0], self.A[:, 0])
+        A, B = self.A, self.B
+        return (A.flatten(1), B.flatten(1)) if A.shape[2] == 1 else (B.flatten(1), A.flatten(1))
 
     def column(self):  # the side with the columns of W, [m, r], with its identity
         T, _ = self.sides()

@@ -172,6 +172,9 @@ def whole(module, name):
 
 def take_columns(x, columns):
     """x[..., columns], by the fastest of several ways on a CPU."""
+    if torch.is_autocast_enabled(x.device.type):  # which would make it float32
+        with torch.autocast(x.device.type, enabled=False):
+            return take_columns(x, columns)
     return x.gather(-1, columns.long().expand(*x.shape[:-1], -1))
 
 

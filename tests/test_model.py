@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronygpt import checkpoint
-from model import KronLinear, KronyGPT, KronyGPTConfig, KVCache, mlp_shapes
+from model import KronLinear, KronyGPT, KronyGPTConfig, KVCache, mlp_shapes, take_columns
 
 
 def tiny(**changes):
@@ -205,6 +205,13 @@ def test_generation_with_the_cache_is_generation_without(mixed_model):
     for _ in range(20):
         idx = torch.cat((idx, torch.multinomial(mixed_model(idx)[:, -1].softmax(-1), 1, generator=generator)), dim=1)
     assert torch.equal(found, idx)
+
+
+def test_columns_are_taken_in_the_dtype_that_they_have():
+    x = torch.arange(12.0).view(3, 4).bfloat16()
+    with torch.autocast("cpu"):  # which casts what gather() takes to float32
+        found = take_columns(x, torch.tensor([2, 0]))
+    assert found.dtype == torch.bfloat16 and found.tolist() == [[2, 0], [6, 4], [10, 8]]
 
 
 @torch.no_grad()
