@@ -2,8 +2,6 @@ PYTHON ?= python3
 VENV := .venv
 DTYPE ?= float32
 export HF_HUB_OFFLINE ?= 1
-# memory that is freed stays with the process: on Linux, training on the CPU is up to a fifth faster
-export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
 
 .PHONY: help install demo base gpt2 figures test stress lint clean
 

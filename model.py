@@ -626,6 +626,7 @@ class StoredLowRank(KronLinear):
 # the dtype of its inputs: in bfloat16, 10.0 in place of 10.5 for 12,288 tokens in 37 chunks.)
 
 IGNORE_INDEX = -100  # a target with this value is not scored (the default of F.cross_entropy)
+SLICE = 2**21  # logits at once without gradients, on a CPU
 
 
 def product_of_bands(z, parts):
@@ -635,9 +636,8 @@ def product_of_bands(z, parts):
 
 
 def chunk_rows(parts, dtype):
-    """Tokens in a chunk of logits. In float32 and without gradients, on a CPU, it has 2^23 numbers: 32 MiB, which malloc
-    reuses. In half precision each chunk adds its gradient of W to a float32 sum, and on a GPU it launches kernels: there,
-    few chunks are faster."""
+    """Tokens in a chunk of logits. In float32, on a CPU, it has 2^23 numbers: 32 MiB, which malloc reuses. In half precision
+    each chunk adds its gradient of W to a float32 sum, and on a GPU it launches kernels: there, few chunks are faster."""
     numbers = 2**27 if parts[0].device.type == "cuda" else 2**23 if dtype == torch.float32 else 2**26
     return max(1, numbers // sum(map(len, parts)))
 
@@ -679,23 +679,22 @@ class ChunkedLinearLoss(torch.autograd.Function):
         return None, None, None, *scaled, *[None] * ctx.n_per_token
 
 
+def product_dtype(x):
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def chunked_mean(chunk_loss, x, parts, targets, *per_token):
     """The sum of chunk_loss(logits, targets, *per_token) over chunks, divided by the number of tokens scored.
 
     Under autocast the products are in its dtype; the loss is float32.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    per_token = (targets, *per_token)
-    with torch.autocast(device, enabled=False):
+    dtype, per_token = product_dtype(x), (targets, *per_token)
+    with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():
             total = chunk_loss(product_of_bands(x.to(dtype), parts), *per_token)
-        elif torch.is_grad_enabled():
-            total = ChunkedLinearLoss.apply(chunk_loss, dtype, len(parts), x, *parts, *per_token)
         else:
-            parts = [W.to(dtype) for W in parts]
-            chunks = zip(*(t.split(chunk_rows(parts, torch.float32)) for t in (x, *per_token)))
-            total = sum(chunk_loss(product_of_bands(rows.to(dtype), parts), *rest) for rows, *rest in chunks)
+            total = ChunkedLinearLoss.apply(chunk_loss, dtype, len(parts), x, *parts, *per_token)
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
@@ -703,8 +702,29 @@ def summed_cross_entropy(logits, targets):
     return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
+def streamed_cross_entropy(x, parts, targets):
+    """linear_cross_entropy without gradients: logits of all tokens for a slice of the vocabulary at a time, which stays in
+    the cache of a CPU, and the logarithm of their sum of exponentials so far (arXiv 1805.02867)."""
+    dtype, step = product_dtype(x), max(1, (2**27 if x.is_cuda else SLICE) // max(1, len(x)))
+    total = x.new_full((len(x),), -math.inf, dtype=torch.float32)
+    chosen, begin = torch.zeros_like(total), 0
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(dtype)
+        for W in (W for part in parts for W in part.split(step)):
+            logits, at = product_of_bands(x, [W]).float(), targets - begin
+            picked = logits.gather(1, at.clamp(0, len(W) - 1)[:, None])[:, 0]
+            chosen = torch.where((at >= 0) & (at < len(W)), picked, chosen)
+            largest = logits.amax(1)
+            total = torch.logaddexp(total, largest + logits.sub_(largest[:, None]).exp_().sum(1).log())
+            begin += len(W)
+    is_scored = targets != IGNORE_INDEX
+    return torch.where(is_scored, total - chosen, 0.0).sum() / is_scored.sum().clamp(min=1)
+
+
 def linear_cross_entropy(x, parts, targets):
     """Mean cross entropy in nats of the logits x Wᵀ, for x (T, r), the parts of a staircase W, [W] where it is one matrix,
     and targets (T,) that are IGNORE_INDEX where not scored: a float32 scalar, 0 where nothing is scored."""
     # F.cross_entropy(x @ W.T, targets)
-    return chunked_mean(summed_cross_entropy, x, parts, targets)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return chunked_mean(summed_cross_entropy, x, parts, targets)
+    return streamed_cross_entropy(x, parts, targets)

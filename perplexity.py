@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kronygpt import checkpoint, data
 from kronygpt.configurator import UserError, progress, run
-from kronygpt.device import autocast_to, pick_device
+from kronygpt.device import autocast_to, keep_freed_memory, pick_device
 from kronygpt.files import atomic_write, output_file
 from kronygpt.hub import hub_dataset
 from kronygpt.tokenizer import open_tokenizer, well_formed
@@ -79,7 +79,9 @@ def main(ckpt, dataset=None, n_batches=None):
     if json_out:
         output_file(json_out)
     model, _ = checkpoint.load(ckpt, as_stored=True)
-    model.to(pick_device(device)).eval()
+    torch_device = pick_device(device)
+    keep_freed_memory(torch_device)
+    model.to(torch_device).eval()
     context = model.config.block_size
     step = context if stride is None else stride
     if not 1 <= step <= context:

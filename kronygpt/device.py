@@ -1,4 +1,5 @@
 """Torch devices and dtypes, and the processes of a run."""
+import ctypes
 import os
 import signal
 import sys
@@ -7,6 +8,8 @@ import torch
 import torch.distributed as dist
 
 from kronygpt.configurator import SIGNALLED, check_choice
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt()
 
 
 def pick_device(name=""):
@@ -18,6 +21,14 @@ def pick_device(name=""):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     return device
+
+
+def keep_freed_memory(device):
+    """Let memory that is freed stay with this process, on a CPU with glibc: else each large tensor goes back to the system,
+    and the next one waits for its pages."""
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def default_dtype(device):
@@ -50,6 +61,7 @@ class Processes:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.signal = 0  # the number of the signal that this process was sent
         self.device = pick_device(name)
+        keep_freed_memory(self.device)
         if self.world_size > 1:
             if self.device.type == "cuda":
                 self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")

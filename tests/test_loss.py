@@ -57,6 +57,7 @@ def largest_tensor(function):
 @pytest.mark.parametrize("logits_at_once", [1, 64, 200, 1000, 10**9])
 def test_loss_and_gradients_do_not_depend_on_the_chunks(logits_at_once, problem, monkeypatch):
     monkeypatch.setattr(model_module, "chunk_rows", lambda parts, dtype: max(1, logits_at_once // VOCAB_SIZE))
+    monkeypatch.setattr(model_module, "SLICE", logits_at_once)
     x, W, targets = problem
     expected = F.cross_entropy(x @ W.T, targets)
     found = linear_cross_entropy(x, [W], targets)
@@ -171,6 +172,7 @@ def test_a_student_learns_from_a_teacher_of_another_width(in_chunks):
 def test_logits_are_never_whole_in_memory(monkeypatch):
     n_tokens, vocab_size = 64, 512
     monkeypatch.setattr(model_module, "chunk_rows", lambda parts, dtype: 4)
+    monkeypatch.setattr(model_module, "SLICE", 4 * vocab_size)
     x, W = torch.randn(n_tokens, C, requires_grad=True), torch.randn(vocab_size, C, requires_grad=True)
     targets, teacher = random_tokens(n_tokens), (torch.randn(n_tokens, 5), torch.randn(vocab_size, 5))
     assert largest_tensor(lambda: F.cross_entropy(x @ W.T, targets).backward()) == n_tokens * vocab_size
