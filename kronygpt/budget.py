@@ -70,9 +70,12 @@ def parse_budget(text, total):
     """A number of parameters such as 82M, 1.5B, 82000000 or, of a model of `total` parameters, 66%."""
     unit = {"K": 10**3, "M": 10**6, "B": 10**9, "%": Decimal(total) / 100}.get(text[-1:].upper())
     try:
-        return int(Decimal(text[:-1]) * unit if unit else Decimal(text))
+        number = int(Decimal(text[:-1]) * unit if unit else Decimal(text))
     except (ArithmeticError, ValueError):
-        raise UserError(f"--budget takes a number of parameters such as 82M or 66%, not {text}") from None
+        number = 0
+    if number < 1:
+        raise UserError(f"--budget takes a number of parameters such as 82M or 66%, not {text}")
+    return number
 
 
 def count_parameters(config, without=()):

@@ -270,8 +270,8 @@ tags: [gpt2, kronecker, compression]
 
 # {name}
 
-GPT-2 with {parameters:,} parameters ({dense:,} with the Kronecker sums expanded), in {dtype}. Weight matrices W
-are sums of Kronecker products, Σ A_f ⊗ B_f, and are stored and computed as their factors.
+GPT-2 with {parameters:,} parameters ({dense:,} with all products expanded), in {dtype}. Weight matrices are of low rank or
+other sums of Kronecker products, Σ A_f ⊗ B_f, and are stored and computed as their factors.
 
 ## Use
 

@@ -67,6 +67,12 @@ def test_a_budget_is_a_number(text, number):
     assert budget.parse_budget(text, 10_000) == number
 
 
+@pytest.mark.parametrize("text", ["0.6", "0", "-82M", "M", "", "half", "82MB", "nan", "inf%"])
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(UserError, match="takes a number of parameters such as 82M or 66%"):
+        budget.parse_budget(text, 10_000)
+
+
 class Spectra:
     """Statistics with given squared singular values, {name of a matrix: σ², descending}."""
 
