@@ -153,7 +153,10 @@ def test_staircases_cost_what_an_explicit_embedding_costs():
     sizes, losses = ([option[i] for option in options] for i in (1, 2))
     assert sizes == sorted(sizes) and losses == sorted(losses, reverse=True) and options[-1] == ([(60, 6)], 360, 0.0)
     assert any(len(bands) == 4 for bands, *_ in options)
-    for bands, size, loss in options[:-1]:
+    even = stairs.options(2)
+    assert even[-1] == options[-1] and not any(k % 2 for bands, *_ in even for _, k in bands)
+    assert any(len(bands) == 4 for bands, *_ in even)
+    for bands, size, loss in options[:-1] + even[:-1]:
         embedding = Embedding(60, 6, bands).double()
         found = stairs.tensors(bands)
         assert found.keys() == embedding.state_dict().keys()
