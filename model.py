@@ -478,7 +478,7 @@ class GraphedStep:
         with torch.cuda.stream(others):  # libraries start outside of the graph
             model.next_logits(self.token, cache)
         torch.cuda.current_stream().wait_stream(others)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use the GPU
             self.logits = model.next_logits(self.token, cache)
 
     def __call__(self, token, cache):
