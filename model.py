@@ -367,7 +367,7 @@ class KronyGPT(nn.Module):
             if idx.shape[1] > block_size:  # the window slides, every token has a new position, nothing can be kept
                 logits = self.next_logits(idx[:, -block_size:]).float()  # (B, vocab_size)
             else:
-                if idx.is_cuda and cache.seen and cache.position is None:
+                if idx.is_cuda and cache.seen and cache.position is None and not torch.is_autocast_enabled("cuda"):
                     step = GraphedStep(self, idx[:, -1:], cache)
                 logits = step(idx[:, cache.seen:], cache).float()
             if not logits.sum().isfinite():  # isfinite() of all takes 1.5 ms

@@ -22,7 +22,7 @@ import torch
 
 from kronygpt import checkpoint, data
 from kronygpt.configurator import UserError, run
-from kronygpt.device import autocast_to, pick_device
+from kronygpt.device import pick_device
 from kronygpt.tokenizer import open_tokenizer, stream_text
 
 port = 8017  # port of the page at 127.0.0.1; 0 takes any that is free
@@ -33,7 +33,7 @@ top_k = 200  # sample among the N most likely tokens; 0 for all
 seed = 1337  # seed for sampling
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
-dtype = "float32"  # bfloat16 or float16, by autocast
+dtype = "float32"  # type of the weights and of all that is computed: float32, bfloat16 or float16
 
 CONTROLS = ("prompt", "max_new_tokens", "temperature", "top_k", "seed")
 HOST = "127.0.0.1"
@@ -48,7 +48,7 @@ Player = namedtuple("Player", "model tokenizer facts")  # a KronyGPT on its devi
 def load_player(ckpt):
     model, _ = checkpoint.load(ckpt, as_stored=True)
     text_tokenizer = open_tokenizer(model.config, tokenizer)
-    model.to(pick_device(device)).eval()
+    model.to(pick_device(device), getattr(torch, dtype)).eval()
     facts = dict(name=ckpt, kind="dense" if all(matrix.is_dense for _, _, matrix in model.matrices()) else "compressed",
                  parameters=model.count_parameters()["total"], context=model.config.block_size,
                  bytes=sum(p.numel() * p.element_size() for p in model.parameters()))
@@ -102,14 +102,13 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, players):
         self.players = players
-        self.autocast = autocast_to(pick_device(device), dtype)
         self.worker = ThreadPoolExecutor(max_workers=1)
         super().__init__((HOST, port), Handler)
 
     def next_event(self, events):
         """The next of a request's events, or None after the last."""
         def step():
-            with self.autocast, torch.no_grad():
+            with torch.no_grad():
                 return next(events, None)
 
         return self.worker.submit(step).result()

@@ -42,7 +42,7 @@ new_tokens = 32  # tokens generated in a measurement
 shapes = "768,768,1 768,1,288,288 768,1536,1 384,3072,1 256,64,10 768,1,153"  # dim_1,dim_2,factors[,attention rank]
 models = ""  # comma list of compressed models of these sizes, which are measured beside the first shape
 device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
-dtype = "float32"  # or bfloat16 or float16, by autocast
+dtype = "float32"  # or bfloat16 or float16, by autocast; in generation that of the weights
 out_dir = "out/bench"  # directory of the results
 
 CONTEXTS, SEQUENCES = (64, 900), (1, 8)  # of generation: tokens at the end, and sequences at once
@@ -103,13 +103,16 @@ def make_candidates(shape, is_first):
 
     def ours(shape):
         model = KronyGPT(make_config(shape))
-        return Candidate(model, model, lambda idx, n: list(model.generate(idx, n, temperature=0)))
+        return Candidate(model, model, partial(generate, model))
+
+    def generate(model, idx, n):  # the last measurement: the weights stay so
+        list(model.to(getattr(torch, dtype)).generate(idx, n, temperature=0))
 
     def loaded(path):  # balanced for training, and as stored for all else
         model, stored = (checkpoint.load(path, as_stored=as_stored)[0] for as_stored in (False, True))
         stored.to(pick_device(device))
         return Candidate(model, lambda *batch: (model if torch.is_grad_enabled() else stored)(*batch),
-                         lambda idx, n: list(stored.generate(idx, n, temperature=0)))
+                         partial(generate, stored))
 
     candidates = {"dense": ours((n_embd, 4 * n_embd, 1)), f"ours {shape}": ours(shape)}
     if is_first:
@@ -118,7 +121,7 @@ def make_candidates(shape, is_first):
             embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None))  # no token ends a text early
         candidates["transformers dense"] = Candidate(
             gpt2, partial(loss_of_whole_logits, lambda idx: gpt2(idx).logits),
-            lambda idx, n: gpt2.generate(idx, do_sample=False, max_new_tokens=n))
+            lambda idx, n: gpt2.to(getattr(torch, dtype)).generate(idx, do_sample=False, max_new_tokens=n))
         whole = ours(shape)
         candidates[f"whole logits {shape}"] = whole._replace(loss=partial(loss_of_whole_logits, whole.model))
         candidates |= {path: loaded(path) for path in models.split(",") if path}
@@ -140,8 +143,7 @@ def measure(candidates, torch_device):
             optimizers[name].zero_grad()
 
     def generate(name, sequences, context):
-        with autocast_to(torch_device, dtype):
-            candidates[name].generate(idx[:1, :context - new_tokens].repeat(sequences, 1), new_tokens)
+        candidates[name].generate(idx[:1, :context - new_tokens].repeat(sequences, 1), new_tokens)
 
     def record(what, values):
         for name, value in values.items():

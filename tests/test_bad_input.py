@@ -42,7 +42,7 @@ BAD = {  # {command: what its line says}
     "kron_decompose.py 16 16 many --init_from=good.pt": "invalid literal",
     "kron_decompose.py --matrices=attn": "matrices is all or mlp",
     "kron_decompose.py --budget=many --init_from=good.pt": "82M",
-    "kron_decompose.py --budget=-82M --init_from=good.pt": "-82,000,000",
+    "kron_decompose.py --budget=-82M --init_from=good.pt": "not -82M",
     "kron_decompose.py --budget=1K --init_from=good.pt": "no shape of the MLPs makes a model of 1,000 parameters: with",
     f"{CALIBRATE}tiny --budget=1K": "1,000 parameters is not between",
     f"{CALIBRATE}tiny --budget=10K --keep=heads,wings": "--keep is a comma list of embedding, heads, hidden, not wings",
