@@ -183,7 +183,9 @@ def draw(rows, path, what):
         axes.plot(x, before, marker=marker, color=color, markerfacecolor="white", markersize=9)
         axes.plot(x, values[-1], marker=marker, color=color, markersize=9, linestyle="", label=name)
     axes.axhline(rows[0][2], color="k", linestyle=":", linewidth=1)
-    axes.set(xlabel="parameters (millions)", ylabel=f"{what}, lower is better", title="hollow: before training")
+    is_trained = any(after is not None for *_, after in rows)
+    axes.set(xlabel="parameters (millions)", ylabel=f"{what}, lower is better",
+             title="hollow: before training" if is_trained else "before training")
     use_log_scale(axes)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
