@@ -23,7 +23,6 @@ of what the model has learned. It takes minutes, and a GPU helps.
 """
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from kronygpt import configurator
 from kronygpt.configurator import UserError, check_choice, run
@@ -82,9 +81,9 @@ def print_plan(plan):
         print(f"{layer:>5}  " + "  ".join(f"{text:>{width}}" for text, width in zip(row, space.values())))
     for name, bands in plan.bands.items():
         print(f"{name}: " + ", ".join(f"{rows} × {columns}" for rows, columns in bands))
-    parts = ", ".join(f"{name} {sum(losses):.4f}" for name, losses in plan.losses.items())
+    parts = ", ".join(f"{name} {sum(losses):.2g}" for name, losses in plan.losses.items())
     print("each rank counts once: r (m + n - r) numbers are in the file for a matrix [m, n] of rank r\n"
-          f"predicted loss added (order only): {plan.loss:.4f} nats per token: {parts}")
+          f"predicted loss added (order only): {plan.loss:.2g} nats per token: {parts}")
 
 
 def print_choice(names, plans, path, total):
@@ -99,7 +98,7 @@ def print_choice(names, plans, path, total):
         f"{text:>11}" for text in ("budget", "of all", "in all", *parts)))
     for name, limit in names.items():
         losses = (plans[limit].loss, *(sum(plans[limit].losses[part]) for part in parts))
-        print("  ".join((f"{name:>11}", f"{limit / total:>11.1%}", *(f"{loss:>11.4f}" for loss in losses))))
+        print("  ".join((f"{name:>11}", f"{limit / total:>11.1%}", *(f"{loss:>11.2g}" for loss in losses))))
     figure = new_figure(8, 5)
     axes = figure.subplots()
     axes.plot(sorted(plans), [plans[limit].loss for limit in sorted(plans)], color="0.6")
@@ -107,7 +106,7 @@ def print_choice(names, plans, path, total):
         axes.plot(limit, plans[limit].loss, "C0o")
         axes.annotate(name, (limit, plans[limit].loss), (6, 6), textcoords="offset points")
     axes.set(xlabel="parameters", ylabel="predicted loss added (order only; nats per token)", yscale="log",
-             title=Path(init_from).name)
+             title=str(init_from))
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3, which="both")
     save_figure(figure, path)

@@ -31,9 +31,13 @@ tolerance: float | None = None  # largest difference of a logit that counts as r
 
 
 def default_directory(ckpt, models):
-    """models/<name> for a checkpoint: of the file, or of its folder where that is ckpt.pt or best.pt."""
+    """models/<name> for a checkpoint: of the file, or of its folder where that is ckpt.pt or best.pt; compare.py has
+    a folder seed_N for each seed of a start."""
     path = Path(ckpt).resolve()
-    return models / (path.parent.name if path.stem in ("ckpt", "best") else path.stem)
+    if path.stem not in ("ckpt", "best"):
+        return models / path.stem
+    seed = path.parent.name.startswith("seed_")
+    return models / (f"{path.parent.parent.name}_{path.parent.name}" if seed else path.parent.name)
 
 
 def find_tokenizer(config):
@@ -104,9 +108,10 @@ def main(ckpt, out_dir=None):
 
     # the report
     before, after = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
-    expanded = "" if compressed else f", {after:,} with the Kronecker sums expanded"
+    expanded = "" if compressed else f", {after:,} in this form"
     size = sum(file.stat().st_size for file in out_dir.glob("model*.safetensors")) / 2**20
-    print(f"wrote {out_dir}/ ({size:,.1f} MiB): {before:,} parameters{expanded}; logits differ by at most {difference:.1e}")
+    print(f"wrote {out_dir}/ ({size:,.1f} MiB): {before:,} parameters{expanded}; logits differ by at most {difference:.1e}"
+          + " by rounding" * (dtype == "int8"))
     if push:
         print(f"uploaded to {hub.upload(out_dir, push)}")
 

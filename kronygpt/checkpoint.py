@@ -118,7 +118,8 @@ def locate(source):
     """The path of a file or a Hugging Face directory for what load() takes."""
     path = next((p for p in (Path(source), MODELS_DIR / source) if p.exists()), None)
     if path is None and not looks_like_hub_name(source):
-        raise FileNotFoundError(f"no checkpoint {source}: train.py, kron_decompose.py and prune.py make them")
+        raise FileNotFoundError(f"no checkpoint or export {source}: train.py, kron_decompose.py, prune.py and "
+                                "kron_to_gpt.py make them")
     path = path or download(source)
     is_run = path.is_dir() and not (path / "config.json").exists() and (path / "ckpt.pt").exists()
     return path / "ckpt.pt" if is_run else path

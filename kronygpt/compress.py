@@ -86,6 +86,8 @@ def report(dense, new, fits=()):
     rows = [(layer, kind, len(matrix.A), f"{share((old.weight - matrix.weight).norm(), old.weight.norm()):.4f}")
             for (layer, kind, old), (_, _, matrix) in zip(dense.matrices(), new.matrices())
             if not fits and not torch.equal(old.weight, matrix.weight)]
+    if not fits and not rows:
+        return
     if fits:
         what, heads = f"{what} and of the output on text, before → after calibration", ["weights", "output"]
         rows = [(fit.layer, fit.name, fit.n_factors, f"{fit.weight_error_before:.4f} → {fit.weight_error:.4f}",
@@ -102,7 +104,7 @@ def report_loss(dense, new, tokens, plan):
     starts = data.even_starts(len(tokens), T, max(1, min(len(tokens), HELD_OUT_TOKENS) // T))
     windows = [(start, start + 1, start + T) for start in starts]
     before, after = (data.mean_loss(model.eval(), tokens, windows, max(1, BATCH_TOKENS // T)) for model in (dense, new))
-    predicted = f" (predicted, order only: {plan.loss:.4f})" if plan.losses else ""
+    predicted = f" (predicted, order only: {plan.loss:.2g})" if plan.losses else ""
     print(f"loss on {len(windows) * (T - 1):,} held-out tokens: {before:.4f} → {after:.4f} nats per token, "
           f"{after - before:.4f} added{predicted}")
 
@@ -126,7 +128,7 @@ def write(path, dense, new, options, recipe):
     again, _ = checkpoint.load(str(path), as_stored=True)
     if not is_same(new, again):
         raise UserError(f"{path} does not hold what was written to it", status=1)
-    print(f"wrote {path} ({os.path.getsize(path) / 2**20:.0f} MiB), and verified it")
+    print(f"wrote {path} ({os.path.getsize(path) / 2**20:,.1f} MiB), and verified it")
     if (new.config.vocab_size, new.config.block_size) == (GPT2_VOCAB_SIZE, RECIPE_BLOCK_SIZE):
         print(f"next: python train.py {recipe} --init_from={path} --out_dir=out/{Path(path).stem}")
 

@@ -168,7 +168,7 @@ def progress(items=None, unit_scale=False, **options):
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt} {unit}, {rate_fmt}, {elapsed} so far, {remaining} left\n"
         options |= dict(bar_format=line, miniters=1, delay=LOG_SECONDS, mininterval=LOG_SECONDS, maxinterval=LOG_SECONDS)
-    return tqdm(items, unit_scale=unit_scale, leave=False, **options)
+    return tqdm(items, unit_scale=unit_scale, leave=not sys.stderr.isatty(), **options)
 
 
 def run(main):

@@ -53,7 +53,8 @@ def download(name):
         return directory
     except Exception as error:  # the hub's errors have no class in common
         raise FileNotFoundError(f"no file or directory {name}, nor models/{name}, and no such model could be fetched from "
-                                f"the Hugging Face hub ({type(error).__name__}): is there a network?") from None
+                                f"the Hugging Face hub ({type(error).__name__}): is there a network, and is "
+                                "HF_HUB_OFFLINE unset?") from None
 
 
 def upload(directory, name):

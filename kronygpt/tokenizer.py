@@ -62,7 +62,11 @@ class GPT2Tokenizer(Tokenizer):
 
     @property
     def encoding(self):
-        return tiktoken.get_encoding("gpt2")  # downloaded, unless TIKTOKEN_CACHE_DIR has it
+        try:
+            return tiktoken.get_encoding("gpt2")  # downloaded, unless TIKTOKEN_CACHE_DIR has it
+        except OSError as error:
+            raise UserError(f"GPT-2's tokenizer could not be downloaded ({type(error).__name__}): is there a network?",
+                            status=1) from None
 
     def encode(self, text):
         return self.encoding.encode_to_numpy(well_formed(text), disallowed_special=()).astype(TOKEN_TYPE)
