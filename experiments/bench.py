@@ -10,7 +10,6 @@ matrices: with 768,1,288,288 the whole model has 82M parameters, as with 768,768
 after a warm-up, and the median of each is reported. Read the ratios, not the seconds: above 1 is faster (smaller) than the
 dense model. It writes table.md and results.json to out_dir.
 """
-import ctypes
 import itertools
 import json
 import re
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 from experiments.compare import markdown
 from kronygpt import checkpoint
 from kronygpt.configurator import run
-from kronygpt.device import autocast_to, pick_device
+from kronygpt.device import autocast_to, glibc, pick_device
 from kronygpt.files import atomic_write, output_directory
 from model import KronyGPT, KronyGPTConfig, Shape, mlp_shapes
 
@@ -86,7 +85,7 @@ def peak_memory(function, torch_device):
     def read(field):
         return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
-    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system: it would hide allocations of the call
+    glibc("malloc_trim", 0)  # return freed memory to the system: it would hide allocations of the call
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # restart the peak
     before = read("VmRSS")
     function()

@@ -9,6 +9,7 @@ from itertools import product
 import torch
 
 from kronygpt.configurator import UserError, progress
+from kronygpt.device import glibc
 from kronygpt.narrow import HEAD_STEPS, HIDDEN_STEPS, N_BANDS, Block, Choice, Staircase, Table, grid, narrowed, rank_table
 from model import KINDS, KronyGPT, Shape, multiply_adds
 
@@ -174,6 +175,7 @@ def plan_widths(dense, limits, statistics, narrows=NARROWS, kinds=KINDS, step=1)
         blocks = [Block(dense, layer, statistics, step) for layer in range(config.n_layer)]
         for block in progress(blocks, desc="widths", unit="blocks"):
             parts += block.attention("heads" in narrows), block.mlp("hidden" in narrows)
+            glibc("malloc_trim", 0)  # else what was freed between the tables stays: a gigabyte for GPT-2
     else:
         for layer, kind, matrix in dense.matrices():
             if kind in kinds:

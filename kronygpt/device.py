@@ -23,12 +23,18 @@ def pick_device(name=""):
     return device
 
 
+def glibc(name, *args):
+    """Call a function of glibc, where the process runs on it."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), name):
+        getattr(ctypes.CDLL(None), name)(*args)
+
+
 def keep_freed_memory(device):
     """Let memory that is freed stay with this process, on a CPU with glibc: else each large tensor goes back to the system,
     and the next one waits for its pages."""
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if device.type == "cpu":
+        glibc("mallopt", M_MMAP_MAX, 0)
+        glibc("mallopt", M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def default_dtype(device):
