@@ -157,8 +157,8 @@ def main(dim_1=None, dim_2=None, n_factors=None):
         if shown:
             least = smallest(config, kinds, narrows, step)
             limits += [limit for share in CURVE if (limit := int(share * total)) >= least]
-        plans = plan_widths(dense, limits, calibration.statistics(dense, text), narrows, kinds, step)  # no name holds them
-        plans = dict(zip(limits, plans))
+        plans = plan_widths(dense, limits, calibration.statistics(dense, text), narrows, kinds, step)
+        plans = dict(zip(limits, plans))  # the statistics, which take gigabytes, are gone
         if shown:
             print_choice(dict(zip(texts, names.values())), plans, output_file(PICTURE), total)
             plans = {limit: plans[limit] for limit in names.values()}
