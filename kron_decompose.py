@@ -81,9 +81,9 @@ def print_plan(plan):
         print(f"{layer:>5}  " + "  ".join(f"{text:>{width}}" for text, width in zip(row, space.values())))
     for name, bands in plan.bands.items():
         print(f"{name}: " + ", ".join(f"{rows} × {columns}" for rows, columns in bands))
-    parts = ", ".join(f"{name} {sum(losses):.2g}" for name, losses in plan.losses.items())
+    parts = ", ".join(f"{name} {sum(losses):.3g}" for name, losses in plan.losses.items())
     print("each rank counts once: r (m + n - r) numbers are in the file for a matrix [m, n] of rank r\n"
-          f"predicted loss added (order only): {plan.loss:.2g} nats per token: {parts}")
+          f"predicted loss added (order only): {plan.loss:.3g} nats per token: {parts}")
 
 
 def print_choice(names, plans, path, total):
@@ -98,7 +98,7 @@ def print_choice(names, plans, path, total):
         f"{text:>11}" for text in ("budget", "of all", "in all", *parts)))
     for name, limit in names.items():
         losses = (plans[limit].loss, *(sum(plans[limit].losses[part]) for part in parts))
-        print("  ".join((f"{name:>11}", f"{limit / total:>11.1%}", *(f"{loss:>11.2g}" for loss in losses))))
+        print("  ".join((f"{name:>11}", f"{limit / total:>11.1%}", *(f"{loss:>11.3g}" for loss in losses))))
     figure = new_figure(8, 5)
     axes = figure.subplots()
     axes.plot(sorted(plans), [plans[limit].loss for limit in sorted(plans)], color="0.6")

@@ -104,7 +104,7 @@ def report_loss(dense, new, tokens, plan):
     starts = data.even_starts(len(tokens), T, max(1, min(len(tokens), HELD_OUT_TOKENS) // T))
     windows = [(start, start + 1, start + T) for start in starts]
     before, after = (data.mean_loss(model.eval(), tokens, windows, max(1, BATCH_TOKENS // T)) for model in (dense, new))
-    predicted = f" (predicted, order only: {plan.loss:.2g})" if plan.losses else ""
+    predicted = f" (predicted, order only: {plan.loss:.3g})" if plan.losses else ""
     print(f"loss on {len(windows) * (T - 1):,} held-out tokens: {before:.4f} → {after:.4f} nats per token, "
           f"{after - before:.4f} added{predicted}")
 
