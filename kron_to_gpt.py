@@ -108,7 +108,7 @@ def main(ckpt, out_dir=None):
 
     # the report
     before, after = model.count_parameters()["total"], sum(p.numel() for p in exported.parameters())
-    expanded = "" if compressed else f", {after:,} in this form"
+    expanded = "" if compressed or after == before else f", {after:,} as a dense model"
     size = sum(file.stat().st_size for file in out_dir.glob("model*.safetensors")) / 2**20
     print(f"wrote {out_dir}/ ({size:,.1f} MiB): {before:,} parameters{expanded}; logits differ by at most {difference:.1e}"
           + " by rounding" * (dtype == "int8"))
