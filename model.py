@@ -320,8 +320,9 @@ class KronyGPT(nn.Module):
         end = start + idx.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit into the context of {self.config.block_size}")
-        positions = torch.arange(start, end, device=idx.device)
-        if cache is not None and cache.position is not None:
+        if cache is None or cache.position is None:
+            positions = torch.arange(start, end, device=idx.device)
+        else:
             positions = cache.position
             cache.mask = torch.arange(cache.length, device=idx.device) <= positions[:, None]
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
