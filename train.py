@@ -120,7 +120,7 @@ def main():
     check_options(world_size)
     dtype_name = dtype or default_dtype(torch_device)
     autocast = autocast_to(torch_device, dtype_name)
-    model, rest = make_model(run_dir)
+    model, rest, start = make_model(run_dir)
     context, vocab_size = block_size or model.config.block_size, model.config.vocab_size
     tokens = {split: load_tokens(dataset, split, model.config, context) for split in ("train", "val")}
     model.to(torch_device)
@@ -135,7 +135,7 @@ def main():
     tokens_per_step = batch_size * gradient_accumulation_steps * context
     step, saved = rest.get("iter_num", 0), rest.get("config", {})
 
-    options = {name: globals()[name] for name in option_types(globals())}
+    options = dict({name: globals()[name] for name in option_types(globals())}, start=start)
     if processes.is_main:
         run_dir.start_wandb(options, saved.get("wandb_run_id"))
         run_dir.claim(overwrite, rest)
@@ -230,8 +230,8 @@ def check_options(world_size):
 
 
 def make_model(run_dir):
-    """The model that init_from names, and for a resume, what else its checkpoint holds."""
-    rest = {}
+    """The model that init_from names; for a resume, what else its checkpoint holds; the options that made its start."""
+    rest, start = {}, {}
     if init_from == "scratch":
         torch.manual_seed(seed)
         numbers = [int(r) for r in factors.split(",")]
@@ -241,8 +241,10 @@ def make_model(run_dir):
                 dim_1 or n_embd, dim_2 or 4 * n_embd, numbers * n_layer if len(numbers) == 1 else numbers)))
     elif init_from == "resume":
         model, rest = checkpoint.load(run_dir.last, dropout)
+        start = rest["config"].get("start", {})
     else:
-        model, _ = checkpoint.load(init_from, dropout)
+        model, made = checkpoint.load(init_from, dropout)
+        start = made["config"]
     if init_from != "scratch":
         adopt_sizes(rest.get("config", {}))
     if (block_size or 1) > model.config.block_size:
@@ -250,7 +252,7 @@ def make_model(run_dir):
     model.config.recompute = recompute
     if factors_only:
         model.freeze_all_but_factors()
-    return model, rest
+    return model, rest, start
 
 
 def adopt_sizes(saved):

@@ -17,6 +17,7 @@ from model import KINDS
 CODE = Path(__file__).with_name("modeling_kronygpt.py")  # which travels with a compressed export
 MARK = "<!-- Written by kron_to_gpt.py, which replaces this file; without this line it stays. -->"
 TOKENS_COMPARED = 256
+RIDGE = 1e-6  # of the mean diagonal of a metric, for factors whose rows depend on each other
 ROUNDING = 0.2  # share of a matrix's norm; int8 takes about 0.01, and at most sqrt(m) / 254 where a column is one number
 GPT2_FILES = {  # as tiktoken names them, with their sha256
     "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
@@ -113,21 +114,49 @@ def embedding_parts(bands, A, B, row=None, pivots=None):
 
 
 def rounded(parts):
-    """The tensors of a module with weights in int8: multiples of a scale that is 1/127 of the largest number in an output
-    column of a matrix or a factor, or in a token of an embedding."""
+    """The tensors of a module with weights in int8, each with a scale for each output column of a matrix or a factor, or for
+    each token of an embedding. The factor that is rounded last makes up for the other one."""
     result = dict(parts)
-    for part, p in parts.items():
-        if p.dim() > 1:
-            largest = p.abs().amax(-1 if p.dim() == 2 else 1, keepdim=True)
-        elif part == "A":
-            tokens = checkpoint.owners(parts["row"], parts["columns"])
-            largest = torch.zeros(len(parts["row"])).scatter_reduce(0, tokens, p.abs(), "amax")[:, None]
-        else:
-            continue
-        scale = torch.where(largest > 0, largest / 127, 1.0)
-        each = scale if p.dim() > 1 else scale[tokens, 0]
-        result |= {part: (p / each).round().to(torch.int8), f"{part}_scale": scale}
+
+    def put(part, p, metric=None):
+        result[part], result[f"{part}_scale"] = to_int8(p, metric)
+        return result[part] * result[f"{part}_scale"]
+
+    if "down.weight" in parts:  # x [I; downᵀ] upᵀ
+        down = put("down.weight", parts["down.weight"])
+        metric = torch.eye(len(down)) + down @ down.T
+        up = parts["up.weight"].T
+        put("up.weight", torch.linalg.solve(metric, up + down @ (parts["down.weight"].T @ up)).T, metric)
+    elif "row" in parts:  # the rows of A B, in bands of as many columns; 0 are a row of the identity
+        B, A, scales = put("B", parts["B"]), [], []
+        for columns, n in zip(*parts["columns"][parts["row"].argsort()].unique_consecutive(return_counts=True)):
+            W = parts["A"][sum(map(torch.numel, A)):][:n * columns].view(n, columns)
+            W, scale = to_int8(W, B[:columns] @ B[:columns].T) if columns else (W, torch.ones(n, 1))
+            A.append(W)
+            scales.append(scale)
+        result |= dict(A=torch.cat([W.flatten() for W in A]).to(torch.int8), A_scale=torch.cat(scales)[parts["row"]])
+    else:
+        for part, p in parts.items():
+            if p.dim() > 1:
+                put(part, p)
     return result
+
+
+def to_int8(W, metric=None):
+    """W [n, k], or factors [r, m, n], as multiples of a scale that is 1/127 of the largest number in a row [n, 1], or in a
+    column [r, 1, n] of a factor. With a metric [k, k], a row's error e costs e metric eᵀ, and the error of each column is
+    made up for in those behind it (GPTQ, arXiv 2210.17323, with another factor in the place of inputs)."""
+    largest = W.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    if metric is None:
+        return (W / scale).round().to(torch.int8), scale
+    rest = (W / scale).T.contiguous()
+    metric = metric.double() + RIDGE * metric.diagonal().mean() * torch.eye(len(metric))
+    root = torch.linalg.cholesky(torch.linalg.inv(metric), upper=True).float()
+    for i in range(len(rest)):
+        error = rest[i] - rest[i].round().clamp(-127, 127)
+        rest[i:] -= torch.outer(root[i, i:] / root[i, i], error)
+    return rest.T.round().to(torch.int8), scale
 
 
 def with_weights(cls, config, state_dict):
@@ -254,8 +283,14 @@ def write_own(directory, ours):
 # ----------------------------------------------------------------------------------------------------------------------
 # the model card
 
+def commands(config):
+    """The options of the commands that made a model, in order, from those in its checkpoint."""
+    own = {option: value for option, value in config.items() if option != "start" and value not in (None, "")}
+    return [*commands(config["start"]), own] if config.get("start") else [own]
+
+
 def base_model(config):
-    """The hub name that the options in a checkpoint start from, or None where they start elsewhere."""
+    """The hub name that the options of a command start from, or None where they start elsewhere."""
     name = str(config.get("init_from", "scratch"))
     is_local = Path(name).exists() or (checkpoint.MODELS_DIR / name).exists()
     return name if checkpoint.looks_like_hub_name(name) and not is_local and name not in ("scratch", "resume") else None
@@ -286,7 +321,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 
 ## How it was made
 
-By KronyGPT {version}, with {steps:,} steps of training and these options:
+By KronyGPT {version}, with {steps:,} steps of training. The options, command after command:
 
 {options}
 {scores}"""
@@ -299,13 +334,17 @@ def model_card(name, model, rest, perplexities, dtype):
         rest: what checkpoint.load returned beside the model. Of absolute paths in its options only the names are told.
         perplexities: {data set: {"perplexity", ...}} as perplexity.py --json_out writes it, perhaps empty.
     """
-    base, counts = base_model(rest["config"]), model.count_parameters()
+    made = commands(rest["config"])
+    base, counts = base_model(made[0]), model.count_parameters()
     dense = counts["vectors"] + sum(W.numel() for W in matrices(model))
-    options = {option: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-               for option, value in rest["config"].items() if value not in (None, "")}
+
+    def told(value):
+        return repr(Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value)
+
+    options = ["\n".join(f"    {option} = {told(value)}" for option, value in command.items()) for command in made]
     rows = [f"| {dataset} | {result['perplexity']:.2f} |\n" for dataset, result in perplexities.items()]
     return CARD.format(
         base=f"base_model: {base}\n" if base else "", mark=MARK, name=name, parameters=counts["total"], dense=dense,
         dtype=dtype, version=__version__, steps=rest["iter_num"],
-        options="\n".join(f"    {option} = {value!r}" for option, value in options.items()) or "    not known",
+        options="\n\n".join(options) or "    not known",
         scores="".join(["\n| data set | perplexity |\n|---|---|\n", *rows] if rows else []))

@@ -347,8 +347,8 @@ def test_lora_trains_merges_and_is_read_back(made):
 # the model card
 
 def test_the_card_tells_how_a_model_was_made(mixed_model, workdir):
-    trained = dict(init_from="gpt2", dataset="own", batch_size=3, gradient_accumulation_steps=5, block_size=16,
-                   teacher=str(workdir / "private/teacher.pt"))
+    trained = dict(init_from="best.pt", dataset="own", batch_size=3, gradient_accumulation_steps=5, block_size=16,
+                   teacher=str(workdir / "private/teacher.pt"), start=dict(init_from="gpt2", budget="82M", keep=""))
     checkpoint.save("run.pt", mixed_model, config=trained, iter_num=100)
     Path("scores.json").write_text(json.dumps({"wiki103": {"perplexity": 41.237, "loss": 3.7}}), encoding="utf-8")
     said = run_here("kron_to_gpt.py", "run.pt", "mine", "--compressed=True", "--perplexities=scores.json")
@@ -356,7 +356,8 @@ def test_the_card_tells_how_a_model_was_made(mixed_model, workdir):
     card = ModelCard.load("mine/README.md")
     assert card.data.to_dict() == dict(base_model="gpt2", library_name="transformers", pipeline_tag="text-generation",
                                        tags=["gpt2", "kronecker", "compression"])
-    assert "with 100 steps of training" in card.text and "    init_from = 'gpt2'\n    dataset = 'own'\n" in card.text
+    assert "with 100 steps of training" in card.text and (
+        "\n\n    init_from = 'gpt2'\n    budget = '82M'\n\n    init_from = 'best.pt'\n    dataset = 'own'\n" in card.text)
     assert "teacher = 'teacher.pt'\n" in card.text
     assert "| wiki103 | 41.24 |" in card.text and 'from_pretrained("mine", trust_remote_code=True)' in card.text
     dense = sum(p.numel() for p in export.to_dense(mixed_model).parameters())

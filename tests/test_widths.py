@@ -14,6 +14,7 @@ from kronygpt.budget import NARROWS, plan_widths
 from kronygpt.calibration import statistics
 from kronygpt.compress import apply
 from kronygpt.distillation import Distillation
+from kronygpt.export import rounded, to_int8
 from kronygpt.modeling_kronygpt import KronyGPTForCausalLM
 from model import IGNORE_INDEX, KronyGPT, KronyGPTConfig, StoredLowRank
 
@@ -205,6 +206,39 @@ def test_an_export_in_int8(model, workdir):
     torch.testing.assert_close(exported(IDX).logits, plain_logits(again, IDX), rtol=0, atol=2e-5)
     found = exported.generate(IDX[:, :4], do_sample=False, max_new_tokens=12, pad_token_id=0)
     assert torch.equal(found, greedy(again))
+
+
+@torch.no_grad()
+def test_what_int8_adds_to_one_factor_the_other_makes_up_for():
+    """Column after column, against the least squares of the columns that are still free."""
+    torch.manual_seed(0)
+    W, factor = torch.randn(5, 4), torch.randn(4, 9)
+    found, scale = to_int8(W, factor @ factor.T)
+    assert found.dtype == torch.int8
+    torch.testing.assert_close(scale[:, 0], torch.linalg.vector_norm(W, math.inf, dim=1) / 127)
+    for row, s, expected in zip(found, scale, W @ factor):
+        free, kept = factor, expected
+        for number in row:
+            best = torch.linalg.lstsq(free.T, kept[:, None]).solution[0]
+            assert number == (best / s).round().clamp(-127, 127)
+            kept, free = kept - number * s * free[0], free[1:]
+    plain, _ = to_int8(W)
+    assert ((found * scale - W) @ factor).norm() < 0.9 * ((plain * scale - W) @ factor).norm()
+
+
+@torch.no_grad()
+def test_factors_in_int8_are_nearer_together_than_each_by_itself():
+    torch.manual_seed(0)
+    names = "down.weight", "up.weight"
+    parts = dict(zip(names, (torch.randn(20, 60), torch.randn(30, 20))))
+
+    def product(down, up):
+        return torch.cat((torch.eye(20), down.T)) @ up.T
+
+    result, exact = rounded(parts), product(*parts.values())
+    down, up = (result[name] * result[f"{name}_scale"] for name in names)
+    alone, scale = to_int8(parts["up.weight"], torch.eye(20) + down @ down.T)
+    assert (product(down, up) - exact).norm() < 0.95 * (product(down, alone * scale) - exact).norm()
 
 
 @pytest.fixture
