@@ -103,7 +103,10 @@ class Server(ThreadingHTTPServer):
     def __init__(self, players):
         self.players = players
         self.worker = ThreadPoolExecutor(max_workers=1)
-        super().__init__((HOST, port), Handler)
+        try:
+            super().__init__((HOST, port), Handler)
+        except OSError as error:
+            raise UserError(f"--port={port}: {error.strerror}; --port=0 takes any that is free", status=1) from None
 
     def next_event(self, events):
         """The next of a request's events, or None after the last."""

@@ -61,13 +61,16 @@ def draw(rows, path):
     save_figure(figure, path)
 
 
+HEAD = "compressed", "parameters", "of them", "predicted", "measured"
+
+
 def cells(name, size, share, predicted, measured):
     return name, f"{size:,}", f"{share:.1%}", f"{predicted:.5f}", f"{measured:.5f}"
 
 
 def write_table(rows):
     """Write table.md: the results so far, and the rank correlation over single matrices."""
-    table = markdown(("compressed", "parameters", "of them", "predicted", "measured"), [cells(*row) for row in rows])
+    table = markdown(HEAD, [cells(*row) for row in rows])
     alone = [losses for name, _, _, *losses in rows if name != "budget"]
     correlation = f"{rank_correlation(alone):.2f}" if len(alone) > 1 else "not known"
     with atomic_write(Path(out_dir, "table.md"), "w") as file:
@@ -98,6 +101,7 @@ def main():
         write_table(rows)
 
     print(f"dense: {n_parameters:,} parameters, loss {base:.4f} on {len(held_out)} windows", flush=True)
+    print(*HEAD, sep="  ")
     limits = [int(float(part) * n_parameters) for part in budgets.split(",")]
     for plan in plan_widths(dense, limits, statistics):
         measure("budget", plan, plan.loss)

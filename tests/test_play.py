@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import play
 from kronygpt.checkpoint import load
+from kronygpt.configurator import UserError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 TEXT = "Hä? 😀 A text that is longer than one context of 32 bytes, and ends within the third."
@@ -57,6 +58,12 @@ def expected(player, prompt, n, seed):
     tokens = list(prompt.encode())
     row = continuation(player.model, torch.tensor([tokens]), n, 0.8, 50, seed)[0]
     return bytes(row[len(tokens):].tolist()).decode(errors="replace")
+
+
+def test_a_port_that_is_taken_is_named(served, monkeypatch):
+    monkeypatch.setattr(play, "port", served.server_port)
+    with pytest.raises(UserError, match=f"--port={served.server_port}: .*in use; --port=0 takes any that is free"):
+        play.Server([])
 
 
 @pytest.mark.parametrize("model", [0, 1])
