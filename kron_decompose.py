@@ -10,12 +10,12 @@
     python kron_decompose.py 768 768 1 --calibrate=openwebtext     # → checkpoints/calibrated_....pt
 
 With --budget and --calibrate, each head gets its own widths, each MLP a number of hidden units, each matrix and embedding a
-rank, and rare tokens fewer numbers than frequent ones: those with the smallest predicted rise of the loss on the text. A
+rank, and rare tokens fewer numbers than frequent ones. The predicted rise of the loss on the text decides all of them. A
 rank counts once: a matrix [m, n] of rank r has r (m + n - r) numbers in the file. Several budgets share the work, and
 checkpoints/plan.png shows what they are predicted to cost.
 
-dim_1, dim_2 and n_factors instead are one shape for all MLPs: dim_1 divides n_embd, dim_2 divides 4 n_embd, and they are
-the sides of A in c_fc. c_proj has the mirror image.
+dim_1, dim_2 and n_factors give all MLPs one shape. dim_1 and dim_2 are the rows and columns of A in c_fc, and divide n_embd
+and 4 n_embd. c_proj has the mirror image.
 
 Van Loan's decomposition is the nearest to the weights. With --calibrate the factors are then fitted to what the weights do
 to the text of a data set, one matrix after the other, and errors that raise the loss more count more. This keeps far more

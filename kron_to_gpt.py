@@ -1,6 +1,6 @@
 """Convert a checkpoint to a Hugging Face GPT-2 directory that transformers loads with nothing of ours installed.
 
-    python kron_to_gpt.py out/ckpt.pt               # → models/<name>/: of the file, or of its folder for ckpt.pt, best.pt
+    python kron_to_gpt.py out/run/best.pt           # → models/run/; of out/mine.pt: models/mine/
     python kron_to_gpt.py out/ckpt.pt my_model      # → my_model/
     python kron_to_gpt.py out/ckpt.pt my_model --compressed=True --dtype=bfloat16
     python kron_to_gpt.py gpt2 my_model --compressed=True --dtype=int8         # a dense GPT-2, too

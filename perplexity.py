@@ -9,7 +9,8 @@ ckpt is a .pt file, a Hugging Face directory, a name under models/ or a hub name
 data set, except nulls, are joined by blank lines. The text is cut into windows of the model's context, one every --stride
 tokens (default: no overlap), and each window scores the tokens that no earlier window has scored. The first token of a
 window has no context and is not scored in that window. Perplexity is exp of the mean loss over the tokens scored; bits per
-byte divides the same loss by the text's bytes. A text is tokenized with the model's own tokenizer.
+byte divides the same loss by the text's bytes. A text is tokenized with the model's own tokenizer. wiki103 and wiki2 are
+the test splits of wikitext-103-v1 and wikitext-2-v1, in which rare words are <unk>.
 
 Figures of lm_eval (EleutherAI's evaluation harness) are not comparable: its wikitext detokenizes WikiText-2's pages, scores
 each page by itself and divides by words or original bytes; its lambada_openai scores the last word of each passage only.
@@ -33,7 +34,7 @@ lambada = "cimec/lambada"  # hub name, or a local .jsonl
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 batch_size = 4  # windows in a batch
 device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
-dtype = "float32"  # bfloat16 or float16, by autocast
+dtype = "float32"  # float32, or by autocast bfloat16 or float16
 json_out: str | None = None  # file for the results as JSON
 
 PUBLISHED = {"wiki103": "wikitext-103-v1", "wiki2": "wikitext-2-v1", "lambada": None}  # {name: configuration on the hub}

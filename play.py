@@ -26,7 +26,7 @@ from kronygpt.device import pick_device
 from kronygpt.tokenizer import open_tokenizer, stream_text
 
 port = 8017  # port of the page at 127.0.0.1; 0 takes any that is free
-prompt = "The function returns"  # what the page begins with, as do the next four options
+prompt = "The function returns"  # prompt that the page starts with; the next four options set its other fields
 max_new_tokens = 200  # tokens to add
 temperature = 0.8  # divides the logits; 0 takes the most likely token
 top_k = 200  # sample among the N most likely tokens; 0 for all

@@ -5,11 +5,11 @@
     python prepare_owt.py --hub=HuggingFaceFW/fineweb-edu --hub_config=sample-10BT --documents=1000000 --out=fineweb_edu
     python prepare_owt.py --data_files='books/*.txt' --out=books    # local text, or rows with a `text`
     python prepare_owt.py --data_files=stories.txt --separator='<|endoftext|>' --out=stories
-    python prepare_owt.py --tokenizer=models/german --out=german --data_files='german/*.txt'    # that of another model
+    python prepare_owt.py --tokenizer=models/german --out=german --data_files='german/*.txt'    # another model's tokenizer
 
 The split and the tokens are those of nanoGPT's data/openwebtext/prepare.py: one document in 2000 is held out, with an
 end-of-text token after each document. With --documents=N nothing but the first N is downloaded, into data/<out>/.scratch
-while they are tokenized: a billion tokens of English take about 7 GB for a while, and 2 GB in the end. All of OpenWebText
+while they are tokenized: a billion tokens of English take 7 GB of disk at the peak, and 2 GB in the end. All of OpenWebText
 is first downloaded to the cache of `datasets`, HF_HOME. Local rows are .jsonl, .ndjson, .json, .csv, .tsv, .parquet or
 .arrow, and nulls are skipped; any other file is a UTF-8 text; .gz, .bz2, .xz and .zst are unpacked.
 """

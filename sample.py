@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kronygpt.configurator import run
 
-start = "\n"  # the prompt, where <|endoftext|> is that token; FILE:path reads it from a file; empty: <|endoftext|>
+start = "\n"  # the prompt, or FILE:path to read it from a file; <|endoftext|> in it is the token; empty: only that token
 tokenizer: str | None = None  # directory of the tokenizer; default: the model's
 num_samples = 1  # number of continuations
 max_new_tokens = 200  # tokens in each

@@ -81,7 +81,7 @@ min_lr: float | None = None  # the lowest rate; default: learning_rate / 10, wit
 teacher: str | None = None  # a checkpoint, a Hugging Face directory or a hub name; default: no distillation
 distill = 0.5  # weight of the divergence from the teacher in the loss; the cross entropy has 1 - distill
 temperature = 1.0  # divides the logits of both models in the divergence
-features = 0.0  # weight of the error of the residual streams beside the teacher's; 4 was best, at twice the learning rate
+features = 0.0  # weight of the residual streams' distance from the teacher's; 4 was best, at twice the learning rate
 # the machine
 device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
 dtype = ""  # float32, bfloat16 or float16; default on CUDA: bfloat16 if the GPU has it, else float16; elsewhere float32

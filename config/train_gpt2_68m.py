@@ -1,4 +1,5 @@
-# Krony-PT's 67M: GPT-2 with small factors, (32, 64, 4): the MLP matrices nearly vanish, and training has to make up for it.
+# 68M (Krony-PT writes 67M): GPT-2 with small factors, (32, 64, 4). The MLP matrices nearly vanish, and training has to
+# make up for it.
 #   python kron_decompose.py 32 64 4
 #   torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_68m.py
 # Cost: 11.8B tokens at 5.9e8 FLOP each, as train.py counts them, are 6.9e18 FLOP: 19 GPU hours at 1e14 FLOP/s, a

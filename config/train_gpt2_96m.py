@@ -1,4 +1,4 @@
-# Krony-PT's 95M: GPT-2 with every second row of c_fc and column of c_proj kept, (384, 3072, 1).
+# 96M (Krony-PT writes 95M): GPT-2 with every second row of c_fc and column of c_proj kept, (384, 3072, 1).
 #   python prune.py
 #   torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_96m.py
 # Cost: 11.8B tokens at 6.8e8 FLOP each, as train.py counts them, are 8.1e18 FLOP: 22 GPU hours at 1e14 FLOP/s, a

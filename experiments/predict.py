@@ -2,9 +2,8 @@
 
     python -m experiments.predict --init_from=models/mine --calibrate=pydocs     # → out/predict/table.md, predicted.png
 
-Budgets from nearly all parameters to few of them are shared by the whole model. Each matrix is also compressed alone. All
-models are calibrated as kron_decompose.py does it, without training, and scored on held-out text. The table is written anew
-after each model.
+The whole model is compressed to each budget, and each matrix is also compressed alone. All models are calibrated as
+kron_decompose.py does it, without training, and scored on held-out text. The table is written anew after each model.
 """
 from pathlib import Path
 
