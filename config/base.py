@@ -1,6 +1,7 @@
 # A dense GPT-2 with a real vocabulary that anyone can make: 6 blocks, 256 wide, 8,192 tokens, 6.9M parameters, of which the
 # token embedding is 30 %, trained on the Python source in the environment (experiments/prepare_pysource.py). `make base`
-# takes about an hour on two cores; with --dtype=bfloat16, on a processor that has units for it (amx_bf16), a third less.
+# takes about an hour on two cores. With --dtype=bfloat16, on a processor that has units for it (amx_bf16 or avx512_bf16 in
+# lscpu), it takes a third less.
 out_dir = "out/base"
 dataset = "pysource"
 

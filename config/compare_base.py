@@ -5,7 +5,7 @@ base = "out/base/best.pt"
 train_config = "config/compare_base_train.py"
 dataset = "pysource"
 out_dir = "out/compare_base"
-seeds = "1,2"
+seeds = "1,2,3"
 n_batches = 100
 
 starts = """
