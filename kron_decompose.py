@@ -129,8 +129,8 @@ def main(dim_1=None, dim_2=None, n_factors=None):
     if out and len(texts) > 1:
         raise UserError("--out is for one budget; several go to checkpoints/best_....pt")
 
-    dense, _ = checkpoint.load(init_from)
-    config, options, start = dense.config, dict(init_from=init_from), time.perf_counter()
+    dense, rest = checkpoint.load(init_from)
+    config, options, start = dense.config, dict(init_from=init_from, init_options=rest["config"]), time.perf_counter()
     total = dense.count_parameters()["total"]
     if dim_1:
         name = f"{'calibrated' if calibrate else 'VL'}_{dim_1}_{dim_2}_{n_factors.replace(',', '-')}"

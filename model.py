@@ -82,11 +82,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
         mask = None if cache is None else cache.mask
         is_causal = cache is None or q.shape[2] > 1  # a single token sees all of the cache; several come when it is empty
-        if is_causal and (narrow := v.shape[-1] - q.shape[-1]):  # fast kernels want one width for all of them
-            if narrow > 0:
-                q, k = F.pad(q, (0, narrow)), F.pad(k, (0, narrow))
-            else:
-                v = F.pad(v, (0, -narrow))
+        if is_causal and q.shape[-1] != v.shape[-1]:  # fast kernels want one width for all of them
+            width = max(q.shape[-1], v.shape[-1])
+            q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
         y = y[..., :self.widths[2] // self.n_head].transpose(1, 2).flatten(-2)
@@ -310,6 +308,11 @@ class KronyGPT(nn.Module):
         """The embeddings and the matrices: all that may be dense or factored."""
         return [self.transformer.wte, self.transformer.wpe, *(matrix for *_, matrix in self.matrices())]
 
+    def weights(self):
+        """Yield the members, expanded."""
+        for member in self.members():
+            yield member.dense() if isinstance(member, Embedding) else member.weight
+
     def hidden(self, idx, cache=None, states=None):
         """The final hidden state (B, T, C), after the last layer norm, of tokens idx (B, T). `states`, a list, gets the
         residual stream (B, T, C) behind each block.
@@ -474,13 +477,14 @@ class GraphedStep:
 
     def __init__(self, model, token, cache):
         self.token, self.graph, cache.position = token.clone(), torch.cuda.CUDAGraph(), token.new_tensor([cache.seen])
-        others = torch.cuda.Stream()
-        others.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(others):  # libraries start outside of the graph
-            model.next_logits(self.token, cache)
-        torch.cuda.current_stream().wait_stream(others)
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use the GPU
-            self.logits = model.next_logits(self.token, cache)
+        with torch.cuda.device(token.device):
+            others = torch.cuda.Stream()
+            others.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(others):  # libraries start outside of the graph
+                model.next_logits(self.token, cache)
+            torch.cuda.current_stream().wait_stream(others)
+            with torch.cuda.graph(self.graph, stream=others, capture_error_mode="thread_local"):  # others may use the GPU
+                self.logits = model.next_logits(self.token, cache)
 
     def __call__(self, token, cache):
         self.token.copy_(token)

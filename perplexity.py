@@ -43,9 +43,8 @@ OWT_BATCHES = 200
 
 def is_text(name):
     """Whether a data set is text, and no .bin of tokens: a published one or a file."""
-    if name in PUBLISHED or data.kind_of(name) in (".txt", *data.ROWS):
-        return True
-    return Path(name).is_file() and not (data.DATA_DIR / name).is_dir()
+    return name in PUBLISHED or data.kind_of(name) in (".txt", *data.ROWS) or (
+        Path(name).is_file() and not (data.DATA_DIR / name).is_dir())
 
 
 def load_rows(name):

@@ -49,7 +49,7 @@ def load_player(ckpt):
     model, _ = checkpoint.load(ckpt, as_stored=True)
     text_tokenizer = open_tokenizer(model.config, tokenizer)
     model.to(pick_device(device), getattr(torch, dtype)).eval()
-    facts = dict(name=ckpt, kind="dense" if all(matrix.is_dense for _, _, matrix in model.matrices()) else "compressed",
+    facts = dict(name=ckpt, kind="dense" if all(member.is_dense for member in model.members()) else "compressed",
                  parameters=model.count_parameters()["total"], context=model.config.block_size,
                  bytes=sum(p.numel() * p.element_size() for p in model.parameters()))
     return Player(model, text_tokenizer, facts)
@@ -61,8 +61,6 @@ def generate(player, request):
     prompt."""
     text, n, divisor, k, number = (type(globals()[name])(request.get(name, globals()[name])) for name in CONTROLS)
     tokens, context = player.tokenizer.encode_prompt(text), player.model.config.block_size
-    if not tokens:
-        raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: type one")
     idx = torch.tensor([tokens], device=next(player.model.parameters()).device)
     new = (token.item() for token in player.model.generate(idx, n, divisor, k or None, number))
     texts, seconds = stream_text(player.tokenizer, new, tokens[-1]), 0.0

@@ -65,7 +65,7 @@ def main():
     from kronygpt import calibration, checkpoint, compress, data
     from kronygpt.files import output_file
 
-    dense, _ = checkpoint.load(init_from)
+    dense, rest = checkpoint.load(init_from)
     config = dense.config
     check_options(config)
     dim_1, dim_2 = config.n_embd // (keep if dim == "embd" else 1), config.n_inner[0] // (keep if dim == "hidden" else 1)
@@ -73,7 +73,7 @@ def main():
     name = "_".join((f"prune_{dim_1}_{dim_2}", *(remark for remark, holds in remarks.items() if holds)))
     path = output_file(out or f"checkpoints/{name}.pt")
     options = dict(init_from=init_from, dim=dim, keep=keep, offset=offset, epsilon=epsilon, select=select, refit=refit,
-                   calibrate=calibrate, calibration_tokens=calibration_tokens)
+                   calibrate=calibrate, calibration_tokens=calibration_tokens, init_options=rest["config"])
     sides = {"mlp.c_fc": (dim_1, dim_2), "mlp.c_proj": (dim_2, dim_1)}
     if calibrate:
         text = data.calibration_text(calibrate, calibration_tokens, config, device)

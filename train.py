@@ -93,7 +93,6 @@ wandb_project = "kronygpt"  # project of the run
 wandb_run_name: str | None = None  # default: the name of out_dir
 
 SIZES = ("n_layer", "n_head", "n_embd", "dim_1", "dim_2", "factors")  # options that a loaded model decides
-RUN_BY_RUN = ("init_from", "overwrite")  # options that a resumed run need not share with the original
 MOST_SKIPPED = 32  # steps in a row whose gradients may overflow in float16, each of which halves the scale
 OUT_OF_MEMORY = "lower --batch_size and raise --gradient_accumulation_steps by as much, or give --recompute=True"
 
@@ -120,7 +119,7 @@ def main():
     check_options(world_size)
     dtype_name = dtype or default_dtype(torch_device)
     autocast = autocast_to(torch_device, dtype_name)
-    model, rest, start = make_model(run_dir)
+    model, rest, init_options = make_model(run_dir)
     context, vocab_size = block_size or model.config.block_size, model.config.vocab_size
     tokens = {split: load_tokens(dataset, split, model.config, context) for split in ("train", "val")}
     model.to(torch_device)
@@ -135,13 +134,14 @@ def main():
     tokens_per_step = batch_size * gradient_accumulation_steps * context
     step, saved = rest.get("iter_num", 0), rest.get("config", {})
 
-    options = dict({name: globals()[name] for name in option_types(globals())}, start=start)
+    options = {name: globals()[name] for name in option_types(globals())}
+    options |= dict(init_from=saved.get("init_from", init_from), init_options=init_options)
     if processes.is_main:
         run_dir.start_wandb(options, saved.get("wandb_run_id"))
         run_dir.claim(overwrite, rest)
         print_plan(model, len(tokens["train"]), tokens_per_step)
         for name, value in saved.items():
-            if name not in RUN_BY_RUN and value != options.get(name, value):
+            if name != "overwrite" and value != options.get(name, value):
                 print(f"resumed with --{name}={options[name]}, where it was {value}")
 
     handle_signals(processes.on_signal)
@@ -230,8 +230,9 @@ def check_options(world_size):
 
 
 def make_model(run_dir):
-    """The model that init_from names; for a resume, what else its checkpoint holds; the options that made its start."""
-    rest, start = {}, {}
+    """The model that init_from names; for a resume, what else its checkpoint holds; the options that made what it was
+    first loaded from."""
+    rest, init_options = {}, {}
     if init_from == "scratch":
         torch.manual_seed(seed)
         numbers = [int(r) for r in factors.split(",")]
@@ -241,18 +242,18 @@ def make_model(run_dir):
                 dim_1 or n_embd, dim_2 or 4 * n_embd, numbers * n_layer if len(numbers) == 1 else numbers)))
     elif init_from == "resume":
         model, rest = checkpoint.load(run_dir.last, dropout)
-        start = rest["config"].get("start", {})
+        init_options = rest["config"].get("init_options", {})
+        adopt_sizes(rest["config"])
     else:
         model, made = checkpoint.load(init_from, dropout)
-        start = made["config"]
-    if init_from != "scratch":
-        adopt_sizes(rest.get("config", {}))
+        init_options = made["config"]
+        adopt_sizes({})
     if (block_size or 1) > model.config.block_size:
         raise UserError(f"--block_size={block_size} is more than the model's context of {model.config.block_size}")
     model.config.recompute = recompute
     if factors_only:
         model.freeze_all_but_factors()
-    return model, rest, start
+    return model, rest, init_options
 
 
 def adopt_sizes(saved):
@@ -271,6 +272,9 @@ def wrap(model, torch_device, world_size):
         if theirs[0] != ours[0] or not is_same(theirs[1], ours[1]):
             raise UserError(f"--teacher={teacher} has a vocabulary of {theirs[0]}, of {theirs[1]} tokens, and the model one "
                             f"of {ours[0]}, of {ours[1]} tokens")
+        if features and (teacher_model.config.n_layer, teacher_model.config.n_embd) != (
+                model.config.n_layer, model.config.n_embd):
+            raise UserError(f"--features needs a teacher of as many blocks and of the same width, unlike {teacher}")
         teacher_model, roots = teacher_model.to(torch_device), None
         if features:
             text = calibration_text(dataset, STATISTICS_TOKENS, teacher_model.config, torch_device)

@@ -27,7 +27,6 @@ import torch
 
 from experiments.compare import comparison_table, dense_start, markdown, mean_loss, seeds_of, spread
 from experiments.pictures import draw_added, draw_parts, draw_spectrum, method
-from experiments.predict import held_out_windows
 from kronygpt import calibration, checkpoint, compress, data
 from kronygpt.configurator import UserError, run
 from kronygpt.files import atomic_write
@@ -264,7 +263,8 @@ def errors_of_base(dense):
     config, context = dense.config, dense.config.block_size
     text = data.calibration_text(DEMO_DATASET, CALIBRATION_TOKENS, config, "cpu")
     tokens = data.load_tokens(DEMO_DATASET, "val", config, context)
-    return errors_table(dense, text, tokens, held_out_windows(len(tokens), context), quarter_shapes(config))
+    held_out = data.sliding_windows(len(tokens) // context * context, context, context)
+    return errors_table(dense, text, tokens, held_out, quarter_shapes(config))
 
 
 def predicted_table(text):

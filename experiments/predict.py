@@ -31,11 +31,6 @@ BATCH_SIZE = 8  # windows that are scored together
 COLORS = {"attn.c_attn": "C0", "attn.c_proj": "C1", "mlp.c_fc": "C2", "mlp.c_proj": "C3"}
 
 
-def held_out_windows(n_tokens, context):
-    """Windows of a text, one behind the other, of which all tokens but the first are scored, as data.score takes them."""
-    return [(begin, begin + 1, begin + context) for begin in range(0, n_tokens - context + 1, context)]
-
-
 def rank_correlation(pairs):
     """Spearman's rank correlation of [(x, y)]; no two x or y are expected to be equal."""
     ranks = torch.tensor(pairs).argsort(0).argsort(0).double()
@@ -82,7 +77,8 @@ def main():
     config, n_parameters = dense.config, dense.count_parameters()["total"]
     text = data.calibration_text(calibrate, calibration_tokens, config, device)
     tokens = data.load_tokens(calibrate, "val", config, config.block_size)[:eval_tokens]
-    held_out = held_out_windows(len(tokens), config.block_size)
+    T = config.block_size
+    held_out = data.sliding_windows(len(tokens) // T * T, T, T)
     dense.to(text.device)
     statistics = calibration.statistics(dense, text)
 

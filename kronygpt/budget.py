@@ -122,7 +122,9 @@ def smallest(config, kinds, narrows=(), step=1):
                          head_v=grid(config.head_dim, HEAD_STEPS)[0])
     if "hidden" in narrows:
         config = replace(config, shapes={}, n_inner=[grid(n, HIDDEN_STEPS)[0] for n in config.n_inner])
-    shapes = {kind: [Shape(config.sizes(layer)[kind][0], 1, step) for layer in range(config.n_layer)] for kind in kinds}
+    sizes = {kind: [config.sizes(layer)[kind] for layer in range(config.n_layer)] for kind in kinds}
+    shapes = {kind: [rank_table(m, n, torch.zeros(min(m, n)), step).option(0) for m, n in of_blocks]
+              for kind, of_blocks in sizes.items()}
     return count_parameters(replace(config, shapes={**config.shapes, **shapes}))
 
 

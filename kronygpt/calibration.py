@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from kronygpt.configurator import progress
-from kronygpt.device import float64, float64_device
+from kronygpt.device import float64
 from kronygpt.least_squares import Moments, Problem, fit, gram, share, targets_of
 from kronygpt.narrow import spectrum
 from model import ChunkedLinearLoss
@@ -96,21 +96,21 @@ class Statistics:
         return spectrum(float64(matrix.weight.detach()), self.covariances[name], self.fisher[name])
 
 
-def statistics(model, tokens, seed=0):
+def statistics(model, tokens):
     """The Statistics of a KronyGPT on a text (windows, T), from one pass over an even sample of STATISTICS_TOKENS.
 
     Memory for L blocks of width C with 4 C hidden units: 8 bytes for each of L 46 C² numbers (GPT-2 small: 2.6 GB, XL: 45
     GB), and what a backward pass of GRADIENT_TOKENS tokens, or one window, takes.
     """
-    device, wte = float64_device(tokens.device), model.transformer.wte
+    wte = model.transformer.wte
     frequencies = float64(torch.bincount(tokens.flatten(), minlength=model.config.vocab_size)) / tokens.numel()
     tokens = tokens[::math.ceil(tokens.numel() / STATISTICS_TOKENS)]
     names = [f"transformer.h.{layer}.{kind}" for layer, kind, _ in model.matrices()]
     moments, grams, p_sum, p_squares = {name: Moments() for name in names}, {}, 0, 0
-    generator = torch.Generator(tokens.device).manual_seed(seed)
+    generator = torch.Generator(tokens.device).manual_seed(0)
 
     def add_gram(name, x):
-        grams[name] = grams.get(name, 0) + gram(x.detach().flatten(0, -2)).to(device, torch.float64)
+        grams[name] = grams.get(name, 0) + float64(gram(x.detach().flatten(0, -2)))
 
     def watch(name):
         def hook(module, inputs, output):

@@ -66,12 +66,12 @@ class Processes:
     def __init__(self, name):
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.signal = 0  # the number of the signal that this process was sent
+        if self.world_size > 1 and torch.cuda.is_available() and torch.device(name or "cuda").type == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)  # before anything takes memory of the first GPU
         self.device = pick_device(name)
         keep_freed_memory(self.device)
         if self.world_size > 1:
-            if self.device.type == "cuda":
-                self.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-                torch.cuda.set_device(self.device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         self.rank = dist.get_rank() if self.world_size > 1 else 0
         self.is_main = self.rank == 0

@@ -129,9 +129,12 @@ def rounded(parts):
         put("up.weight", torch.linalg.solve(metric, up + down @ (parts["down.weight"].T @ up)).T, metric)
     elif "row" in parts:  # the rows of A B, in bands of as many columns; 0 are a row of the identity
         B, A, scales = put("B", parts["B"]), [], []
-        for columns, n in zip(*parts["columns"][parts["row"].argsort()].unique_consecutive(return_counts=True)):
-            W = parts["A"][sum(map(torch.numel, A)):][:n * columns].view(n, columns)
-            W, scale = to_int8(W, B[:columns] @ B[:columns].T) if columns else (W, torch.ones(n, 1))
+        columns, counts = parts["columns"][parts["row"].argsort()].unique_consecutive(return_counts=True)
+        for W, k, n in zip(parts["A"].split((columns * counts).tolist()), columns.tolist(), counts.tolist()):
+            W, scale = W.view(n, k), torch.ones(n, 1)
+            if k:
+                W = W @ torch.linalg.lstsq(B[:k].T, parts["B"][:k].T).solution.T
+                W, scale = to_int8(W, B[:k] @ B[:k].T)
             A.append(W)
             scales.append(scale)
         result |= dict(A=torch.cat([W.flatten() for W in A]).to(torch.int8), A_scale=torch.cat(scales)[parts["row"]])
@@ -155,7 +158,7 @@ def to_int8(W, metric=None):
     root = torch.linalg.cholesky(torch.linalg.inv(metric), upper=True).float()
     for i in range(len(rest)):
         error = rest[i] - rest[i].round().clamp(-127, 127)
-        rest[i:] -= torch.outer(root[i, i:] / root[i, i], error)
+        rest[i:].addr_(root[i, i:] / root[i, i], error, alpha=-1)
     return rest.T.round().to(torch.int8), scale
 
 
@@ -187,7 +190,7 @@ def verify(model, directory, compressed, dtype, tolerance):
     expected = logits
     if dtype == "int8":
         again = checkpoint.load(directory, as_stored=True)[0].eval()
-        for W, rounded_W in zip(matrices(without_dropped_units(model)), matrices(again)):
+        for W, rounded_W in zip(without_dropped_units(model).weights(), again.weights()):
             if not (W - rounded_W).norm() <= ROUNDING * W.norm():
                 raise UserError(f"a matrix in int8 is off by {(W - rounded_W).norm() / W.norm():.0%} of its norm; "
                                 "nothing was written", status=1)
@@ -198,14 +201,6 @@ def verify(model, directory, compressed, dtype, tolerance):
         raise UserError(f"the converted model differs by {difference:.1e} in a logit, more than --tolerance={limit:.1e}; "
                         "nothing was written", status=1)
     return (logits - found).abs().max().item()
-
-
-def matrices(model):
-    """Yield the embeddings and the matrices of a KronyGPT, expanded."""
-    yield model.transformer.wte.dense()
-    yield model.transformer.wpe.dense()
-    for *_, matrix in model.matrices():
-        yield matrix.weight
 
 
 def largest_allowed(logits, compressed, dtype):
@@ -285,8 +280,8 @@ def write_own(directory, ours):
 
 def commands(config):
     """The options of the commands that made a model, in order, from those in its checkpoint."""
-    own = {option: value for option, value in config.items() if option != "start" and value not in (None, "")}
-    return [*commands(config["start"]), own] if config.get("start") else [own]
+    own = {option: value for option, value in config.items() if option != "init_options" and value not in (None, "")}
+    return [*commands(config["init_options"]), own] if config.get("init_options") else [own]
 
 
 def base_model(config):
@@ -336,7 +331,7 @@ def model_card(name, model, rest, perplexities, dtype):
     """
     made = commands(rest["config"])
     base, counts = base_model(made[0]), model.count_parameters()
-    dense = counts["vectors"] + sum(W.numel() for W in matrices(model))
+    dense = counts["vectors"] + sum(W.numel() for W in model.weights())
 
     def told(value):
         return repr(Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value)

@@ -11,6 +11,7 @@ from kronygpt.device import float64
 
 NEARLY_EXACT = 1e-3  # share of the largest eigenvalue that the discarded ones must reach for float32 to separate them
 OVERSAMPLING = 8  # eigenvectors beyond those asked for
+LARGEST = 1.5  # number beside the identity in a side of low rank; nearer to 1, more rows would be exchanged
 
 
 def rearrange(W, dim_1, dim_2):
@@ -64,17 +65,11 @@ def van_loan(W, dim_1, dim_2, n_factors):
     m, n = W.shape
     R = float64(rearrange(W, dim_1, dim_2))
     is_long = R.shape[0] >= R.shape[1]
-    if min(R.shape) == 1:
-        small, large = R.new_ones(1, 1), R.reshape(-1, 1)
-    else:
-        small, large = leading_singular_vectors(R if is_long else R.T, n_factors)
-        signs = small.gather(0, small.abs().argmax(0, keepdim=True)).sign()  # eigenvectors come with either sign
-        norms = large.norm(dim=0)
-        share = norms.clamp(min=max(torch.finfo(W.dtype).eps * norms[0], torch.finfo(W.dtype).tiny)).sqrt() * signs
-        small, large = small * share, large / share
-    A, B = (large, small) if is_long else (small, large)
-    return (A.T.reshape(-1, dim_1, dim_2).to(W).contiguous(),
-            B.T.reshape(-1, m // dim_1, n // dim_2).to(W).contiguous())
+    small, large = leading_singular_vectors(R if is_long else R.T, n_factors)
+    signs = small.gather(0, small.abs().argmax(0, keepdim=True)).sign()  # eigenvectors come with either sign
+    A, B = (side * signs for side in ((large, small) if is_long else (small, large)))
+    A, B = balanced(A.T.reshape(-1, dim_1, dim_2), B.T.reshape(-1, m // dim_1, n // dim_2))
+    return A.to(W).contiguous(), B.to(W).contiguous()
 
 
 def balanced(A, B):
@@ -94,9 +89,9 @@ def column_side(A_shape, B_shape):
     return "A" if n1 == m2 == 1 else "B" if m1 == n2 == 1 else None
 
 
-def with_identity(A, B, largest=1.5):
+def with_identity(A, B):
     """The same matrix of low rank, in which r rows of the side with the columns, [r, m, 1], are the identity: those r²
-    numbers need not be stored. The rows are such that no other number of the side is above `largest`: partial pivoting finds
+    numbers need not be stored. The rows are such that no other number of the side is above LARGEST: partial pivoting finds
     r rows, and then rows are exchanged as long as one gains (S. Goreinov et al., How to find a good submatrix, 2010). PIFA
     (arXiv 2501.19090) stores low rank like this.
 
@@ -118,7 +113,7 @@ def with_identity(A, B, largest=1.5):
         order[[i, j]] = order[[j, i]]
     pivots = order[:Q.shape[1]]
     T = torch.linalg.solve(Q[pivots], Q, left=False)
-    while abs(T.view(-1)[at := T.abs().argmax().item()]) > largest:
+    while abs(T.view(-1)[at := T.abs().argmax().item()]) > LARGEST:
         i, j = divmod(at, T.shape[1])
         change = T[i].clone()
         change[j] -= 1

@@ -113,12 +113,12 @@ class FactoredEmbedding(nn.Module):
     def forward(self, idx):
         column = torch.arange(len(self.B), device=idx.device)
         at = (self.start[idx][..., None] + column).clamp(max=len(self.A) - 1)
-        rows = torch.where(column < self.columns[idx][..., None], self.A[at], 0.0)
+        rows = torch.where(column < self.columns[idx][..., None], self.A[at], 0)  # which stays int8
         if hasattr(self, "A_scale"):
             rows = rows * self.A_scale[idx]
         if self.n_units:
             rows = rows + (self.row[idx][..., None] == column)
-        return rows @ whole(self, "B")
+        return (rows @ whole(self, "B")).to(rows.dtype)  # which autocast would leave in half precision
 
     def logits(self, x):
         """x Eᵀ."""
@@ -137,7 +137,8 @@ class TiedOutput(nn.Module):
         self.tied = (embedding,)  # a tuple, so that its parameters are not counted twice
 
     def forward(self, x):
-        return self.tied[0].logits(x)
+        embedding = self.tied[0]  # which stays on its device where a model is split or copied
+        return embedding.logits(x.to(next(embedding.parameters()).device)).to(x.device)
 
 
 class Int8Linear(nn.Linear):
@@ -175,7 +176,7 @@ def take_columns(x, columns):
     if torch.is_autocast_enabled(x.device.type):  # which would make it float32
         with torch.autocast(x.device.type, enabled=False):
             return take_columns(x, columns)
-    return x.gather(-1, columns.long().expand(*x.shape[:-1], -1))
+    return x.gather(-1, columns.to(x.device, torch.long).expand(*x.shape[:-1], -1))
 
 
 def from_left(L, X):

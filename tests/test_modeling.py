@@ -348,7 +348,7 @@ def test_lora_trains_merges_and_is_read_back(made):
 
 def test_the_card_tells_how_a_model_was_made(mixed_model, workdir):
     trained = dict(init_from="best.pt", dataset="own", batch_size=3, gradient_accumulation_steps=5, block_size=16,
-                   teacher=str(workdir / "private/teacher.pt"), start=dict(init_from="gpt2", budget="82M", keep=""))
+                   teacher=str(workdir / "private/teacher.pt"), init_options=dict(init_from="gpt2", budget="82M", keep=""))
     checkpoint.save("run.pt", mixed_model, config=trained, iter_num=100)
     Path("scores.json").write_text(json.dumps({"wiki103": {"perplexity": 41.237, "loss": 3.7}}), encoding="utf-8")
     said = run_here("kron_to_gpt.py", "run.pt", "mine", "--compressed=True", "--perplexities=scores.json")

@@ -189,9 +189,10 @@ def test_a_loaded_model_decides_its_sizes(tokens, small_model):
     made = dict(budget="1M")
     checkpoint.save("start.pt", small_model, config=made)  # 2 blocks of 64 in 1 head; (32, 64) with 1 and 2 factors
     run_train("--init_from=start.pt", "--max_iters=1")
-    assert load("out/ckpt.pt")["config"]["start"] == made
+    assert load("out/ckpt.pt")["config"]["init_options"] == made
     run_train("--init_from=resume", "--max_iters=2")
-    assert load("out/ckpt.pt")["config"]["start"] == made
+    config = load("out/ckpt.pt")["config"]
+    assert config["init_from"] == "start.pt" and config["init_options"] == made
     run_train("--out_dir=scratch", "--max_iters=1")
     run_train("--out_dir=scratch", "--max_iters=2", "--init_from=resume")  # with the same sizes, which RUN has
     options = [*RUN_OF_A_CHECKPOINT, "--out_dir=scratch"]

@@ -202,8 +202,12 @@ def test_an_export_in_int8(model, workdir):
             torch.testing.assert_close(q, (p / step).round() * step)
         assert 0.001 < (p - q).norm() / p.norm() < 0.05
 
-    exported = KronyGPTForCausalLM.from_pretrained("made").eval()
-    torch.testing.assert_close(exported(IDX).logits, plain_logits(again, IDX), rtol=0, atol=2e-5)
+    exported, half = (KronyGPTForCausalLM.from_pretrained("made", dtype=d).eval() for d in (torch.float32, torch.bfloat16))
+    expected = plain_logits(again, IDX)
+    torch.testing.assert_close(exported(IDX).logits, expected, rtol=0, atol=2e-5)
+    assert half(IDX).logits.dtype == torch.bfloat16 and (half(IDX).logits - expected).norm() < 0.1 * expected.norm()
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves the residual stream in float32
+        assert exported.transformer.wte(IDX).dtype == exported.transformer.wpe(IDX % 32).dtype == torch.float32
     found = exported.generate(IDX[:, :4], do_sample=False, max_new_tokens=12, pad_token_id=0)
     assert torch.equal(found, greedy(again))
 
