@@ -190,7 +190,7 @@ def test_a_loaded_model_decides_its_sizes(tokens, small_model):
     checkpoint.save("start.pt", small_model, config=made)  # 2 blocks of 64 in 1 head; (32, 64) with 1 and 2 factors
     run_train("--init_from=start.pt", "--max_iters=1")
     assert load("out/ckpt.pt")["config"]["init_options"] == made
-    run_train("--init_from=resume", "--max_iters=2")
+    succeed("train.py", *RUN_OF_A_CHECKPOINT, "--init_from=resume", "--max_iters=2")
     config = load("out/ckpt.pt")["config"]
     assert config["init_from"] == "start.pt" and config["init_options"] == made
     run_train("--out_dir=scratch", "--max_iters=1")
