@@ -42,14 +42,17 @@ def default_directory(ckpt, models):
 
 def find_tokenizer(config):
     """The model's tokenizer, or None where it cannot be had. A line is then printed, since the weights do not need it."""
-    from kronygpt.tokenizer import open_tokenizer
+    from kronygpt.tokenizer import GPT2Tokenizer, open_tokenizer
 
     try:
-        return open_tokenizer(config, tokenizer)
+        found = open_tokenizer(config, tokenizer)
+        if isinstance(found, GPT2Tokenizer):
+            found.encode("a")  # its files are downloaded now, and not after the work
+        return found
     except UserError as error:
         if tokenizer:
             raise
-        print(f"{error}: only the weights are written")
+        print(f"only the weights are written: {error}")
 
 
 def main(ckpt, out_dir=None):

@@ -70,7 +70,8 @@ def made_aside(path):
             os.replace(target, aside.with_suffix(".old"))
         os.replace(aside, target)
     except OSError as error:  # a write that fails does not say to which file
-        error.filename = error.filename or str(path)
+        if error.errno:  # else it is no error of the system, but of a network
+            error.filename = error.filename or str(path)
         raise
     finally:
         remove_leftovers(target.parent, re.escape(target.name))

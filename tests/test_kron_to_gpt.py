@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import continuation, random_tokens, run_here
+from conftest import continuation, random_tokens, run_here, succeed
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
@@ -123,6 +123,17 @@ def test_an_unknown_vocabulary_is_exported_without_a_tokenizer(workdir):
     assert said.returncode == 0, said.stderr
     assert "no tokenizer is known for the vocabulary of 300" in said.stdout and "only the weights are" in said.stdout
     assert checkpoint.load("models/odd")[0].config.vocab_size == 300 and not list(Path("models/odd").glob("*token*"))
+
+
+def test_without_a_network_the_weights_are_exported(workdir, monkeypatch):
+    def get_encoding(name):
+        raise OSError("no network")  # without a number, as those of HTTP clients
+
+    monkeypatch.setattr("tiktoken.get_encoding", get_encoding)
+    checkpoint.save("a.pt", KronyGPT(KronyGPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=1, n_embd=8)))
+    said = succeed("kron_to_gpt.py", "a.pt", "made")
+    assert "only the weights are written: GPT-2's tokenizer could not be downloaded (OSError)" in said.stdout
+    assert Path("made/model.safetensors").exists() and not Path("made/tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("path, name", [
