@@ -46,9 +46,9 @@ class Tokenizer:
     def encode_prompt(self, text):
         """The tokens of a prompt, a list; END_OF_TEXT in it, or the tokenizer's own name for it, is the token."""
         if self.end_of_text is None:
-            if not text:
+            if not (tokens := self.encode(text).tolist()):  # where nothing is typed, or nothing that it knows
                 raise UserError("the prompt is empty, and the model's tokenizer has no end-of-text token: type one")
-            return self.encode(text).tolist()
+            return tokens
         pieces = text.replace(self.end_name, END_OF_TEXT).split(END_OF_TEXT)
         tokens = [token for piece in pieces for token in (self.end_of_text, *(self.encode(piece).tolist() if piece else ()))]
         return tokens[1:] or tokens
