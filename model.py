@@ -13,9 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 class KronLinear(nn.Module):
     """y = x W + bias with W [m, n] = Σ_{f<r} A_f ⊗ B_f, of the shape (dim_1, dim_2, r): each A_f is [dim_1, dim_2], and each
-    B_f is [m/dim_1, n/dim_2]. Low rank is (m, 1, r). Dense is (m, n, 1), with B = [[1]], which is no parameter."""
+    B_f is [m/dim_1, n/dim_2]. Low rank is (m, 1, r). Dense is (m, n, 1), with B = [[1]], which is no parameter.
 
-    def __init__(self, m, n, shape):
+    With `padding`, (dim, places, size), W stands among zeros: its rows (dim 0) or columns (dim 1) at these places of `size`,
+    so x or y has `size` columns. Such a W is dense or of low rank."""
+
+    def __init__(self, m, n, shape, padding=None):
         super().__init__()
         dim_1, dim_2, r = shape
         self.is_dense = tuple(shape) == (m, n, 1)
@@ -25,11 +28,34 @@ class KronLinear(nn.Module):
         else:
             self.B = nn.Parameter(torch.empty(r, m // dim_1, n // dim_2))
         self.bias = nn.Parameter(torch.zeros(n))
+        self.dim, places, self.size = padding or (None, None, None)
+        self.register_buffer("places", places, persistent=False)
 
     def forward(self, x):
+        A, B, bias = self.A, self.B, self.bias
+        is_long = x.numel() > x.shape[-1] * (A.shape[1] if self.is_dense else len(A))  # zeros go into what is smaller
+        if self.places is not None and is_long:
+            A, B, bias = self.padded()
+        else:
+            x = self.without_zeros(x, 0)
         if self.is_dense:
-            return torch.addmm(self.bias, x.flatten(0, -2), self.A.squeeze(0)).view(*x.shape[:-1], -1)
-        return kron_linear(x, self.A, self.B, self.bias)  # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
+            y = torch.addmm(bias, x.flatten(0, -2), A.squeeze(0)).view(*x.shape[:-1], -1)
+        else:
+            y = kron_linear(x, A, B, bias)  # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
+        return y if self.dim != 1 or is_long else among_zeros(y, -1, self.places, self.size)
+
+    def without_zeros(self, t, dim):
+        """An input x (dim 0) or an output y (dim 1) without the columns of the padding."""
+        return take_columns(t, self.places) if self.dim == dim else t
+
+    def padded(self):
+        """A, B and bias with their zeros."""
+        A, B, bias = self.A, self.B, self.bias
+        if A.shape[1 + self.dim] == len(self.places):
+            A = among_zeros(A, 1 + self.dim, self.places, self.size)
+        else:
+            B = among_zeros(B, 1 + self.dim, self.places, self.size)
+        return A, B, bias if self.dim == 0 else among_zeros(bias, 0, self.places, self.size)
 
     @property
     def weight(self):  # W [m, n]
@@ -62,11 +88,9 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer, self.n_head, self.dropout, self.scale = layer, config.n_head, config.dropout, config.head_dim**-0.5
         qk, v = config.head_qk[layer], config.head_v[layer]
-        self.widths = [config.n_head * max(widths) for widths in (qk, qk, v)]
-        for name, parts in ("columns", (qk, qk, v)), ("v_columns", (v,)):  # where the heads' columns are among equal ones
-            self.register_buffer(name, padded_columns(parts), persistent=False)
-        self.c_attn = KronLinear(*config.size_and_shape("attn.c_attn", layer))
-        self.c_proj = KronLinear(*config.size_and_shape("attn.c_proj", layer))
+        self.widths = [config.n_head * equal_width(widths) for widths in (qk, qk, v)]
+        self.c_attn = KronLinear(*config.size_and_shape("attn.c_attn", layer), padding=head_padding(1, qk, qk, v))
+        self.c_proj = KronLinear(*config.size_and_shape("attn.c_proj", layer), padding=head_padding(0, v))
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
@@ -74,8 +98,6 @@ class CausalSelfAttention(nn.Module):
 
     def between(self, qkv, cache=None):
         """From the output of c_attn to the input of c_proj."""
-        if self.columns is not None:  # zeros make the heads equally wide
-            qkv = qkv.new_zeros(*qkv.shape[:-1], sum(self.widths)).index_copy(-1, self.columns, qkv)
         q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, n_head, T, head_qk or head_v)
                    for part in qkv.split(self.widths, dim=-1))
         if cache is not None:
@@ -87,19 +109,23 @@ class CausalSelfAttention(nn.Module):
             q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
-        y = y[..., :self.widths[2] // self.n_head].transpose(1, 2).flatten(-2)
-        return y if self.v_columns is None else take_columns(y, self.v_columns)
+        return y[..., :self.widths[2] // self.n_head].transpose(1, 2).flatten(-2)
 
 
-def padded_columns(parts):
-    """Where the columns of heads of the widths in `parts`, lists of one number for each head, are when zeros pad all heads
-    of a part to the widest: a tensor on the CPU, even for a meta model. None where no head needs it."""
-    places, start = [], 0
+def equal_width(widths):
+    """The width that heads of these widths have among zeros: theirs, or a multiple of ALIGNED."""
+    return widths[0] if len({*widths}) == 1 else -(-max(widths) // ALIGNED) * ALIGNED
+
+
+def head_padding(dim, *parts):
+    """The padding of a KronLinear that makes the heads of each part equally wide; parts are lists of a width for each head.
+    None where they are so."""
+    places, size = [], 0
     for widths in parts:
         for width in widths:
-            places += range(start, start + width)
-            start += max(widths)
-    return torch.tensor(places, device="cpu") if start > len(places) else None
+            places += range(size, size + width)
+            size += equal_width(widths)
+    return (dim, torch.tensor(places, device="cpu"), size) if size > len(places) else None  # even of a meta model
 
 
 class MLP(nn.Module):
@@ -327,9 +353,11 @@ class KronyGPT(nn.Module):
             positions = torch.arange(start, end, device=idx.device)
         else:
             positions = cache.position
-            cache.mask = torch.arange(cache.length, device=idx.device) <= positions[:, None]
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
         x = self.transformer.drop(x)  # (B, T, C)
+        if cache is not None and cache.position is not None:
+            is_hidden = torch.arange(cache.length, device=idx.device) > positions[:, None]
+            cache.mask = torch.zeros_like(is_hidden, dtype=x.dtype).masked_fill(is_hidden, -math.inf)
         for block in self.transformer.h:
             x = block(x, cache)
             if states is not None:
@@ -428,6 +456,27 @@ class KronyGPT(nn.Module):
                                    weight_decay=0.0 if kind == "vectors" else weight_decay))
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
+    @torch.no_grad()
+    def multiplied_out(self):
+        """A KronyGPT of the same function with dense matrices and equally wide heads, in eval mode. Behind the vocabulary it
+        may have a few tokens more, whose logits are 0."""
+        state_dict = {name: p for name, p in self.state_dict().items() if not any(kind in name for kind in KINDS)}
+        for layer, kind, matrix in self.matrices():
+            W, bias = matrix.weight, matrix.bias
+            if matrix.dim is not None:
+                W = among_zeros(W, matrix.dim, matrix.places, matrix.size)
+            if matrix.dim == 1:
+                bias = among_zeros(bias, 0, matrix.places, matrix.size)
+            state_dict |= {f"transformer.h.{layer}.{kind}.{part}": p for part, p in dict(
+                A=W[None], B=W.new_ones(1, 1, 1), bias=bias).items()}
+        sizes = dict(vars(self.config), shapes={}, head_qk=[equal_width(widths) for widths in self.config.head_qk],
+                     head_v=[equal_width(widths) for widths in self.config.head_v])
+        if self.transformer.wte.is_dense:
+            name = "transformer.wte.weight"
+            state_dict[name] = F.pad(state_dict[name], (0, 0, 0, -len(state_dict[name]) % ALIGNED))
+            sizes |= dict(vocab_size=len(state_dict[name]), wte=None)
+        return KronyGPT.from_state_dict(sizes, state_dict).eval()
+
     @classmethod
     def from_state_dict(cls, model_args, state_dict):
         """A model of the sizes in model_args (fields of KronyGPTConfig) that takes over the tensors of state_dict uncopied.
@@ -451,13 +500,17 @@ class KronyGPT(nn.Module):
         return model.to(model.transformer.ln_f.weight.device)  # with the buffers that no file holds
 
 
+LENGTH_STEP = 64  # of caches: fast kernels want aligned masks, and cuDNN plans anew for every length
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, in every block, for at most `length` tokens. With `position`, a tensor [1],
-    single tokens follow, whose place is read from it; `mask` [1, length] tells what they see, and `seen` is the caller's to
-    count. Such a step is the same for every token."""
+    single tokens follow, whose place is read from it; `mask` [1, length] is added to their scores, and `seen` is the
+    caller's to count. Such a step is the same for every token."""
 
     def __init__(self, length):
-        self.stores, self.length, self.seen, self.position, self.mask = {}, length, 0, None, None
+        self.length = -(-length // LENGTH_STEP) * LENGTH_STEP
+        self.stores, self.seen, self.position, self.mask = {}, 0, None, None
 
     def extend(self, layer, *new):
         """Append keys and values (B, n_head, T, width) of the newest tokens; returns those of all tokens."""
@@ -473,18 +526,20 @@ class KVCache:
 
 class GraphedStep:
     """KronyGPT.next_logits of single tokens as one CUDA graph, which launches all kernels at once: one by one they take
-    longer to launch than to run."""
+    longer to launch than to run. The products are multiplied out, since a GPU reads a dense matrix of GPT-2 in the time in
+    which it starts one more kernel."""
 
     def __init__(self, model, token, cache):
+        vocab_size, self.model = model.config.vocab_size, model.multiplied_out()  # whose memory the graph reads
         self.token, self.graph, cache.position = token.clone(), torch.cuda.CUDAGraph(), token.new_tensor([cache.seen])
         with torch.cuda.device(token.device):
             others = torch.cuda.Stream()
             others.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(others):  # libraries start outside of the graph
-                model.next_logits(self.token, cache)
+                self.model.next_logits(self.token, cache)
             torch.cuda.current_stream().wait_stream(others)
             with torch.cuda.graph(self.graph, stream=others, capture_error_mode="thread_local"):  # others may use the GPU
-                self.logits = model.next_logits(self.token, cache)
+                self.logits = self.model.next_logits(self.token, cache)[:, :vocab_size]
 
     def __call__(self, token, cache):
         self.token.copy_(token)
@@ -497,7 +552,9 @@ class GraphedStep:
 # ----------------------------------------------------------------------------------------------------------------------
 # The contraction: x (Σ_f A_f ⊗ B_f) without the Kronecker products, for A [r, m1, n1] and B [r, m2, n2]
 
-COPY = 64  # multiply-adds that take as long as writing one number to memory; 32 to 500 choose alike
+ALIGNED = 8  # columns of a matrix are a multiple of it where zeros are added: the units of a GPU want so
+COPY = 64  # multiply-adds that take as long as writing one number to memory, on a CPU; 32 to 500 choose alike
+GPU_COPY = 2500  # on a GPU, without torch.compile: (768, 768, 1) then takes "W", and a step on an H200 54 ms, not 66
 
 
 def kron_weight(A, B):
@@ -518,17 +575,17 @@ def multiply_adds(A_shape, B_shape):
     return {"A": r * n1 * m2 * (m1 + n2), "B": r * m1 * n2 * (m2 + n1), "W": m1 * m2 * n1 * n2}
 
 
-def contraction_order(A_shape, B_shape, tokens):
+def contraction_order(A_shape, B_shape, tokens, copy=COPY):
     """The cheapest order in which to contract x with A and B: "A" first, "B" first, or "W" built and multiplied.
 
-    The cost counts multiply-adds and, as COPY of them, each number of an intermediate that is written to memory, the
+    The cost counts multiply-adds and, as `copy` of them, each number of an intermediate that is written to memory, the
     transposed copies in `from_left` included. Backward costs twice as much in every order.
     """
     (r, m1, n1), (_, m2, n2) = A_shape, B_shape
     by_A, by_B, by_W = multiply_adds(A_shape, B_shape).values()
     after_A, after_B = r * n1 * m2, r * m1 * n2  # numbers of the intermediate
-    cost_A = tokens * (by_A + COPY * (after_A + (m2 > 1) * (m1 * m2 + after_A)))
-    cost_B = tokens * (by_B + COPY * (after_B + (n2 > 1) * (n1 * n2 + after_B)))
+    cost_A = tokens * (by_A + copy * (after_A + (m2 > 1) * (m1 * m2 + after_A)))
+    cost_B = tokens * (by_B + copy * (after_B + (n2 > 1) * (n1 * n2 + after_B)))
     cost_W = (tokens + r + 2 * COPY) * by_W
     if cost_A <= cost_B:  # two comparisons, which torch.compile follows where `tokens` is a symbol
         return "A" if cost_A <= cost_W else "W"
@@ -557,7 +614,8 @@ def kron_linear(x, A, B, bias, order=None):
         x, A, B, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, A, B, bias))
     (r, m1, n1), (_, m2, n2) = A.shape, B.shape
     rows = x.reshape(-1, m1 * m2)  # (T, m1 m2)
-    order = order or contraction_order(A.shape, B.shape, rows.shape[0])
+    copy = GPU_COPY if x.is_cuda and not torch.compiler.is_compiling() else COPY
+    order = order or contraction_order(A.shape, B.shape, rows.shape[0], copy)
     if order == "W":
         y = torch.addmm(bias, rows, kron_weight(A, B))
     elif order == "A":
@@ -584,6 +642,13 @@ def take_columns(x, columns):
         with torch.autocast(x.device.type, enabled=False):
             return take_columns(x, columns)
     return x.gather(-1, columns.expand(*x.shape[:-1], -1))
+
+
+def among_zeros(t, dim, places, size):
+    """Zeros of the shape of t, but `size` of them along `dim`, with t's at `places`."""
+    shape = [*t.shape]
+    shape[dim] = size
+    return t.new_zeros(shape).index_copy_(dim, places, t)
 
 
 class StoredLowRank(KronLinear):
@@ -618,11 +683,13 @@ class StoredLowRank(KronLinear):
         (T, row), rows, m = self.sides(), x.flatten(0, -2), len(self.order)
         r, tokens = len(T), len(rows)
         if COPY * m * r + tokens * r * r < COPY * tokens * m:
-            z = rows @ self.column()
+            z = rows @ (among_zeros(self.column(), 0, self.places, self.size) if self.dim == 0 else self.column())
         else:
-            pivots, others = take_columns(rows, self.order).tensor_split([r], -1)
+            order = self.places[self.order] if self.dim == 0 else self.order
+            pivots, others = take_columns(rows, order).tensor_split([r], -1)
             z = torch.addmm(pivots, others, T.T)
-        return torch.addmm(self.bias, z, row).view(*x.shape[:-1], -1)
+        y = torch.addmm(self.bias, z, row).view(*x.shape[:-1], -1)
+        return among_zeros(y, -1, self.places, self.size) if self.dim == 1 else y
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -657,23 +724,32 @@ class ChunkedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunk_loss, dtype, n_parts, x, *tensors):
         parts, per_token = tensors[:n_parts], tensors[n_parts:]
-        cast = [W.to(dtype) for W in parts]
+        cast, n_columns = [W.to(dtype) for W in parts], sum(map(len, parts))
+        if x.is_cuda:  # zero columns of logits: with 50,257, the three products take six times as long
+            cast[-1] = F.pad(cast[-1], (0, 0, 0, -n_columns % ALIGNED))
         total, grad_x = x.new_zeros((), dtype=torch.float32), torch.zeros_like(x)
         grads = [torch.zeros_like(W) if needed else None for W, needed in zip(parts, ctx.needs_input_grad[4:])]
         for begin in range(0, len(x), step := chunk_rows(parts, dtype)):
             rows = x[begin:begin + step].to(dtype)
-            logits = product_of_bands(rows, cast).requires_grad_()  # (step, vocab_size)
+            padded = product_of_bands(rows, cast)
+            logits = padded[:, :n_columns].requires_grad_()  # (step, vocab_size)
             with torch.enable_grad():
                 loss = chunk_loss(logits, *(t[begin:begin + step] for t in per_token))
             grad, = torch.autograd.grad(loss, logits)
+            if grad.shape != padded.shape:
+                padded[:, :n_columns] = grad
+                grad = padded
             total += loss.detach()
             for W, grad_W, g in zip(cast, grads, grad.split([len(W) for W in cast], 1)):
                 columns = W.shape[1]
                 grad_x[begin:begin + step, :columns] += g @ W
-                if grad_W is not None and dtype == grad_W.dtype:
-                    grad_W.addmm_(g.T, rows[:, :columns])
-                elif grad_W is not None:
-                    grad_W += g.T @ rows[:, :columns]
+                if grad_W is None:
+                    continue
+                g = g[:, :len(grad_W)].T
+                if dtype == grad_W.dtype:
+                    grad_W.addmm_(g, rows[:, :columns])
+                else:
+                    grad_W += g @ rows[:, :columns]
         ctx.save_for_backward(grad_x, *grads)
         ctx.n_per_token = len(per_token)
         return total
@@ -710,12 +786,12 @@ def summed_cross_entropy(logits, targets):
 def streamed_cross_entropy(x, parts, targets):
     """linear_cross_entropy without gradients: logits of all tokens for a slice of the vocabulary at a time, which stays in
     the cache of a CPU, and the logarithm of their sum of exponentials so far (arXiv 1805.02867)."""
-    dtype, step = product_dtype(x), max(1, (2**27 if x.is_cuda else SLICE) // max(1, len(x)))
+    dtype, step = product_dtype(x), max(1, (2**27 if x.is_cuda else SLICE) // max(1, len(x)) // ALIGNED) * ALIGNED
     total = x.new_full((len(x),), -math.inf, dtype=torch.float32)
     chosen, begin = torch.zeros_like(total), 0
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(dtype)
-        for W in (W for part in parts for W in part.split(step)):
+        for W in (W for part in parts for W in part.split(min(step, max(1, len(part) - len(part) % ALIGNED)))):
             logits, at = product_of_bands(x, [W]).float(), targets - begin
             picked = logits.gather(1, at.clamp(0, len(W) - 1)[:, None])[:, 0]
             chosen = torch.where((at >= 0) & (at < len(W)), picked, chosen)

@@ -52,7 +52,7 @@ class ResidualStream:
             z = module.get_submodule(HALVES[half][1])(x)
             h = module.between(z)
             y = module.c_proj(h)
-            yield rows, *(t.flatten(0, -2) for t in (x, z, h, y))
+            yield rows, *(t.flatten(0, -2) for t in (x, z, module.c_proj.without_zeros(h, 0), y))
             if move:
                 self.x[rows] += y
 
@@ -115,8 +115,8 @@ def statistics(model, tokens):
     def watch(name):
         def hook(module, inputs, output):
             if name in moments:
-                moments[name].add(inputs[0].detach().flatten(0, -2))
-            output.register_hook(lambda g: add_gram(name, g))
+                moments[name].add(module.without_zeros(inputs[0].detach(), 0).flatten(0, -2))
+            output.register_hook(lambda g: add_gram(name, module.without_zeros(g, 1) if name in moments else g))
 
         return model.get_submodule(name).register_forward_hook(hook)
 

@@ -109,7 +109,7 @@ def with_identity(A, B):
     column = float64(column[:, :, 0].T)  # [m, r]
     Q = torch.linalg.qr(column).Q
     order = torch.arange(len(Q))
-    for i, j in enumerate((torch.linalg.lu_factor(Q).pivots - 1).tolist()):
+    for i, j in enumerate((torch.linalg.lu_factor(Q.cpu()).pivots - 1).tolist()):
         order[[i, j]] = order[[j, i]]
     pivots = order[:Q.shape[1]]
     T = torch.linalg.solve(Q[pivots], Q, left=False)

@@ -4,6 +4,7 @@ costs and the weights that go with it.
 All costs are second-order: an error e in an activation at one token adds about ½ e F eᵀ to the loss, where F holds second
 moments of the loss's gradient there (calibration.statistics). Everything is float64.
 """
+import math
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from kronygpt.device import float64
-from model import KINDS, KronyGPT, Shape
+from model import ALIGNED, KINDS, KronyGPT, Shape
 
 RIDGE = 1e-3  # added to the covariance of hidden units, as a share of its mean diagonal
 HEAD_STEPS, HIDDEN_STEPS = 8, 32  # widths that are tried, of a head and of an MLP
@@ -192,7 +193,7 @@ class Staircase:
         E: [V, C].
         weights: w [V].
         metric: M [C, C]; a share of the identity is blended in.
-        n_bands: bands of rows by their weights; 1 leaves the rows in their order.
+        n_bands: bands of rows by their weights, at most; 1 leaves the rows in their order.
     """
 
     def __init__(self, E, weights, metric, n_bands=1):
@@ -203,9 +204,10 @@ class Staircase:
         directions = torch.linalg.eigh(R.T @ (E.T @ (weights[:, None] * E)) @ R).eigenvectors.flip(1)
         self.A = E @ (R @ directions)  # (V, C)
         self.B = torch.linalg.solve_triangular(R, directions.T, upper=False, left=False)  # (C, C), E = A B
-        bands = self.A.tensor_split(n_bands)
+        size = math.ceil(len(E) / n_bands / ALIGNED) * ALIGNED  # of all bands but the last one
+        bands = self.A.split(size)
         self.rows = [len(band) for band in bands]
-        self.squares = torch.stack([w @ band.square() for w, band in zip(weights.tensor_split(n_bands), bands)])
+        self.squares = torch.stack([w @ band.square() for w, band in zip(weights.split(size), bands)])
         scale = (self.B.norm(dim=1) / self.A.norm(dim=0).clamp(min=torch.finfo(E.dtype).tiny)).sqrt()
         self.A *= scale  # training then changes both sides alike
         self.B /= scale[:, None]

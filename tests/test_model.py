@@ -226,6 +226,15 @@ def test_a_step_is_the_same_for_every_token_where_a_tensor_holds_its_place(mixed
     assert counter.frame_count == 1
 
 
+@torch.no_grad()
+def test_a_vocabulary_that_is_multiplied_out_ends_in_zeros():
+    model = KronyGPT(KronyGPTConfig(block_size=8, vocab_size=251, n_layer=1, n_head=2, n_embd=16))
+    idx = random_tokens(1, 8) % 251
+    found = model.multiplied_out()(idx)
+    torch.testing.assert_close(found[..., :251], model(idx))
+    assert found.shape[-1] == 256 and not found[..., 251:].any()
+
+
 def test_generation_samples_the_softmax_of_the_scaled_logits(small_model):
     idx = random_tokens(1, 4).expand(4000, -1)
     logits = to_gpt2(small_model)(idx[:1]).logits[0, -1].detach() / 0.25

@@ -16,7 +16,7 @@ from kronygpt.compress import apply
 from kronygpt.distillation import Distillation
 from kronygpt.export import rounded, to_int8
 from kronygpt.modeling_kronygpt import KronyGPTForCausalLM
-from model import IGNORE_INDEX, KronyGPT, KronyGPTConfig, StoredLowRank
+from model import IGNORE_INDEX, KronyGPT, KronyGPTConfig, KVCache, StoredLowRank
 
 HEADS, HEAD_DIM = 4, 16
 IDX = random_tokens(2, 20)
@@ -26,14 +26,13 @@ EMBEDDINGS = {"dense": {}, "low rank": dict(wte=[(256, 40)], wpe=[(32, 9)]),
               "staircase": dict(wte=[(56, 50), (100, 60), (100, 1)], wpe=[(20, 30), (12, 3)])}
 
 
-@pytest.fixture(params=EMBEDDINGS)
-def model(request):
+def narrow_model(embeddings):
     """Three blocks with widths of their own, the first one's for each head, the last one's as in GPT-2, each kind of shape
     and of embedding."""
     torch.manual_seed(0)
     model = KronyGPT(KronyGPTConfig(
         block_size=32, vocab_size=256, n_layer=3, n_head=HEADS, n_embd=64, head_qk=[[5, 1, 9, 5], 9, 16],
-        head_v=[[7, 12, 1, 8], 3, 16], n_inner=[100, 64, 256], **EMBEDDINGS[request.param], shapes={
+        head_v=[[7, 12, 1, 8], 3, 16], n_inner=[100, 64, 256], **EMBEDDINGS[embeddings], shapes={
             "attn.c_attn": [(64, 1, 6), (64, 84, 1), (1, 192, 60)], "attn.c_proj": [(28, 64, 1), (12, 1, 5), (8, 8, 2)],
             "mlp.c_fc": [(64, 1, 10), (8, 8, 2), (1, 256, 10)], "mlp.c_proj": [(1, 64, 20), (64, 1, 64), (256, 1, 64)]}))
     randomize_vectors(model)
@@ -44,6 +43,11 @@ def model(request):
         if embedding.row is not None:
             embedding.row.copy_(torch.randperm(len(embedding.row)))
     return model.eval()
+
+
+@pytest.fixture(params=EMBEDDINGS)
+def model(request):
+    return narrow_model(request.param)
 
 
 def plain_embedding(embedding):
@@ -75,6 +79,16 @@ def plain_logits(model, idx):
         hidden = torch.nn.functional.gelu(block.ln_2(x) @ mlp.c_fc.weight + mlp.c_fc.bias, approximate="tanh")
         x = x + hidden @ mlp.c_proj.weight + mlp.c_proj.bias
     return model.transformer.ln_f(x) @ wte.T
+
+
+@torch.no_grad()
+def test_what_is_multiplied_out_continues_a_cache(model):
+    out, cache, expected = model.multiplied_out(), KVCache(20), plain_logits(model, IDX)
+    torch.testing.assert_close(model.next_logits(IDX[:, :10], cache), expected[:, 9])
+    for i in range(10, 20):
+        cache.position = torch.tensor([i])
+        torch.testing.assert_close(out.next_logits(IDX[:, i:i + 1], cache), expected[:, i])
+    assert all(matrix.is_dense for *_, matrix in out.matrices())
 
 
 def greedy(model, n=12):

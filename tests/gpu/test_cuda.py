@@ -1,16 +1,19 @@
 """The model and train.py on CUDA, beside the CPU: `pytest -m gpu`. Skipped where there is no CUDA."""
 import copy
 import os
+import re
 import sys
 
 import pytest
 import torch
 from conftest import StandIn, continuation, random_tokens, refused, succeed
 from test_train import RUN, load, losses_of, run_train, same
+from test_widths import EMBEDDINGS, narrow_model
 from torch.nn.parallel import DistributedDataParallel
 
-from kronygpt import checkpoint, data
+from kronygpt import calibration, checkpoint, compress, data
 from kronygpt.device import default_dtype
+from model import KronyGPT, KronyGPTConfig, mlp_shapes
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: cuBLAS is deterministic with it
 DEVICE = "cuda"
@@ -33,15 +36,34 @@ def gradients(model, x, y):
     return loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_logits_and_gradients_are_those_of_the_cpu(mixed_model, exact):
-    x, y = random_tokens(3, 33)[:, :-1], random_tokens(3, 33)[:, 1:]
-    on_gpu = copy.deepcopy(mixed_model).to(DEVICE)
+@pytest.fixture
+def odd_model():
+    """A vocabulary of an odd number of tokens, as GPT-2 has."""
+    torch.manual_seed(0)
+    return KronyGPT(KronyGPTConfig(block_size=32, vocab_size=251, n_layer=2, n_head=2, n_embd=64)).eval()
+
+
+@pytest.fixture(params=["mixed_model", "odd_model", *EMBEDDINGS])
+def any_model(request):
+    return narrow_model(request.param) if request.param in EMBEDDINGS else request.getfixturevalue(request.param)
+
+
+def test_logits_and_gradients_are_those_of_the_cpu(any_model, exact):
+    vocab_size = any_model.config.vocab_size
+    x, y = random_tokens(3, 33)[:, :-1] % vocab_size, random_tokens(3, 33)[:, 1:] % vocab_size
+    on_gpu = copy.deepcopy(any_model).to(DEVICE)
     with torch.no_grad():
-        torch.testing.assert_close(on_gpu(x.to(DEVICE)).cpu(), mixed_model(x), rtol=1e-3, atol=1e-3)
-    (loss, expected), (gpu_loss, found) = gradients(mixed_model, x, y), gradients(on_gpu, x.to(DEVICE), y.to(DEVICE))
+        torch.testing.assert_close(on_gpu(x.to(DEVICE)).cpu(), any_model(x), rtol=1e-3, atol=1e-3)
+        assert on_gpu(x.to(DEVICE), y.to(DEVICE)).item() == pytest.approx(any_model(x, y).item(), rel=1e-4)
+    (loss, expected), (gpu_loss, found) = gradients(any_model, x, y), gradients(on_gpu, x.to(DEVICE), y.to(DEVICE))
     assert gpu_loss == pytest.approx(loss, rel=1e-4)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=1e-3 * gradient.abs().max().item(), msg=name)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        gpu_loss, found = gradients(on_gpu, x.to(DEVICE), y.to(DEVICE))
+    assert gpu_loss == pytest.approx(loss, rel=0.02)
+    for name in ("transformer.ln_f.weight", "transformer.h.0.ln_1.weight"):
+        assert (found[name] - expected[name]).norm() < 0.1 * expected[name].norm()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -79,22 +101,36 @@ def test_five_steps_never_wait_for_the_gpu(dtype, tokens, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_calibrated_compression_is_that_of_the_cpu(gpt2_dir, tokens):
-    x = random_tokens(4, 32)
-    logits = []
+def test_a_fit_is_that_of_the_cpu(gpt2_dir, tokens, exact):
+    dense, _ = checkpoint.load(gpt2_dir)
+    text, shapes, logits = random_tokens(64, 32), mlp_shapes(64, 1, [24, 24]), []
+    fisher = calibration.statistics(dense, text).fisher  # for both: labels are drawn from each device's own numbers
     for where in ("cpu", DEVICE):
-        succeed("kron_decompose.py", 32, 64, 2, f"--init_from={gpt2_dir}", "--calibrate=tiny",
-                "--calibration_tokens=2048", f"--device={where}", f"--out={where}.pt")
-        model, _ = checkpoint.load(f"{where}.pt")
+        new, there = compress.factorize(dense, shapes).to(where), {name: F.to(where) for name, F in fisher.items()}
+        calibration.calibrate(copy.deepcopy(dense).to(where), new, text.to(where), there)
         with torch.no_grad():
-            logits.append(model.eval()(x))
-    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0.02 * logits[0].std().item())  # TF32 in the statistics
+            logits.append(new.cpu().eval()(text[:4]))
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0.01 * logits[0].std().item())
 
 
-def test_greedy_generation_is_that_of_the_cpu(mixed_model, exact):
-    idx = random_tokens(2, 20)  # 12 with a cache, then the window slides
-    on_gpu = copy.deepcopy(mixed_model).to(DEVICE)
-    expected = continuation(mixed_model, idx, 24, temperature=0)
+def test_a_whole_model_by_budget_loses_as_much_as_on_the_cpu(gpt2_dir, tokens):
+    added = []
+    for where in ("cpu", DEVICE):
+        said = succeed("kron_decompose.py", "--budget=70%", f"--init_from={gpt2_dir}", "--calibrate=tiny", "--round_ranks=1",
+                       "--calibration_tokens=4096", f"--device={where}", f"--out={where}.pt")
+        added.append(float(re.search(r"per token, (-?[\d.]+) added", said.stdout)[1]))
+        assert said.stderr.count("WARN") == 0
+    assert abs(added[1] - added[0]) < 0.02, added
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_greedy_generation_is_that_of_the_cpu(any_model, stored, workdir, exact):
+    idx = random_tokens(2, 20) % any_model.config.vocab_size  # 12 with a cache, then the window slides
+    if stored:
+        checkpoint.save("model.pt", any_model)
+        any_model, _ = checkpoint.load("model.pt", as_stored=True)
+    on_gpu = copy.deepcopy(any_model).to(DEVICE)
+    expected = continuation(any_model, idx, 24, temperature=0)
     assert torch.equal(continuation(on_gpu, idx.to(DEVICE), 24, temperature=0).cpu(), expected)
 
 
