@@ -32,13 +32,15 @@ def root(S):
 def spectrum(W, covariance, fisher):
     """The squared singular values [min(m, n)], descending, of G^(1/2) W F^(1/2) for W [m, n], G [m, m] and F [n, n]."""
     if len(W) <= W.shape[1]:
-        return squares(W @ fisher @ W.T, root(covariance))
-    return squares(W.T @ covariance @ W, root(fisher))
+        W = root(covariance).T @ W
+        return squares(W @ fisher @ W.T)
+    W = W @ root(fisher)
+    return squares(W.T @ covariance @ W)
 
 
-def squares(S, R):
-    """The eigenvalues of Rᵀ S R, which are at least 0 but for rounding, in descending order."""
-    return torch.linalg.eigvalsh(R.mT @ S @ R).clamp(min=0).flip(0)
+def squares(S):
+    """The eigenvalues of S, which are at least 0 but for rounding, in descending order."""
+    return torch.linalg.eigvalsh(S).clamp(min=0).flip(0)
 
 
 def tails(squares):
@@ -319,10 +321,10 @@ class Block:
         W, F = self.W("attn.c_attn"), self.F["attn.c_attn"]
         self.bases = bases = head_bases(W, self.b["attn.c_attn"], self.W("attn.c_proj"), H, self.mean["attn.c_attn"],
                                         self.G["attn.c_attn"], self.G["attn.c_proj"], F, self.F["attn.c_proj"])
-        R_attn, R_proj = root(self.G["attn.c_attn"]), root(self.F["attn.c_proj"])
         T = torch.block_diag(*bases.qk[0], *bases.qk[1], *bases.vo[0])  # in which narrower heads take the first columns
         D = torch.block_diag(*bases.qk[1], *bases.qk[0], *bases.vo[1])
-        W, F, W_proj = W @ T, D.T @ F @ D, D[2 * C:, 2 * C:].T @ self.W("attn.c_proj")
+        W, F = root(self.G["attn.c_attn"]).T @ (W @ T), D.T @ F @ D
+        W_proj = D[2 * C:, 2 * C:].T @ self.W("attn.c_proj") @ root(self.F["attn.c_proj"])
         G = T[2 * C:, 2 * C:].T @ self.G["attn.c_proj"] @ T[2 * C:, 2 * C:]
 
         def columns(widths):  # of C, that heads of some widths keep
@@ -334,12 +336,13 @@ class Block:
         S_qk = [W[:, at] @ F[at][:, at] @ W[:, at].T for at in in_qk]
         for n_v, v in zip(totals, of_v):
             at_v = columns(v)
-            proj = rank_table(n_v, C, squares(W_proj[at_v].T @ G[at_v][:, at_v] @ W_proj[at_v], R_proj)[:n_v], self.step)
+            proj = rank_table(n_v, C, squares(W_proj[at_v].T @ G[at_v][:, at_v] @ W_proj[at_v])[:n_v], self.step)
             FW = F[:, 2 * C + at_v] @ W[:, 2 * C + at_v].T  # (3 C, C)
+            S_v = W[:, 2 * C + at_v] @ FW[2 * C + at_v]
             for n_qk, qk, at, S in zip(totals, of_qk, in_qk, S_qk):
                 cross = W[:, at] @ FW[at]
-                S = S + cross + cross.T + W[:, 2 * C + at_v] @ FW[2 * C + at_v]  # W F Wᵀ of these columns
-                attn = rank_table(C, 2 * n_qk + n_v, squares(S, R_attn)[:2 * n_qk + n_v], self.step)
+                S = S + cross + cross.T + S_v  # W F Wᵀ of these columns
+                attn = rank_table(C, 2 * n_qk + n_v, squares(S)[:2 * n_qk + n_v], self.step)
                 loss = bases.qk_costs[heads, qk].sum() + bases.vo_costs[heads, v].sum()
                 result.append(Choice(dict(head_qk=qk, head_v=v), 2 * n_qk + n_v + C, float(loss),
                                      {"attn.c_attn": attn, "attn.c_proj": proj}))
@@ -347,21 +350,25 @@ class Block:
 
     def mlp(self, is_narrowed):
         """Choices for the hidden units at all multiples of a 32nd of their number, or with all of them only."""
-        W, W_hidden, G = self.W("mlp.c_proj"), self.W("mlp.c_fc"), self.G["mlp.c_proj"]
+        W, G, C = self.W("mlp.c_proj"), self.G["mlp.c_proj"], self.config.n_embd
         n = len(W)
-        R_fc, R_proj = root(self.G["mlp.c_fc"]), root(self.F["mlp.c_proj"])
         self.order, costs = torch.arange(n), torch.zeros(n + 1)
         if is_narrowed:
             self.order, costs = brain_surgeon(W, G, self.F["mlp.c_proj"])
-        result = []
+        last = self.order.flip(0)  # dropped last comes first, so that a width's matrices begin with a narrower one's
+        W_fc, F = root(self.G["mlp.c_fc"]).T @ self.W("mlp.c_fc")[:, last], self.F["mlp.c_fc"][last][:, last]
+        W_proj = W[last] @ root(self.F["mlp.c_proj"])
+        G, L = G[last][:, last], torch.linalg.cholesky(ridged(G)[last][:, last])
+        Y = torch.linalg.solve_triangular(L, G @ W_proj, upper=False)  # its first rows solve each width's system
+        result, S_fc, S_proj, done = [], 0, 0, 0
         for width in grid(n, HIDDEN_STEPS) if is_narrowed else [n]:
-            kept = self.kept(width)
-            W_fc, W_proj = W_hidden[:, kept], self.output(kept)
-            fc = squares(W_fc @ self.F["mlp.c_fc"][kept][:, kept] @ W_fc.T, R_fc)[:width]
-            proj = squares(W_proj.T @ G[kept][:, kept] @ W_proj, R_proj)[:width]
-            result.append(Choice(dict(n_inner=width), width + self.config.n_embd, float(costs[n - width]), {
-                "mlp.c_fc": rank_table(*W_fc.shape, fc, self.step),
-                "mlp.c_proj": rank_table(*W_proj.shape, proj, self.step)}))
+            new, old, done = slice(done, width), slice(0, done), width
+            cross = W_fc[:, new] @ (F[new, old] @ W_fc[:, old].T)
+            S_fc = S_fc + cross + cross.T + W_fc[:, new] @ F[new, new] @ W_fc[:, new].T
+            S_proj = S_proj + Y[new].T @ Y[new] if width < n else W_proj.T @ G @ W_proj
+            result.append(Choice(dict(n_inner=width), width + C, float(costs[n - width]), {
+                "mlp.c_fc": rank_table(C, width, squares(S_fc)[:width], self.step),
+                "mlp.c_proj": rank_table(width, C, squares(S_proj)[:width], self.step)}))
         return result
 
     def kept(self, width):
