@@ -107,8 +107,12 @@ class CausalSelfAttention(nn.Module):
         if is_causal and q.shape[-1] != v.shape[-1]:  # fast kernels want one width for all of them
             width = max(q.shape[-1], v.shape[-1])
             q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
+        if is_causal or q.dtype != torch.float32:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, dropout_p=dropout, scale=self.scale)
+        else:  # fast kernels of float32 give a head to one core or multiprocessor; a single query of 900 tokens takes long
+            scores = q * self.scale @ k.mT
+            y = (scores if mask is None else scores + mask).softmax(-1) @ v
         return y[..., :self.widths[2] // self.n_head].transpose(1, 2).flatten(-2)
 
 
@@ -554,7 +558,7 @@ class GraphedStep:
 
 ALIGNED = 8  # columns of a matrix are a multiple of it where zeros are added: the units of a GPU want so
 COPY = 64  # multiply-adds that take as long as writing one number to memory, on a CPU; 32 to 500 choose alike
-GPU_COPY = 2500  # on a GPU, without torch.compile: (768, 768, 1) then takes "W", and a step on an H200 54 ms, not 66
+GPU_COPY = 2500  # on a GPU: (768, 768, 1) then takes "W", and an eager step on an H200 54 ms, not 66
 
 
 def kron_weight(A, B):
@@ -614,8 +618,7 @@ def kron_linear(x, A, B, bias, order=None):
         x, A, B, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, A, B, bias))
     (r, m1, n1), (_, m2, n2) = A.shape, B.shape
     rows = x.reshape(-1, m1 * m2)  # (T, m1 m2)
-    copy = GPU_COPY if x.is_cuda and not torch.compiler.is_compiling() else COPY
-    order = order or contraction_order(A.shape, B.shape, rows.shape[0], copy)
+    order = order or contraction_order(A.shape, B.shape, rows.shape[0], GPU_COPY if x.is_cuda else COPY)
     if order == "W":
         y = torch.addmm(bias, rows, kron_weight(A, B))
     elif order == "A":

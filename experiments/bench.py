@@ -42,9 +42,10 @@ shapes = "768,768,1 768,1,288,288 768,1536,1 384,3072,1 256,64,10 768,1,153"  # 
 models = ""  # comma list of compressed models of these sizes, which are measured beside the first shape
 device = ""  # cuda, mps, cpu, ...; default: CUDA if available, else Apple's mps, else the CPU
 dtype = "float32"  # or bfloat16 or float16, by autocast; in generation that of the weights
+compile = False  # torch.compile the models, but for generation
 out_dir = "out/bench"  # directory of the results
 
-CONTEXTS, SEQUENCES = (64, 900), (1, 8)  # of generation: tokens at the end, and sequences at once
+CONTEXTS, SEQUENCES = (64, 900), (1, 8, 64)  # of generation: tokens at the end, and sequences at once; 64 on GPUs
 
 # A torch.nn.Module with its calls loss(idx, targets) and generate(idx, n), for idx and targets (B, T)
 Candidate = namedtuple("Candidate", "model loss generate")
@@ -132,10 +133,11 @@ def measure(candidates, torch_device):
     idx = torch.randint(vocab_size, (max(batch_size, memory_batch_size), block_size + 1),
                         generator=torch.Generator().manual_seed(0)).to(torch_device)
     results = {name: {} for name in candidates}
+    losses = {name: torch.compile(c.loss) if compile else c.loss for name, c in candidates.items()}
 
     def step(name, n, is_training):
         with torch.set_grad_enabled(is_training), autocast_to(torch_device, dtype):
-            loss = candidates[name].loss(idx[:n, :-1], idx[:n, 1:])
+            loss = losses[name](idx[:n, :-1], idx[:n, 1:])
         if is_training:
             loss.backward()
             optimizers[name].step()
@@ -158,7 +160,8 @@ def measure(candidates, torch_device):
                                for name in candidates})
     optimizers.clear()
     record("forward", time_in_turns(partial(step, n=batch_size, is_training=False), candidates))
-    for sequences, context in itertools.product(SEQUENCES, sorted({min(context, block_size) for context in CONTEXTS})):
+    contexts = sorted({min(context, block_size) for context in CONTEXTS})
+    for sequences, context in itertools.product(SEQUENCES[:None if torch_device.type == "cuda" else -1], contexts):
         record(f"generation {sequences} × {context}",
                time_in_turns(partial(generate, sequences=sequences, context=context), candidates))
     record("file", {name: 4 * (c.model.count_parameters()["total"] if isinstance(c.model, KronyGPT) else

@@ -43,18 +43,15 @@ class ResidualStream:
 
         Yields:
             rows: slice of the windows of a batch; they get the output after the yield;
-            x (tokens, C), z (tokens, 3 C or n_inner): input and output of the first matrix, c_attn or c_fc;
-            h (tokens, C or n_inner), y (tokens, C): those of the second, c_proj.
+            x (tokens, C), h (tokens, width of all values, or n_inner): inputs of the first matrix and of c_proj.
         """
         module = self.model.transformer.h[layer].get_submodule(half)
         for rows in batches(self.x):
             x = self.input(layer, half, rows)
-            z = module.get_submodule(HALVES[half][1])(x)
-            h = module.between(z)
-            y = module.c_proj(h)
-            yield rows, *(t.flatten(0, -2) for t in (x, z, module.c_proj.without_zeros(h, 0), y))
+            h = module.between(module.get_submodule(HALVES[half][1])(x))
+            yield rows, x.flatten(0, -2), module.c_proj.without_zeros(h, 0).flatten(0, -2)
             if move:
-                self.x[rows] += y
+                self.x[rows] += module.c_proj(h)
 
     def move(self, layer, half):
         """Move through a half block in one call."""
@@ -167,7 +164,7 @@ def contributions(model, tokens):
     stream, result = ResidualStream(model, tokens), []
     for layer, block in enumerate(model.transformer.h):
         stream.move(layer, "attn")
-        sums = sum(float64(torch.stack((h.sum(0), h.square().sum(0)))) for *_, h, _ in stream.through(layer, "mlp"))
+        sums = sum(float64(torch.stack((h.sum(0), h.square().sum(0)))) for *_, h in stream.through(layer, "mlp"))
         mean, square = sums / tokens.numel()
         result.append((square - mean.square()) * float64(block.mlp.c_proj.weight.square().sum(1)))
     return torch.stack(result)
@@ -213,7 +210,7 @@ def fit_half(teacher, student, goal, layer, half, fisher, fixed_B):
         return not new.is_dense or new.A.shape != matrix(teacher.model, kind).A.shape
 
     moments = Moments()
-    for rows, x, *_ in teacher.through(layer, half):
+    for rows, x, _ in teacher.through(layer, half):
         if is_fitted(first):
             moments.add(torch.cat((student.input(layer, half, rows).flatten(0, 1), x), 1))
     if is_fitted(first):
@@ -222,7 +219,7 @@ def fit_half(teacher, student, goal, layer, half, fisher, fixed_B):
         fits.append(fit_matrix(goal, student.model, layer, first, centred, fisher, fixed_B))
     if is_fitted(last):
         moments = Moments()
-        for rows, _, _, h, _ in student.through(layer, half, move=False):
+        for rows, _, h in student.through(layer, half, move=False):
             moments.add(h, (teacher.x[rows] - student.x[rows]).flatten(0, 1))
         fits.append(fit_matrix(goal, student.model, layer, last, moments.centred(), fisher, fixed_B))
     student.move(layer, half)
