@@ -27,12 +27,12 @@ EMBEDDINGS = {"dense": {}, "low rank": dict(wte=[(256, 40)], wpe=[(32, 9)]),
 
 
 def narrow_model(embeddings):
-    """Three blocks with widths of their own, the first one's for each head, the last one's as in GPT-2, each kind of shape
+    """Three blocks with widths of their own, those of heads in the first two, the last one's as in GPT-2, each kind of shape
     and of embedding."""
     torch.manual_seed(0)
     model = KronyGPT(KronyGPTConfig(
         block_size=32, vocab_size=256, n_layer=3, n_head=HEADS, n_embd=64, head_qk=[[5, 1, 9, 5], 9, 16],
-        head_v=[[7, 12, 1, 8], 3, 16], n_inner=[100, 64, 256], **EMBEDDINGS[embeddings], shapes={
+        head_v=[[7, 12, 1, 8], [3, 1, 5, 3], 16], n_inner=[100, 64, 256], **EMBEDDINGS[embeddings], shapes={
             "attn.c_attn": [(64, 1, 6), (64, 84, 1), (1, 192, 60)], "attn.c_proj": [(28, 64, 1), (12, 1, 5), (8, 8, 2)],
             "mlp.c_fc": [(64, 1, 10), (8, 8, 2), (1, 256, 10)], "mlp.c_proj": [(1, 64, 20), (64, 1, 64), (256, 1, 64)]}))
     randomize_vectors(model)
