@@ -82,12 +82,16 @@ def plain_logits(model, idx):
 
 
 @torch.no_grad()
-def test_what_is_multiplied_out_continues_a_cache(model):
-    out, cache, expected = model.multiplied_out(), KVCache(20), plain_logits(model, IDX)
-    torch.testing.assert_close(model.next_logits(IDX[:, :10], cache), expected[:, 9])
+def test_steps_are_those_of_the_plain_model_as_stored_and_multiplied_out(model, workdir):
+    checkpoint.save("model.pt", model)
+    stored, expected = checkpoint.load("model.pt", as_stored=True)[0].eval(), plain_logits(model, IDX)
+    out, cache, static = stored.multiplied_out(), KVCache(20), KVCache(20)
+    for of_both in (cache, static):
+        torch.testing.assert_close(stored.next_logits(IDX[:, :10], of_both), expected[:, 9])
     for i in range(10, 20):
-        cache.position = torch.tensor([i])
-        torch.testing.assert_close(out.next_logits(IDX[:, i:i + 1], cache), expected[:, i])
+        static.position = torch.tensor([i])
+        for m, its in ((stored, cache), (out, static)):
+            torch.testing.assert_close(m.next_logits(IDX[:, i:i + 1], its), expected[:, i], rtol=1e-4, atol=1e-4)
     assert all(matrix.is_dense for *_, matrix in out.matrices())
 
 
