@@ -106,10 +106,10 @@ def with_identity(A, B):
     column, row = (B, A) if side == "B" else (A, B)
     if side is None or column.shape[0] >= column.shape[1] or row.shape[2] == 1:  # of a column, the sides look alike
         return A, B, None
-    column = float64(column[:, :, 0].T)  # [m, r]
+    column, row = float64(column[:, :, 0].T).cpu(), row.cpu()  # [m, r]; on GPUs a library prints warnings
     Q = torch.linalg.qr(column).Q
     order = torch.arange(len(Q))
-    for i, j in enumerate((torch.linalg.lu_factor(Q.cpu()).pivots - 1).tolist()):
+    for i, j in enumerate((torch.linalg.lu_factor(Q).pivots - 1).tolist()):
         order[[i, j]] = order[[j, i]]
     pivots = order[:Q.shape[1]]
     T = torch.linalg.solve(Q[pivots], Q, left=False)

@@ -187,9 +187,8 @@ def from_left(L, X):
 
 def narrow_heads(attention, qk, v, head_dim):
     """Let GPT-2's attention work with heads of some widths of queries and keys, and of values. It has one width for all of
-    them and the cache: the largest, to which c_attn's output is padded with zeros. Scores stay divided by the root of
-    head_dim."""
-    width = max(*qk, *v)
+    them and the cache, to which zeros pad the output of c_attn. Scores stay divided by the root of head_dim."""
+    width = equal_width(qk, v)
     attention.head_dim, attention.split_size, attention.scaling = width, len(qk) * width, width**-0.5
     for name, places in head_places(qk, v).items():
         attention.register_buffer(name, places)
@@ -197,10 +196,15 @@ def narrow_heads(attention, qk, v, head_dim):
     attention.c_proj.register_forward_pre_hook(partial(cut_heads, attention))
 
 
+def equal_width(qk, v):
+    """The width that all heads get: a multiple of 8, which fast kernels want."""
+    return -(-max(*qk, *v) // 8) * 8
+
+
 def head_places(qk, v):
     """Where the columns of heads of equal width are among those of heads of some widths, with a zero at the end, and where
     the values of heads of some widths are among those of equal width."""
-    width, zero, places, v_places, n = max(*qk, *v), sum((*qk, *qk, *v)), [], [], 0
+    width, zero, places, v_places, n = equal_width(qk, v), sum((*qk, *qk, *v)), [], [], 0
     for widths in qk, qk, v:
         for w in widths:
             places += [*range(n, n + w), *[zero] * (width - w)]
