@@ -13,12 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 class KronLinear(nn.Module):
     """y = x W + bias with W [m, n] = Σ_{f<r} A_f ⊗ B_f, of the shape (dim_1, dim_2, r): each A_f is [dim_1, dim_2], and each
-    B_f is [m/dim_1, n/dim_2]. Low rank is (m, 1, r). Dense is (m, n, 1), with B = [[1]], which is no parameter.
+    B_f is [m/dim_1, n/dim_2]. Low rank is (m, 1, r). Dense is (m, n, 1), with B = [[1]], which is no parameter."""
 
-    With `padding`, (dim, places, size), W stands among zeros: its rows (dim 0) or columns (dim 1) at these places of `size`,
-    so x or y has `size` columns. Such a W is dense or of low rank."""
-
-    def __init__(self, m, n, shape, padding=None):
+    def __init__(self, m, n, shape):
         super().__init__()
         dim_1, dim_2, r = shape
         self.is_dense = tuple(shape) == (m, n, 1)
@@ -28,34 +25,14 @@ class KronLinear(nn.Module):
         else:
             self.B = nn.Parameter(torch.empty(r, m // dim_1, n // dim_2))
         self.bias = nn.Parameter(torch.zeros(n))
-        self.dim, places, self.size = padding or (None, None, None)
-        self.register_buffer("places", places, persistent=False)
 
     def forward(self, x):
-        A, B, bias = self.A, self.B, self.bias
-        is_long = x.numel() > x.shape[-1] * (A.shape[1] if self.is_dense else len(A))  # zeros go into what is smaller
-        if self.places is not None and is_long:
-            A, B, bias = self.padded()
-        else:
-            x = self.without_zeros(x, 0)
+        return self.product(x, self.A, self.B, self.bias)
+
+    def product(self, x, A, B, bias):
         if self.is_dense:
-            y = torch.addmm(bias, x.flatten(0, -2), A.squeeze(0)).view(*x.shape[:-1], -1)
-        else:
-            y = kron_linear(x, A, B, bias)  # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
-        return y if self.dim != 1 or is_long else among_zeros(y, -1, self.places, self.size)
-
-    def without_zeros(self, t, dim):
-        """An input x (dim 0) or an output y (dim 1) without the columns of the padding."""
-        return take_columns(t, self.places) if self.dim == dim else t
-
-    def padded(self):
-        """A, B and bias with their zeros."""
-        A, B, bias = self.A, self.B, self.bias
-        if A.shape[1 + self.dim] == len(self.places):
-            A = among_zeros(A, 1 + self.dim, self.places, self.size)
-        else:
-            B = among_zeros(B, 1 + self.dim, self.places, self.size)
-        return A, B, bias if self.dim == 0 else among_zeros(bias, 0, self.places, self.size)
+            return torch.addmm(bias, x.flatten(0, -2), A.squeeze(0)).view(*x.shape[:-1], -1)
+        return kron_linear(x, A, B, bias)  # x @ sum(torch.kron(A[f], B[f]) for f in range(r)) + bias
 
     @property
     def weight(self):  # W [m, n]
@@ -89,8 +66,8 @@ class CausalSelfAttention(nn.Module):
         self.layer, self.n_head, self.dropout, self.scale = layer, config.n_head, config.dropout, config.head_dim**-0.5
         qk, v = config.head_qk[layer], config.head_v[layer]
         self.widths = [config.n_head * equal_width(widths) for widths in (qk, qk, v)]
-        self.c_attn = KronLinear(*config.size_and_shape("attn.c_attn", layer), padding=head_padding(1, qk, qk, v))
-        self.c_proj = KronLinear(*config.size_and_shape("attn.c_proj", layer), padding=head_padding(0, v))
+        self.c_attn = PaddedKronLinear(*config.size_and_shape("attn.c_attn", layer), 1, (qk, qk, v))
+        self.c_proj = PaddedKronLinear(*config.size_and_shape("attn.c_proj", layer), 0, (v,))
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
@@ -114,22 +91,6 @@ class CausalSelfAttention(nn.Module):
             scores = q * self.scale @ k.mT
             y = (scores if mask is None else scores + mask).softmax(-1) @ v
         return y[..., :self.widths[2] // self.n_head].transpose(1, 2).flatten(-2)
-
-
-def equal_width(widths):
-    """The width that heads of these widths have among zeros: theirs, or a multiple of ALIGNED."""
-    return widths[0] if len({*widths}) == 1 else -(-max(widths) // ALIGNED) * ALIGNED
-
-
-def head_padding(dim, *parts):
-    """The padding of a KronLinear that makes the heads of each part equally wide; parts are lists of a width for each head.
-    None where they are so."""
-    places, size = [], 0
-    for widths in parts:
-        for width in widths:
-            places += range(size, size + width)
-            size += equal_width(widths)
-    return (dim, torch.tensor(places, device="cpu"), size) if size > len(places) else None  # even of a meta model
 
 
 class MLP(nn.Module):
@@ -361,7 +322,7 @@ class KronyGPT(nn.Module):
         x = self.transformer.drop(x)  # (B, T, C)
         if cache is not None and cache.position is not None:
             is_hidden = torch.arange(cache.length, device=idx.device) > positions[:, None]
-            cache.mask = torch.zeros_like(is_hidden, dtype=x.dtype).masked_fill(is_hidden, -math.inf)
+            cache.mask = torch.where(is_hidden, -math.inf, 0.0).to(x.dtype)
         for block in self.transformer.h:
             x = block(x, cache)
             if states is not None:
@@ -466,13 +427,10 @@ class KronyGPT(nn.Module):
         may have a few tokens more, whose logits are 0."""
         state_dict = {name: p for name, p in self.state_dict().items() if not any(kind in name for kind in KINDS)}
         for layer, kind, matrix in self.matrices():
-            W, bias = matrix.weight, matrix.bias
-            if matrix.dim is not None:
-                W = among_zeros(W, matrix.dim, matrix.places, matrix.size)
-            if matrix.dim == 1:
-                bias = among_zeros(bias, 0, matrix.places, matrix.size)
-            state_dict |= {f"transformer.h.{layer}.{kind}.{part}": p for part, p in dict(
-                A=W[None], B=W.new_ones(1, 1, 1), bias=bias).items()}
+            name, W, bias = f"transformer.h.{layer}.{kind}", matrix.weight, matrix.bias
+            if kind.startswith("attn."):
+                W, bias = matrix.with_zeros(matrix.with_zeros(W, 0, 0), 1, 1), matrix.with_zeros(bias, 1)
+            state_dict |= {f"{name}.A": W[None], f"{name}.B": W.new_ones(1, 1, 1), f"{name}.bias": bias}
         sizes = dict(vars(self.config), shapes={}, head_qk=[equal_width(widths) for widths in self.config.head_qk],
                      head_v=[equal_width(widths) for widths in self.config.head_v])
         if self.transformer.wte.is_dense:
@@ -647,14 +605,51 @@ def take_columns(x, columns):
     return x.gather(-1, columns.expand(*x.shape[:-1], -1))
 
 
-def among_zeros(t, dim, places, size):
-    """Zeros of the shape of t, but `size` of them along `dim`, with t's at `places`."""
-    shape = [*t.shape]
-    shape[dim] = size
-    return t.new_zeros(shape).index_copy_(dim, places, t)
+def equal_width(widths):
+    """The width that heads of these widths have among zeros: theirs, or a multiple of ALIGNED."""
+    return widths[0] if len({*widths}) == 1 else -(-max(widths) // ALIGNED) * ALIGNED
 
 
-class StoredLowRank(KronLinear):
+class PaddedKronLinear(KronLinear):
+    """A KronLinear whose W, dense or of low rank, stands among zeros, which make heads equally wide: between its rows (dim 0) or
+    its columns (dim 1), so x or y is wider than W. `parts` are the widths of the heads for queries, keys and so on."""
+
+    dim = None  # no zeros
+
+    def __init__(self, m, n, shape, dim, parts):
+        super().__init__(m, n, shape)
+        places, self.size = [], 0
+        for widths in parts:
+            for width in widths:
+                places += range(self.size, self.size + width)
+                self.size += equal_width(widths)
+        if self.size > len(places):
+            self.dim = dim
+            self.register_buffer("places", torch.tensor(places, device="cpu"), persistent=False)  # even of a meta model
+
+    def forward(self, x):
+        is_long = x.numel() > x.shape[-1] * (self.A.shape[1] if self.is_dense else len(self.A))
+        if self.dim is None or not is_long:  # zeros go into what is smaller
+            return self.with_zeros(super().forward(self.without_zeros(x, 0)), 1)
+        A, B, bias, at = self.A, self.B, self.with_zeros(self.bias, 1), 1 + self.dim
+        if A.shape[at] == len(self.places):
+            return self.product(x, self.with_zeros(A, self.dim, at), B, bias)
+        return self.product(x, A, self.with_zeros(B, self.dim, at), bias)
+
+    def with_zeros(self, t, dim, at=-1):
+        """A tensor, which has the rows (dim 0) or columns (dim 1) of W along its dimension `at`, with the zeros."""
+        if self.dim != dim:
+            return t
+        shape = [*t.shape]
+        shape[at] = self.size
+        return t.new_zeros(shape).index_copy_(at, self.places, t)
+
+    def without_zeros(self, t, dim):
+        """An input x (dim 0) or an output y (dim 1) without the columns of the zeros."""
+        return take_columns(t, self.places) if self.dim == dim else t
+
+
+class StoredLowRank(PaddedKronLinear):
     """A KronLinear of low rank as a file has it: r rows of the side with the columns are an identity, and that side has only
     the others. `order` [m] has the numbers of these r rows, then those of the others. A token takes r (m + n - r)
     multiply-adds (PIFA, arXiv 2501.19090) in place of r (m + n), unless forward() puts the identity back, which is faster at
@@ -686,13 +681,12 @@ class StoredLowRank(KronLinear):
         (T, row), rows, m = self.sides(), x.flatten(0, -2), len(self.order)
         r, tokens = len(T), len(rows)
         if COPY * m * r + tokens * r * r < COPY * tokens * m:
-            z = rows @ (among_zeros(self.column(), 0, self.places, self.size) if self.dim == 0 else self.column())
+            z = rows @ self.with_zeros(self.column(), 0, 0)
         else:
             order = self.places[self.order] if self.dim == 0 else self.order
             pivots, others = take_columns(rows, order).tensor_split([r], -1)
             z = torch.addmm(pivots, others, T.T)
-        y = torch.addmm(self.bias, z, row).view(*x.shape[:-1], -1)
-        return among_zeros(y, -1, self.places, self.size) if self.dim == 1 else y
+        return self.with_zeros(torch.addmm(self.bias, z, row), 1).view(*x.shape[:-1], -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

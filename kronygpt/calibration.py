@@ -15,7 +15,7 @@ from kronygpt.configurator import progress
 from kronygpt.device import float64
 from kronygpt.least_squares import Moments, Problem, fit, gram, share, targets_of
 from kronygpt.narrow import spectrum
-from model import ChunkedLinearLoss
+from model import ChunkedLinearLoss, PaddedKronLinear
 
 TOKENS_AT_ONCE = 8192  # in a batch of the forward passes
 GRADIENT_TOKENS = 1024  # in a batch of a backward pass
@@ -49,7 +49,7 @@ class ResidualStream:
         for rows in batches(self.x):
             x = self.input(layer, half, rows)
             h = module.between(module.get_submodule(HALVES[half][1])(x))
-            yield rows, x.flatten(0, -2), module.c_proj.without_zeros(h, 0).flatten(0, -2)
+            yield rows, x.flatten(0, -2), without_zeros(module.c_proj, h, 0).flatten(0, -2)
             if move:
                 self.x[rows] += module.c_proj(h)
 
@@ -57,6 +57,11 @@ class ResidualStream:
         """Move through a half block in one call."""
         for _ in self.through(layer, half):
             pass
+
+
+def without_zeros(module, t, dim):
+    """An input (dim 0) or an output (dim 1) of a module without columns that are only zeros."""
+    return module.without_zeros(t, dim) if isinstance(module, PaddedKronLinear) else t
 
 
 def batches(x, n_tokens=TOKENS_AT_ONCE):
@@ -112,8 +117,8 @@ def statistics(model, tokens):
     def watch(name):
         def hook(module, inputs, output):
             if name in moments:
-                moments[name].add(module.without_zeros(inputs[0].detach(), 0).flatten(0, -2))
-            output.register_hook(lambda g: add_gram(name, module.without_zeros(g, 1) if name in moments else g))
+                moments[name].add(without_zeros(module, inputs[0].detach(), 0).flatten(0, -2))
+            output.register_hook(lambda g: add_gram(name, without_zeros(module, g, 1)))
 
         return model.get_submodule(name).register_forward_hook(hook)
 
