@@ -611,8 +611,8 @@ def equal_width(widths):
 
 
 class PaddedKronLinear(KronLinear):
-    """A KronLinear whose W, dense or of low rank, stands among zeros, which make heads equally wide: between its rows (dim 0) or
-    its columns (dim 1), so x or y is wider than W. `parts` are the widths of the heads for queries, keys and so on."""
+    """A KronLinear whose W, dense or of low rank, stands among zeros, which make heads equally wide: between its rows
+    (dim 0) or its columns (dim 1), so x or y is wider than W. `parts` are the widths of the heads for queries, keys, ..."""
 
     dim = None  # no zeros
 
