@@ -239,9 +239,10 @@ def calibrate(dense, compressed, tokens, fisher=None, fixed_B=False, goal=None):
     compressed model has; both c_proj to the difference that brings the residual stream back to the dense model's. All their
     biases are fitted, too. Matrices that are dense and of the old size stay as they are.
 
-    For N tokens, width C and L layers it takes about L N (115 C² + 12 C T) floating point operations with a context of T:
-    40 C² are moments, the others the dense model, once, and the compressed one, twice. Least squares with many factors can
-    take minutes a matrix. Memory: 8 N C bytes of hidden states, and about 800 C² for moments and their factorizations.
+    For N tokens, width C and L layers it takes about L N (105 C² + 12 C T) floating point operations with a context of T:
+    40 C² are moments, the others the dense model, once, and the compressed one, twice, c_proj apart. Least squares with many
+    factors can take minutes a matrix. Memory: 8 N C bytes of hidden states, and about 800 C² for moments and their
+    factorizations.
 
     Args:
         dense: a KronyGPT.
