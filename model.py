@@ -424,19 +424,20 @@ class KronyGPT(nn.Module):
     @torch.no_grad()
     def multiplied_out(self):
         """A KronyGPT of the same function with dense matrices and equally wide heads, in eval mode. Behind the vocabulary it
-        may have a few tokens more, whose logits are 0."""
+        may have a few tokens more, whose logits are 0. What is dense here is shared with it."""
         state_dict = {name: p for name, p in self.state_dict().items() if not any(kind in name for kind in KINDS)}
         for layer, kind, matrix in self.matrices():
-            name, W, bias = f"transformer.h.{layer}.{kind}", matrix.weight, matrix.bias
+            name, bias = f"transformer.h.{layer}.{kind}", matrix.bias
+            W = matrix.A[0] if matrix.is_dense else matrix.weight
             if kind.startswith("attn."):
                 W, bias = matrix.with_zeros(matrix.with_zeros(W, 0, 0), 1, 1), matrix.with_zeros(bias, 1)
             state_dict |= {f"{name}.A": W[None], f"{name}.B": W.new_ones(1, 1, 1), f"{name}.bias": bias}
         sizes = dict(vars(self.config), shapes={}, head_qk=[equal_width(widths) for widths in self.config.head_qk],
                      head_v=[equal_width(widths) for widths in self.config.head_v])
-        if self.transformer.wte.is_dense:
+        if self.transformer.wte.is_dense and (missing := -self.config.vocab_size % ALIGNED):
             name = "transformer.wte.weight"
-            state_dict[name] = F.pad(state_dict[name], (0, 0, 0, -len(state_dict[name]) % ALIGNED))
-            sizes |= dict(vocab_size=len(state_dict[name]), wte=None)
+            state_dict[name] = F.pad(state_dict[name], (0, 0, 0, missing))
+            sizes |= dict(vocab_size=self.config.vocab_size + missing, wte=None)
         return KronyGPT.from_state_dict(sizes, state_dict).eval()
 
     @classmethod
@@ -462,6 +463,7 @@ class KronyGPT(nn.Module):
         return model.to(model.transformer.ln_f.weight.device)  # with the buffers that no file holds
 
 
+KERNEL = 2**21  # numbers that a GPU reads while it starts a kernel
 LENGTH_STEP = 64  # of caches: fast kernels want aligned masks, and cuDNN plans anew for every length
 
 
@@ -488,11 +490,14 @@ class KVCache:
 
 class GraphedStep:
     """KronyGPT.next_logits of single tokens as one CUDA graph, which launches all kernels at once: one by one they take
-    longer to launch than to run. The products are multiplied out, since a GPU reads a dense matrix of GPT-2 in the time in
-    which it starts one more kernel."""
+    longer to launch than to run. Small products are multiplied out, since a GPU reads a dense matrix of GPT-2 in the time
+    in which it starts one more kernel."""
 
     def __init__(self, model, token, cache):
-        vocab_size, self.model = model.config.vocab_size, model.multiplied_out()  # whose memory the graph reads
+        matrices, vocab_size = [matrix for *_, matrix in model.matrices()], model.config.vocab_size
+        saved = sum(math.prod(size) for layer in range(model.config.n_layer) for size in model.config.sizes(layer).values())
+        saved -= sum(matrix.A.numel() + matrix.B.numel() for matrix in matrices)
+        self.model = model.multiplied_out() if saved < KERNEL * len(matrices) else model  # the graph reads its memory
         self.token, self.graph, cache.position = token.clone(), torch.cuda.CUDAGraph(), token.new_tensor([cache.seen])
         with torch.cuda.device(token.device):
             others = torch.cuda.Stream()
@@ -514,7 +519,7 @@ class GraphedStep:
 # ----------------------------------------------------------------------------------------------------------------------
 # The contraction: x (Σ_f A_f ⊗ B_f) without the Kronecker products, for A [r, m1, n1] and B [r, m2, n2]
 
-ALIGNED = 8  # columns of a matrix are a multiple of it where zeros are added: the units of a GPU want so
+ALIGNED = 8  # widths are a multiple of it where zeros are added or matrices are cut: the units of a GPU want so
 COPY = 64  # multiply-adds that take as long as writing one number to memory, on a CPU; 32 to 500 choose alike
 GPU_COPY = 2500  # on a GPU: (768, 768, 1) then takes "W", and an eager step on an H200 54 ms, not 66
 
@@ -541,7 +546,7 @@ def contraction_order(A_shape, B_shape, tokens, copy=COPY):
     """The cheapest order in which to contract x with A and B: "A" first, "B" first, or "W" built and multiplied.
 
     The cost counts multiply-adds and, as `copy` of them, each number of an intermediate that is written to memory, the
-    transposed copies in `from_left` included. Backward costs twice as much in every order.
+    transposed copies in `from_left` included; one of W counts as 2 COPY. Backward costs twice as much in every order.
     """
     (r, m1, n1), (_, m2, n2) = A_shape, B_shape
     by_A, by_B, by_W = multiply_adds(A_shape, B_shape).values()
@@ -611,8 +616,8 @@ def equal_width(widths):
 
 
 class PaddedKronLinear(KronLinear):
-    """A KronLinear whose W, dense or of low rank, stands among zeros, which make heads equally wide: between its rows
-    (dim 0) or its columns (dim 1), so x or y is wider than W. `parts` are the widths of the heads for queries, keys, ..."""
+    """A KronLinear whose W stands among zeros, which make heads equally wide: between its rows (dim 0) or its columns (dim
+    1), so x or y is wider than W. `parts` are the widths of the heads for queries, keys and so on."""
 
     dim = None  # no zeros
 
@@ -628,13 +633,15 @@ class PaddedKronLinear(KronLinear):
             self.register_buffer("places", torch.tensor(places, device="cpu"), persistent=False)  # even of a meta model
 
     def forward(self, x):
-        is_long = x.numel() > x.shape[-1] * (self.A.shape[1] if self.is_dense else len(self.A))
-        if self.dim is None or not is_long:  # zeros go into what is smaller
+        A, B, at = self.A, self.B, 1 + (self.dim or 0)
+        few = x.numel() <= x.shape[-1] * (A.shape[1] if self.is_dense else len(A)) and not torch.compiler.is_compiling()
+        if self.dim is None or few or len(self.places) not in (A.shape[at], B.shape[at]):  # zeros go into what is smaller
             return self.with_zeros(super().forward(self.without_zeros(x, 0)), 1)
-        A, B, bias, at = self.A, self.B, self.with_zeros(self.bias, 1), 1 + self.dim
         if A.shape[at] == len(self.places):
-            return self.product(x, self.with_zeros(A, self.dim, at), B, bias)
-        return self.product(x, A, self.with_zeros(B, self.dim, at), bias)
+            A = self.with_zeros(A, self.dim, at)
+        else:
+            B = self.with_zeros(B, self.dim, at)
+        return self.product(x, A, B, self.with_zeros(self.bias, 1))
 
     def with_zeros(self, t, dim, at=-1):
         """A tensor, which has the rows (dim 0) or columns (dim 1) of W along its dimension `at`, with the zeros."""
@@ -722,7 +729,7 @@ class ChunkedLinearLoss(torch.autograd.Function):
     def forward(ctx, chunk_loss, dtype, n_parts, x, *tensors):
         parts, per_token = tensors[:n_parts], tensors[n_parts:]
         cast, n_columns = [W.to(dtype) for W in parts], sum(map(len, parts))
-        if x.is_cuda:  # zero columns of logits: with 50,257, the three products take six times as long
+        if x.is_cuda and n_columns % ALIGNED:  # zero columns: with 50,257, the three products take six times as long
             cast[-1] = F.pad(cast[-1], (0, 0, 0, -n_columns % ALIGNED))
         total, grad_x = x.new_zeros((), dtype=torch.float32), torch.zeros_like(x)
         grads = [torch.zeros_like(W) if needed else None for W, needed in zip(parts, ctx.needs_input_grad[4:])]

@@ -132,6 +132,7 @@ def measure(candidates, torch_device):
     """Measure candidates in turns: {name: {measurement: seconds, or bytes}}."""
     idx = torch.randint(vocab_size, (max(batch_size, memory_batch_size), block_size + 1),
                         generator=torch.Generator().manual_seed(0)).to(torch_device)
+    torch.compiler.reset()  # it compiles a function a few times only
     results = {name: {} for name in candidates}
     losses = {name: torch.compile(c.loss) if compile else c.loss for name, c in candidates.items()}
 

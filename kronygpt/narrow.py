@@ -358,8 +358,9 @@ class Block:
         last = self.order.flip(0)  # dropped last comes first, so that a width's matrices begin with a narrower one's
         W_fc, F = root(self.G["mlp.c_fc"]).T @ self.W("mlp.c_fc")[:, last], self.F["mlp.c_fc"][last][:, last]
         W_proj = W[last] @ root(self.F["mlp.c_proj"])
-        G, L = G[last][:, last], torch.linalg.cholesky(ridged(G)[last][:, last])
-        Y = torch.linalg.solve_triangular(L, G @ W_proj, upper=False)  # its first rows solve each width's system
+        G, Y = G[last][:, last], None
+        if is_narrowed:  # what without_units() makes of W, but for the ridge, comes from the first rows of Y for any width
+            Y = torch.linalg.solve_triangular(torch.linalg.cholesky(ridged(G)), G @ W_proj, upper=False)
         result, S_fc, S_proj, done = [], 0, 0, 0
         for width in grid(n, HIDDEN_STEPS) if is_narrowed else [n]:
             new, old, done = slice(done, width), slice(0, done), width

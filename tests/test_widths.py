@@ -82,6 +82,16 @@ def plain_logits(model, idx):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["attn.c_attn", "attn.c_proj"])
+def test_heads_of_several_widths_take_any_shape(kind):
+    torch.manual_seed(0)
+    model = KronyGPT(KronyGPTConfig(block_size=32, vocab_size=256, n_layer=1, n_head=HEADS, n_embd=64, shapes={
+        kind: [(8, 2, 2)]}, head_qk=[[8, 16, 16, 1]], head_v=[[16, 3, 16, 5]])).eval()
+    randomize_vectors(model)
+    torch.testing.assert_close(model(IDX), plain_logits(model, IDX))
+
+
+@torch.no_grad()
 def test_steps_are_those_of_the_plain_model_as_stored_and_multiplied_out(model, workdir):
     checkpoint.save("model.pt", model)
     stored, expected = checkpoint.load("model.pt", as_stored=True)[0].eval(), plain_logits(model, IDX)
