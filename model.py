@@ -633,15 +633,13 @@ class PaddedKronLinear(KronLinear):
             self.register_buffer("places", torch.tensor(places, device="cpu"), persistent=False)  # even of a meta model
 
     def forward(self, x):
-        A, B, at = self.A, self.B, 1 + (self.dim or 0)
-        few = x.numel() <= x.shape[-1] * (A.shape[1] if self.is_dense else len(A)) and not torch.compiler.is_compiling()
-        if self.dim is None or few or len(self.places) not in (A.shape[at], B.shape[at]):  # zeros go into what is smaller
+        sides, at = (self.A, self.B), 1 + (self.dim or 0)
+        rank = self.A.shape[1] if self.is_dense else len(self.A)
+        few = x.numel() <= x.shape[-1] * rank and not torch.compiler.is_compiling()  # zeros go into what is smaller
+        if self.dim is None or few or len(self.places) not in (side.shape[at] for side in sides):
             return self.with_zeros(super().forward(self.without_zeros(x, 0)), 1)
-        if A.shape[at] == len(self.places):
-            A = self.with_zeros(A, self.dim, at)
-        else:
-            B = self.with_zeros(B, self.dim, at)
-        return self.product(x, A, B, self.with_zeros(self.bias, 1))
+        sides = (self.with_zeros(side, self.dim, at) if side.shape[at] == len(self.places) else side for side in sides)
+        return self.product(x, *sides, self.with_zeros(self.bias, 1))
 
     def with_zeros(self, t, dim, at=-1):
         """A tensor, which has the rows (dim 0) or columns (dim 1) of W along its dimension `at`, with the zeros."""
